@@ -1,0 +1,254 @@
+"""Configuration: frozen dataclasses, checked when they are made.
+
+A wrong value raises `ConfigError` with one line that names the field, its value and what would be right. A variant of
+a configuration is a function that calls `dataclasses.replace`. What depends on the mesh as well (divisibility of
+experts, heads, layers, vocabulary, batch) is checked by `moejax.sharding.check_layout`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Gather = Literal["step", "layer"]
+Remat = Literal["auto", "none", "minimal", "collectives", "full"]
+Strategy = Literal["capacity"]
+ExpertAxis = Literal["expert", "tensor"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message is one line that says what would."""
+
+
+def check(ok: bool, message: str) -> None:
+    """Raises `ConfigError(message)` unless `ok`."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value > 0, f"{name}={value} must be positive")
+
+
+def _check_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value >= 0, f"{name}={value} must be 0 or more")
+
+
+def _check_choice(config: object, name: str, choices: object) -> None:
+    value, allowed = getattr(config, name), get_args(choices)
+    check(value in allowed, f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer whose feed-forward layers are mixtures of experts.
+
+    Sizes are in elements. `num_layers` counts every layer, the `num_dense_layers` leading ones (plain SwiGLU of width
+    `dense_d_ff`) included. `shared_d_ff` is the width of an expert that every token visits, 0 for none.
+    """
+
+    num_layers: int = 4
+    d_model: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    d_ff: int = 256
+    num_experts: int = 16
+    experts_per_token: int = 2
+    shared_d_ff: int = 0
+    num_dense_layers: int = 0
+    dense_d_ff: int = 0
+    vocab_size: int = 256
+    tie_embeddings: bool = False
+    max_seq_len: int = 10_240
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: Dtype = "bfloat16"  # of activations and of the weights' compute copies; masters are always float32
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_experts",
+            "experts_per_token", "vocab_size", "max_seq_len", "rope_theta", "norm_eps",
+        )  # fmt: skip
+        _check_not_negative(self, "shared_d_ff", "num_dense_layers", "dense_d_ff")
+        _check_choice(self, "dtype", Dtype)
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        check(
+            self.experts_per_token <= self.num_experts,
+            f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}",
+        )
+        check(
+            self.num_dense_layers < self.num_layers,
+            f"num_dense_layers={self.num_dense_layers} must be less than num_layers={self.num_layers}",
+        )
+        check(
+            (self.num_dense_layers > 0) == (self.dense_d_ff > 0),
+            f"dense_d_ff={self.dense_d_ff} must be positive exactly when num_dense_layers={self.num_dense_layers} is",
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchConfig:
+    """How tokens reach their experts.
+
+    `expert_axes` are the mesh axes that the experts are spread over: `("expert",)` splits each expert's width over
+    `tensor`; `("expert", "tensor")` (folded) keeps experts whole. `capacity_factor` is the room in a dispatch buffer
+    over a perfectly balanced load; an assignment beyond it is dropped.
+    """
+
+    strategy: Strategy = "capacity"
+    capacity_factor: float = 1.5
+    expert_axes: tuple[ExpertAxis, ...] = ("expert", "tensor")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "strategy", Strategy)
+        _check_positive(self, "capacity_factor")
+        check(
+            self.expert_axes in (("expert",), ("expert", "tensor")),
+            f"expert_axes={self.expert_axes!r} must be ('expert',) or ('expert', 'tensor')",
+        )
+
+    def capacity(self, num_tokens: int, model: ModelConfig) -> int:
+        """Rows that one device reserves for one expert when it sends `num_tokens` tokens."""
+        balanced = num_tokens * model.experts_per_token / model.num_experts
+        return min(num_tokens, math.ceil(self.capacity_factor * balanced))
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """Weights of the router's losses: load balance (Switch, arXiv 2101.03961 eq. 4) and z (ST-MoE, 2202.08906 eq. 5)."""
+
+    aux_loss_weight: float = 0.01
+    z_loss_weight: float = 0.001
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "aux_loss_weight", "z_loss_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How one step is spread over the mesh, beyond the mesh's own shape.
+
+    A batch shard is cut into `num_microbatches` for the pipeline; each stage holds `repeats` separate chunks of layers
+    (1: GPipe; more: interleaved). `gather` says when dense weights are gathered from their shards: once a step
+    (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps activations up to 2,048 tokens and recomputes above.
+    """
+
+    num_microbatches: int = 2
+    repeats: int = 1
+    gather: Gather = "step"
+    remat: Remat = "auto"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_microbatches", "repeats")
+        _check_choice(self, "gather", Gather)
+        _check_choice(self, "remat", Remat)
+
+    def remat_policy(self, seq_len: int) -> str:
+        """The policy's name with `auto` resolved for sequences of `seq_len` tokens."""
+        if self.remat != "auto":
+            return self.remat
+        return "none" if seq_len <= 2048 else "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up to `learning_rate`, then a cosine to `final_learning_rate_fraction` of it."""
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    final_learning_rate_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "learning_rate", "eps", "clip_norm")
+        _check_not_negative(self, "warmup_steps", "weight_decay")
+        for name in ("final_learning_rate_fraction", "b1", "b2"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"{name}={value} must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on. No `paths` means the installed Python's own standard library.
+
+    `batch_size` counts the sequences of one optimizer step over the whole mesh, each of `seq_len` tokens. `tokenizer`
+    is "bytes", "bpe" (trained on the corpus to `tokenizer_vocab_size` and cached) or the path of a tokenizer.json.
+    `eval_fraction` of the files, chosen by a hash of their names, is held out.
+    """
+
+    paths: tuple[str, ...] = ()
+    tokenizer: str = "bytes"
+    tokenizer_vocab_size: int = 4096
+    seq_len: int = 256
+    batch_size: int = 32
+    eval_fraction: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "seq_len", "batch_size")
+        check(
+            self.tokenizer_vocab_size > 256,
+            f"tokenizer_vocab_size={self.tokenizer_vocab_size} must be more than 256: BPE starts from the 256 bytes",
+        )
+        check(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every `every` steps and at the end, of which the newest `keep` stay."""
+
+    every: int = 100
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run needs besides its mesh and its work directory."""
+
+    model: ModelConfig = ModelConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    balance: BalanceConfig = BalanceConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: int = 300
+    accumulate: int = 1  # forward-backward passes per optimizer step
+    eval_every: int = 100
+    eval_batches: int = 8
+    sample_tokens: int = 128  # generated at the end of a run; 0 for none
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "accumulate", "eval_every", "eval_batches")
+        _check_not_negative(self, "sample_tokens")
+        check(
+            self.data.seq_len <= self.model.max_seq_len,
+            f"data.seq_len={self.data.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}",
+        )
+        check(
+            self.optimizer.warmup_steps < self.steps,
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be less than steps={self.steps}",
+        )
