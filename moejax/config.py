@@ -130,7 +130,7 @@ class DispatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """Weights of the router's losses: load balance (Switch, arXiv 2101.03961 eq. 4) and z (ST-MoE, 2202.08906 eq. 5)."""
+    """Weights of the router losses: load balance (Switch, arXiv 2101.03961, eq. 4), z (ST-MoE, 2202.08906, eq. 5)."""
 
     aux_loss_weight: float = 0.01
     z_loss_weight: float = 0.001

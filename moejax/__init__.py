@@ -1,0 +1,1 @@
+"""moejax: train, plan and serve sparse Mixture-of-Experts transformers in JAX."""
