@@ -1,0 +1,207 @@
+"""The per-device program: what one device does from tokens to loss, inside one `shard_map` over every mesh axis.
+
+    embed -> (leading dense layers) -> pipeline of mixture-of-experts layers -> final norm -> logits -> loss
+
+Every collective stands where it happens, by the name of its mesh axis; `check_vma=True` has autodiff add the gradient
+sums. A single device runs the same program on the mesh (1, 1, 1).
+
+Dimensions. Capitals are logical, lower case this device's part: B batch, b sequences of a microbatch, M microbatches,
+S sequence, s = S / tensor, D model, V vocabulary, R repeats, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moejax import balance, remat, sharding
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
+from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
+from moejax.moe import global_stats, mixture_of_experts
+from moejax.nn.attention import attention
+from moejax.nn.collectives import all_gather, vary
+from moejax.nn.embedding import cross_entropy, embed, logits
+from moejax.nn.feed_forward import swiglu
+from moejax.nn.norm import rms_norm
+from moejax.nn.router import RouterStats
+from moejax.pipeline import run_pipeline
+
+Batch = dict[str, jax.Array]  # "tokens", "targets", "segment_ids": int32 [B, S]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model and how it is spread over a mesh. Its methods are the per-device functions; `sharded` runs them."""
+
+    model: ModelConfig
+    mesh: Mesh
+    dispatch: DispatchConfig = DispatchConfig()
+    balance: BalanceConfig = BalanceConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        sharding.check_layout(self.model, self.dispatch, self.parallel, self.mesh)
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, mesh: Mesh) -> Program:
+        """The program of a training configuration; the batch is checked as well."""
+        sharding.check_layout(
+            config.model, config.dispatch, config.parallel, mesh,
+            batch_size=config.data.batch_size, seq_len=config.data.seq_len, accumulate=config.accumulate,
+        )  # fmt: skip
+        return cls(config.model, mesh, config.dispatch, config.balance, config.parallel)
+
+    @functools.cached_property
+    def table(self) -> dict[str, Any]:
+        """Every parameter by path: `moejax.sharding.Param`."""
+        return sharding.param_table(self.model, self.dispatch, self.parallel, self.mesh)
+
+    @functools.cached_property
+    def param_specs(self) -> dict[str, Any]:
+        return sharding.param_specs(self.table)
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The axes that split the batch."""
+        return tuple(a for a in (REPLICA, EXPERT) if a in self.mesh.axis_names)
+
+    @property
+    def batch_spec(self) -> P:
+        return P(self.batch_axes)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Float32 parameters, made where they are stored; the same key gives the same model on every mesh."""
+        return sharding.init_params(self.table, self.mesh, key)
+
+    def sharded(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        """`function`, written for one device, as a function of global arrays."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+
+    # What follows runs on one device's arrays.
+
+    def loss(self, params: dict[str, Any], batch: Batch) -> tuple[jax.Array, Metrics]:
+        """Mean cross-entropy in nats a token plus the router's losses, and figures of the batch; the same everywhere.
+
+        Args:
+            params: this device's stored shards, float32.
+            batch: this device's sequences, int32 [B / batch axes, S].
+        """
+        h_MbsD, stats = self.hidden(params, batch["tokens"], batch["segment_ids"])
+        targets_MbS = batch["targets"].reshape(h_MbsD.shape[0], -1, batch["targets"].shape[-1])
+        num_tokens = batch["targets"].size * math.prod(self.mesh.shape[a] for a in self.batch_axes)
+        w_Dv = self._output_table(params)
+        policy = self.parallel.remat_policy(targets_MbS.shape[-1])
+
+        def microbatch(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            h_bsD, targets_bS = xs
+            logits_bSv = logits(all_gather(h_bsD, TENSOR, dim=1), w_Dv)
+            return total + cross_entropy(logits_bSv, targets_bS), None
+
+        zero = vary(jnp.zeros((), jnp.float32), self.batch_axes)
+        total, _ = lax.scan(remat.checkpoint(microbatch, policy), zero, (h_MbsD, targets_MbS))
+        cross_entropy_mean = lax.psum(total, self.batch_axes) / num_tokens
+        aux_loss = lax.pmean(balance.load_balance_loss(stats, num_tokens), PIPELINE)
+        z_loss = lax.pmean(balance.router_z_loss(stats, num_tokens), PIPELINE)
+        loss = cross_entropy_mean + self.balance.aux_loss_weight * aux_loss + self.balance.z_loss_weight * z_loss
+        count_RlE, dropped_Rl = lax.stop_gradient((stats.count_E, stats.dropped))
+        metrics = {
+            "loss": loss,
+            "cross_entropy": cross_entropy_mean,
+            "aux_loss": aux_loss,
+            "z_loss": z_loss,
+            "count_RPlE": count_RlE[:, None],
+            "dropped_RPl": dropped_Rl[:, None],
+        }
+        return loss, metrics
+
+    @property
+    def metric_specs(self) -> dict[str, P]:
+        """How the figures that `loss` returns lie on the mesh: scalars everywhere, loads with their layers."""
+        by_layer = P(None, PIPELINE)
+        scalars = dict.fromkeys(("loss", "cross_entropy", "aux_loss", "z_loss"), P())
+        return scalars | {"count_RPlE": by_layer, "dropped_RPl": by_layer}
+
+    def next_token_logits(self, params: dict[str, Any], tokens_BS: jax.Array, position: jax.Array) -> jax.Array:
+        """Logits of the token after `position` in each of this device's sequences [B, S]: its columns [B, v]."""
+        h_MbsD, _ = self.hidden(params, tokens_BS, jnp.ones_like(tokens_BS))
+        h_BSD = all_gather(h_MbsD, TENSOR, dim=2).reshape(*tokens_BS.shape, -1)
+        h_BD = lax.dynamic_index_in_dim(h_BSD, position, axis=1, keepdims=False)
+        return logits(h_BD, self._output_table(params))
+
+    def hidden(
+        self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array
+    ) -> tuple[jax.Array, RouterStats]:
+        """Final hidden states [M, b, s, D], after the last norm, on every stage; and global sums of the router.
+
+        The sums are of this stage's layers, [R, layers per chunk, ...], over every token of the batch.
+        """
+        m = self.model
+        num_microbatches = self.parallel.num_microbatches
+        policy = self.parallel.remat_policy(tokens_BS.shape[1])
+        segment_ids_MbS = segment_ids_BS.reshape(num_microbatches, -1, segment_ids_BS.shape[1])
+        layers = params["layers"]
+        if self.parallel.gather == "step":
+            layers = sharding.gather(layers, self.table["layers"])
+
+        table_vD = sharding.gather(params["embed"], self.table["embed"])["table_VD"]
+        x_BsD = embed(table_vD, tokens_BS, jnp.dtype(m.dtype), split_pipeline=m.num_dense_layers > 0)
+        if m.num_dense_layers:
+            x_BsD = self._dense_layers(params["dense_layers"], x_BsD, segment_ids_BS, policy)
+
+        def stage(x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, RouterStats]:
+            chunk = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w[:, 0], repeat, keepdims=False), layers)
+            segment_ids_bS = lax.dynamic_index_in_dim(segment_ids_MbS, microbatch, keepdims=False)
+            layer = remat.layerwise(functools.partial(self._layer, segment_ids_bS=segment_ids_bS), policy)
+            return lax.scan(layer, x_bsD, chunk)
+
+        x_MbsD = x_BsD.reshape(num_microbatches, -1, *x_BsD.shape[1:])
+        x_MbsD = vary(x_MbsD, (PIPELINE,))
+        x_MbsD, stats = run_pipeline(remat.checkpoint(stage, policy), x_MbsD, self.parallel.repeats)
+        with jax.named_scope("pipeline"):  # from stage 0 to all: each holds a part of the vocabulary
+            x_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, x_MbsD, jnp.zeros_like(x_MbsD)), PIPELINE)
+        norm_D = sharding.gather(params["head"]["norm_D"], self.table["head"]["norm_D"])
+        return rms_norm(x_MbsD, norm_D, m.norm_eps), global_stats(stats, (*self.batch_axes, TENSOR))
+
+    def _layer(
+        self, x_bsD: jax.Array, p: dict[str, Any], *, segment_ids_bS: jax.Array
+    ) -> tuple[jax.Array, RouterStats]:
+        """One layer of the pipeline."""
+        if self.parallel.gather == "layer":
+            p = sharding.gather(p, self.table["layers"], unstacked=True)
+        x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
+        x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
+        h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
+        y_bsD, stats = mixture_of_experts(p["moe"], h_bsD, self.model, self.dispatch)
+        return x_bsD + y_bsD, stats
+
+    def _dense_layers(
+        self, stacked: dict[str, Any], x_bsD: jax.Array, segment_ids_BS: jax.Array, policy: str
+    ) -> jax.Array:
+        """The leading dense layers, each stage on its share of the batch, which is gathered over stages after them."""
+        start = lax.axis_index(PIPELINE) * x_bsD.shape[0]
+        segment_ids_bS = lax.dynamic_slice_in_dim(segment_ids_BS, start, x_bsD.shape[0])
+
+        def layer(x_bsD: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, None]:
+            p = sharding.gather(p, self.table["dense_layers"], unstacked=True)
+            x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
+            x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
+            h_bsD = rms_norm(x_bsD, p["feed_forward_norm_D"], self.model.norm_eps)
+            return x_bsD + swiglu(p["feed_forward"], h_bsD), None
+
+        x_bsD, _ = lax.scan(remat.checkpoint(layer, policy), x_bsD, stacked)
+        return all_gather(x_bsD, PIPELINE, dim=0)
+
+    def _output_table(self, params: dict[str, Any]) -> jax.Array:
+        """This device's columns of the output layer, [D, v]."""
+        if self.model.tie_embeddings:
+            return sharding.gather(params["embed"], self.table["embed"])["table_VD"].T
+        return sharding.gather(params["head"]["w_DV"], self.table["head"]["w_DV"])

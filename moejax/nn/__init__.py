@@ -1,0 +1,1 @@
+"""Layers, one a file, each a pure function of one device's arrays inside `shard_map`."""

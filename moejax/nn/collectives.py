@@ -1,0 +1,27 @@
+"""Collectives on activations: by name, and with their results named so that rematerialisation can keep them."""
+
+import jax
+from jax import lax
+
+from moejax.remat import NETWORK, named
+
+
+def all_gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
+    """Concatenates the shards of `x` along `dim` over the mesh axes."""
+    return named(lax.all_gather(x, axes, axis=dim, tiled=True), NETWORK)
+
+
+def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
+    """Sums `x` over the mesh axes and keeps this device's part of `dim`."""
+    return named(lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True), NETWORK)
+
+
+def all_to_all(x: jax.Array, axes: str | tuple[str, ...], split_dim: int, concat_dim: int) -> jax.Array:
+    """Sends the i-th part of `split_dim` to the i-th device of the axes; what arrives is joined along `concat_dim`."""
+    return named(lax.all_to_all(x, axes, split_dim, concat_dim, tiled=True), NETWORK)
+
+
+def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Types `x` as varying over `axes` as well; no data moves. Needed where a carry starts out replicated."""
+    missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x

@@ -1,0 +1,67 @@
+"""Pipeline schedules: microbatches through stages, each stage visited `repeats` times, in one `scan`.
+
+With M microbatches, P stages and R repeats, stage i works at tick t on item k = t - i: repeat k // M of microbatch k % M.
+R = 1 is GPipe; R > 1 is the interleaved schedule (arXiv 2104.04473), whose bubble is P - 1 ticks of 1/R the length. The
+last stage's results return to the first by the same `ppermute` that moves every other, P ticks after the microbatch
+left; there they take the place of the microbatch they came from, so one buffer holds the inputs, what waits for its
+next repeat, and in the end the outputs. (A slot must be read before it is replaced: M >= P when R > 1.)
+
+Dimensions: M microbatches, b sequences, s local sequence, D model, R repeats.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moejax.mesh import PIPELINE
+
+# (x_bsD, repeat, microbatch) -> (y_bsD, sums of this stage's chunk of layers)
+Stage = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def num_ticks(num_microbatches: int, num_stages: int, repeats: int) -> int:
+    """Length of the schedule in ticks, of which `num_stages - 1` are bubble on every stage."""
+    return repeats * num_microbatches + num_stages - 1
+
+
+def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int) -> tuple[jax.Array, Any]:
+    """Runs every microbatch through all `repeats * stages` chunks of layers.
+
+    Returns the outputs [M, b, s, D], meaningful on stage 0 only, and the stage's sums over microbatches, [R, ...].
+    """
+    num_stages, index = lax.axis_size(PIPELINE), lax.axis_index(PIPELINE)
+    num_microbatches = x_MbsD.shape[0]
+    ticks = num_ticks(num_microbatches, num_stages, repeats)
+    to_next = [(i, (i + 1) % num_stages) for i in range(num_stages)]
+
+    def put(buffer_MbsD: jax.Array, arrived_bsD: jax.Array, item: jax.Array | int) -> jax.Array:
+        slot = jnp.asarray(item) % num_microbatches
+        kept_bsD = lax.dynamic_index_in_dim(buffer_MbsD, slot, keepdims=False)
+        new_bsD = jnp.where((index == 0) & (item >= 0), arrived_bsD, kept_bsD)
+        return lax.dynamic_update_index_in_dim(buffer_MbsD, new_bsD, slot, 0)
+
+    def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
+        arrived_bsD, buffer_MbsD, sums_R = carry
+        buffer_MbsD = put(buffer_MbsD, arrived_bsD, t - num_stages)
+        item = t - index
+        live = (item >= 0) & (item < repeats * num_microbatches)
+        repeat, microbatch = jnp.clip(item // num_microbatches, 0, repeats - 1), item % num_microbatches
+        first_bsD = lax.dynamic_index_in_dim(buffer_MbsD, microbatch, keepdims=False)
+        y_bsD, sums = stage(jnp.where(index == 0, first_bsD, arrived_bsD), repeat, microbatch)
+        with jax.named_scope("pipeline"):
+            arrived_bsD = lax.ppermute(y_bsD, PIPELINE, to_next)
+        sums_R = jax.tree.map(lambda total, s: total.at[repeat].add(jnp.where(live, s, 0.0)), sums_R, sums)
+        return (arrived_bsD, buffer_MbsD, sums_R), None
+
+    zero = jnp.zeros_like(x_MbsD[0])
+    sums = jax.eval_shape(stage, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))[1]
+    varying = tuple(jax.typeof(x_MbsD).manual_axis_type.varying)
+    sums_R = jax.tree.map(
+        lambda s: lax.pcast(jnp.zeros((repeats, *s.shape), s.dtype), varying, to="varying"), sums
+    )
+    with jax.named_scope("pipeline"):
+        (arrived_bsD, x_MbsD, sums_R), _ = lax.scan(tick, (zero, x_MbsD, sums_R), jnp.arange(ticks, dtype=jnp.int32))
+        return put(x_MbsD, arrived_bsD, ticks - num_stages), sums_R
