@@ -1,0 +1,140 @@
+"""The device mesh: axis names, its configuration, and which devices stand where.
+
+A mesh is expert × pipeline × tensor, with an outermost `replica` axis when there are more devices than one such mesh
+takes. What each axis shards is told in `moejax.sharding`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from moejax.config import ConfigError, check
+
+REPLICA = "replica"
+EXPERT = "expert"
+PIPELINE = "pipeline"
+TENSOR = "tensor"
+
+HostAxis = Literal["replica", "expert", "pipeline", "tensor"]
+Hardware = Literal[
+    "cpu", "a100_40gb", "a100_64gb", "a100_80gb", "h100", "h200", "b200", "tpu_v5e", "tpu_v5p", "tpu_v6e", "tpu7x"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The sizes of the mesh axes, the kind of device, and the axis that crosses hosts.
+
+    `host_axis` is the one axis whose neighbours may stand in different hosts; every other axis stays inside one host.
+    `hosts` must divide its size. `hardware` is a name; its figures are the planner's.
+    """
+
+    expert: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+    replica: int = 1
+    hardware: Hardware = "cpu"
+    hosts: int = 1
+    host_axis: HostAxis = "expert"
+
+    def __post_init__(self) -> None:
+        for name in (EXPERT, PIPELINE, TENSOR, REPLICA, "hosts"):
+            value = getattr(self, name)
+            check(value > 0, f"{name}={value} must be positive")
+        for name, choices in (("hardware", Hardware), ("host_axis", HostAxis)):
+            value, allowed = getattr(self, name), get_args(choices)
+            check(value in allowed, f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        crossing = getattr(self, self.host_axis)
+        divisors = ", ".join(str(n) for n in range(1, crossing + 1) if crossing % n == 0)
+        check(
+            crossing % self.hosts == 0,
+            f"hosts={self.hosts} must divide {self.host_axis}={crossing}, the host_axis; hosts can be {divisors}",
+        )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Axis name -> size, outermost first; `replica` only when there is more than one."""
+        replica = {REPLICA: self.replica} if self.replica > 1 else {}
+        return {**replica, EXPERT: self.expert, PIPELINE: self.pipeline, TENSOR: self.tensor}
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        return tuple(self.shape)
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.shape.values())
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The axes over which the batch is split."""
+        return (REPLICA, EXPERT) if self.replica > 1 else (EXPERT,)
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Places `devices` (default: all of JAX's) on the mesh of `config`.
+
+    Devices are taken by (process, id), so that consecutive ones share a host, and `hosts` equal runs of them become the
+    outermost part of `host_axis`: no other axis crosses hosts.
+
+    Raises:
+      ConfigError: the number of devices is not the one that the mesh needs.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if len(devices) != config.num_devices:
+        raise ConfigError(_device_count_message(config, devices))
+    ordered = np.empty(len(devices), dtype=object)
+    ordered[:] = sorted(devices, key=lambda device: (device.process_index, device.id))
+
+    host_dim = config.axis_names.index(config.host_axis) if config.hosts > 1 else 0
+    inside_host = list(config.shape.values())
+    inside_host[host_dim] //= config.hosts
+    grid = ordered.reshape(config.hosts, *inside_host)
+    grid = np.moveaxis(grid, 0, host_dim).reshape(tuple(config.shape.values()))
+    return Mesh(grid, config.axis_names, axis_types=(AxisType.Auto,) * grid.ndim)
+
+
+def _device_count_message(config: MeshConfig, devices: Sequence[jax.Device]) -> str:
+    sizes = " × ".join(f"{name}={size}" for name, size in config.shape.items())
+    have, needed = len(devices), config.num_devices
+    others = needed // config.expert
+    if have == 1:
+        fix = "for one device use --mesh=single"
+    elif have % others == 0:
+        fix = f"for {have} devices use expert={have // others}"
+    else:
+        fix = f"for {have} devices use sizes whose product is {have}, such as expert={have} with the others 1"
+    if all(device.platform == "cpu" for device in devices):
+        fix += f", or for {needed} virtual CPU devices call moejax.use_virtual_devices({needed}) first"
+    return f"mesh {sizes} needs {needed} device{'s' * (needed > 1)} but there {_count(have)}; {fix}"
+
+
+def _count(number: int) -> str:
+    return "is 1" if number == 1 else f"are {number}"
+
+
+def use_virtual_devices(number: int) -> None:
+    """Makes JAX run on `number` virtual devices of this machine's CPU; call it before anything asks for a device.
+
+    Raises:
+      ConfigError: JAX has already started with other devices.
+    """
+    check(number > 0, f"number={number} of virtual devices must be positive")
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+        jax.config.update("jax_platforms", "cpu")
+        return
+    except RuntimeError:  # JAX has started: fine if it has what is asked for
+        platform, have = jax.default_backend(), jax.device_count()
+    if (platform, have) != ("cpu", number):
+        raise ConfigError(
+            f"use_virtual_devices({number}) comes too late: JAX has already started with {have} {platform} "
+            f"device{'s' * (have > 1)}; call it before anything asks for a device"
+        )

@@ -1,0 +1,209 @@
+"""Typed dotted overrides of nested frozen dataclasses, and configuration files in Python.
+
+`--config.model.num_layers=4` is read by the type hint of `model.num_layers`. All overrides of one dataclass are
+applied in one `dataclasses.replace`, so fields that must change together are validated together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from moejax.config import ConfigError
+
+T = TypeVar("T")
+
+
+def apply_overrides(config: T, overrides: Mapping[str, str]) -> T:
+    """`config` with the fields at the dotted paths of `overrides` set to the values that their texts stand for.
+
+    Raises:
+      ConfigError: a path that does not exist, a text that is not of the field's type, or a value that the dataclass
+        refuses.
+    """
+    return _replace(config, dict(overrides), "")
+
+
+def _replace(config: T, overrides: Mapping[str, str], parent: str) -> T:
+    """Applies `overrides`, relative to `config`, which itself stands at `parent` ("" or "model.")."""
+    hints = get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    nested: dict[str, dict[str, str]] = {}
+    for path, text in overrides.items():
+        name, _, rest = path.partition(".")
+        if name not in hints:
+            raise ConfigError(_unknown_message(config, parent, name))
+        is_nested = dataclasses.is_dataclass(getattr(config, name))
+        if is_nested and not rest:
+            fields = ", ".join(f"{parent}{name}.{field}" for field in _field_names(getattr(config, name)))
+            raise ConfigError(f"{parent}{name}={text!r} cannot be set as a whole; set one of {fields}")
+        if is_nested:
+            nested.setdefault(name, {})[rest] = text
+        elif rest:
+            raise ConfigError(f"{parent}{path}={text!r} does not exist: {parent}{name} has no fields")
+        else:
+            values[name] = _parse(text, hints[name], f"{parent}{name}")
+    for name, inner in nested.items():
+        values[name] = _replace(getattr(config, name), inner, f"{parent}{name}.")
+    try:
+        return dataclasses.replace(config, **values)
+    except ConfigError as error:
+        raise ConfigError(f"{parent}{error}") from None
+
+
+def _field_names(config: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def _unknown_message(config: Any, parent: str, name: str) -> str:
+    names = _field_names(config)
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(parent + match for match in close)}? " if close else ""
+    owner = f"{parent.removesuffix('.')} ({type(config).__name__})" if parent else type(config).__name__
+    return f"{parent}{name} does not exist; {hint}the fields of {owner} are {', '.join(names)}"
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    """The value of type `hint` that `text` stands for."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _parse_optional(text, arguments, path)
+    if origin is tuple:
+        item = arguments[0]
+        parts = [part.strip() for part in text.split(",")] if text.strip() else []
+        return tuple(_parse(part, item, path) for part in parts)
+    if origin is Literal:
+        for choice in arguments:
+            if str(choice) == text:
+                return choice
+        raise _wrong_type(text, path, f"one of {', '.join(map(str, arguments))}")
+    if hint is str:
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise _wrong_type(text, path, "true or false")
+        return text.lower() == "true"
+    if hint is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise _wrong_type(text, path, "a whole number (int)") from None
+    if hint is float:
+        return _parse_float(text, path)
+    raise ConfigError(f"{path}={text!r} cannot be set by an override: its type is {hint}; set it in a config file")
+
+
+def _parse_float(text: str, path: str) -> float:
+    expected = "a finite number (float)"
+    try:
+        value = float(text)
+    except ValueError:
+        raise _wrong_type(text, path, expected) from None
+    if not math.isfinite(value):
+        raise _wrong_type(text, path, expected)
+    return value
+
+
+def _parse_optional(text: str, arguments: tuple[Any, ...], path: str) -> Any:
+    if type(None) in arguments and text.lower() == "none":
+        return None
+    kinds = [argument for argument in arguments if argument is not type(None)]
+    if len(kinds) != 1:
+        raise ConfigError(
+            f"{path}={text!r} cannot be set by an override: it has several types; set it in a config file"
+        )
+    return _parse(text, kinds[0], path)
+
+
+def _wrong_type(text: str, path: str, expected: str) -> ConfigError:
+    return ConfigError(f"{path}={text!r} must be {expected}")
+
+
+def split_overrides(argv: Sequence[str], prefix: str) -> tuple[dict[str, str], list[str]]:
+    """Takes `--<prefix>.path=value` and `--<prefix>.path value` (or with one dash) out of `argv`.
+
+    Returns the overrides, path -> text, of which the last one of a path wins, and the remaining arguments in order.
+    What follows `--` is left alone.
+
+    Raises:
+      ConfigError: an override without a value.
+    """
+    overrides: dict[str, str] = {}
+    remaining: list[str] = []
+    arguments = list(argv)
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if argument == "--":
+            remaining += [argument, *arguments[position:]]
+            break
+        flag = argument[2:] if argument.startswith("--") else argument[1:]
+        if not argument.startswith("-") or not flag.startswith(f"{prefix}."):
+            remaining.append(argument)
+            continue
+        path, equals, text = flag.removeprefix(f"{prefix}.").partition("=")
+        if not equals:
+            if position == len(arguments) or _is_flag(arguments[position]):
+                raise ConfigError(f"--{prefix}.{path} needs a value; write --{prefix}.{path}=VALUE")
+            text = arguments[position]
+            position += 1
+        overrides.pop(path, None)
+        overrides[path] = text
+    return overrides, remaining
+
+
+def _is_flag(argument: str) -> bool:
+    """Whether `argument` is a flag, and not a value such as -1 or -.5."""
+    return argument.startswith("-") and not argument.lstrip("-")[:1].isdigit() and not argument.startswith("-.")
+
+
+def load_config_file(path: str | Path, expected_type: type[T]) -> T:
+    """Runs the Python file at `path` and returns what its `get_config()` returns, an `expected_type`.
+
+    Raises:
+      ConfigError: there is no such file, it has no `get_config`, it fails, or it returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; use a Python file with get_config() -> {expected_type.__name__}")
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        config = get_config() if callable(get_config) else None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{path} failed{_line(error, path)}: {type(error).__name__}: {_one_line(error)}") from error
+    if not callable(get_config):
+        raise ConfigError(f"{path} has no get_config(); define get_config() -> {expected_type.__name__}")
+    if not isinstance(config, expected_type):
+        raise ConfigError(f"{path}: get_config() returned {config!r:.80}; it must return a {expected_type.__name__}")
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _line(error: Exception, path: Path) -> str:
+    """ " at line N" of `path`, where its own code last was when it failed."""
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        return f" at line {error.lineno}"
+    numbers = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        if Path(traceback.tb_frame.f_code.co_filename) == path:
+            numbers.append(traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return f" at line {numbers[-1]}" if numbers else ""
