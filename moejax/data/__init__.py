@@ -1,0 +1,49 @@
+"""Text, tokenizers and the resumable stream of batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from moejax.config import DataConfig
+from moejax.data.corpora import Document, hash_documents, load_corpus, split_documents
+from moejax.data.loader import make_loader
+from moejax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, make_tokenizer
+
+__all__ = [
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "Data",
+    "Document",
+    "Tokenizer",
+    "load_corpus",
+    "load_data",
+    "make_loader",
+    "make_tokenizer",
+    "split_documents",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A tokenizer and the two sides of the split, neither of them empty."""
+
+    tokenizer: Tokenizer
+    train_documents: tuple[Document, ...]
+    eval_documents: tuple[Document, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits that differ where a loader's state would mean other batches: other text or other ids."""
+        tokenizer = Document("tokenizer", self.tokenizer.fingerprint)
+        return hash_documents((tokenizer, *self.train_documents))
+
+
+def load_data(config: DataConfig, cache_dir: str | os.PathLike[str] | None = None) -> Data:
+    """Reads `config.paths`, splits the documents and makes the tokenizer, from those to train on alone.
+
+    Raises:
+      ConfigError: as `load_corpus`, `split_documents` and `make_tokenizer`.
+    """
+    train_documents, eval_documents = split_documents(load_corpus(config.paths), config.eval_fraction)
+    return Data(make_tokenizer(config, train_documents, cache_dir), train_documents, eval_documents)

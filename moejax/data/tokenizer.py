@@ -1,0 +1,215 @@
+"""Tokenizers: raw bytes, or byte-pair encoding that is trained on the corpus or read from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moejax.config import ConfigError, DataConfig, check
+from moejax.data.corpora import Document, hash_documents
+
+_log = logging.getLogger(__name__)
+
+_SEPARATORS = ("<|endoftext|>", "</s>", "<s>")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_PROBE = "Naïve  café,\n\n\tif x == [1]:  # 東京 🙂\n" + "".join(_SEPARATORS)
+
+
+class Tokenizer(Protocol):
+    """What the loader, the loss and sampling ask of a tokenizer.
+
+    `separator` is the id that stands before each document, and nowhere inside one. `fingerprint` is equal exactly for
+    tokenizers that give the same ids.
+    """
+
+    vocab_size: int
+    separator: int
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, without a separator: uint16[N], or int32[N] if the vocabulary needs it."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in parallel where that helps."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of integer ids[N]. Separators give none; a character of which bytes are missing gives U+FFFD."""
+
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        """How many UTF-8 bytes of text the integer ids (of any shape) stand for; a separator for 0."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes are the ids. Byte 0, which no text file holds, is the separator."""
+
+    vocab_size = 256
+    separator = 0
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = np.frombuffer(text.encode(), np.uint8)
+        nul = text.find("\0")
+        check(nul < 0, f"text has a NUL at character {nul}, which is the separator of documents; remove it")
+        return ids.astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, np.int64)
+        return ids[ids != self.separator].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        return int(np.count_nonzero(np.asarray(ids) != self.separator))
+
+
+class BpeTokenizer:
+    """A tokenizer of the `tokenizers` library that gives back the text it was given.
+
+    A special token's name inside a text is encoded as the text that it is. For a tokenizer that puts a space before
+    every text (SentencePiece does), that space counts in `num_bytes`.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, name: str = "bpe") -> None:
+        """`name` is how errors call it.
+
+        Raises:
+          ConfigError: it has no token to separate documents with, or does not give text back.
+        """
+        self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # or a text that mentions the separator would be cut by it
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        separators = [i for token in _SEPARATORS if (i := tokenizer.token_to_id(token)) is not None]
+        check(
+            bool(separators),
+            f"tokenizer={name!r} has no token to separate documents with; add one of {', '.join(_SEPARATORS)} to it",
+        )
+        self.separator: int = separators[0]
+        self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        self.fingerprint: str = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
+        self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.int32
+        self._bytes_V = self._count_bytes()
+        self._check_lossless(name)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, self._dtype) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        return int(self._bytes_V[np.asarray(ids, np.int64)].sum())
+
+    def _count_bytes(self) -> np.ndarray:
+        """int64[vocab_size]: the UTF-8 bytes that each id stands for."""
+        # The decoder tells whether "é" is the byte 0xE9, as byte-level tokenizers write it, or itself.
+        byte_level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        bytes_V = np.zeros(self.vocab_size, np.int64)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if byte_level:
+                bytes_V[i] = len(token)
+            elif _BYTE_TOKEN.fullmatch(token):
+                bytes_V[i] = 1
+            else:
+                bytes_V[i] = len(token.replace("▁", " ").encode())
+        for i, added in self._tokenizer.get_added_tokens_decoder().items():
+            bytes_V[i] = 0 if added.special else len(added.content.encode())
+        bytes_V[self.separator] = 0
+        return bytes_V
+
+    def _check_lossless(self, name: str) -> None:
+        ids = self.encode(_PROBE)
+        spaces = self.num_bytes(ids) - len(_PROBE.encode())  # 1 if it puts a space first
+        check(
+            self.decode(ids) == _PROBE and spaces in (0, 1),
+            f"tokenizer={name!r} gives {self.decode(ids)!r} for {_PROBE!r}; use one that gives every text back: "
+            "byte-level BPE, or byte fallback without a normalizer",
+        )
+
+
+def make_tokenizer(
+    config: DataConfig, train_documents: Sequence[Document], cache_dir: str | os.PathLike[str] | None = None
+) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names.
+
+    "bpe" is trained on `train_documents` once; `cache_dir` (default: `moejax` in the user's cache folder) keeps it by
+    a hash of corpus and size. A small corpus may yield fewer ids than `config.tokenizer_vocab_size`.
+
+    Raises:
+      ConfigError: the tokenizer's file cannot be read or used.
+    """
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer == "bpe":
+        return _cached_bpe(train_documents, config.tokenizer_vocab_size, Path(cache_dir or _default_cache_dir()))
+    return BpeTokenizer(_read_tokenizer(config.tokenizer), config.tokenizer)
+
+
+def _read_tokenizer(path: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror
+    except Exception as error:  # the library raises bare Exception for what it cannot parse
+        reason = " ".join(str(error).split())
+    raise ConfigError(
+        f"tokenizer={path!r} cannot be read ({reason}); use 'bytes', 'bpe' or the path of a tokenizer.json"
+    )
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moejax"
+
+
+def _cached_bpe(documents: Sequence[Document], vocab_size: int, cache_dir: Path) -> BpeTokenizer:
+    path = cache_dir / f"bpe-{vocab_size}-{hash_documents(documents)}.json"
+    if path.exists():
+        try:
+            return BpeTokenizer(_read_tokenizer(str(path)), str(path))
+        except ConfigError as error:
+            _log.warning("training the tokenizer again: %s", error)
+    tokenizer = _train_bpe(documents, vocab_size)
+    try:
+        _write_atomically(path, tokenizer.to_str())
+    except OSError as error:  # the next run trains again: slower, not wrong
+        _log.warning("the tokenizer is not cached: cannot write %s (%s)", path, error.strerror)
+    return BpeTokenizer(tokenizer)
+
+
+def _train_bpe(documents: Sequence[Document], vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE (GPT-2's): 256 bytes, learned merges, and the separator as id 0."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_SEPARATORS[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer, length=len(documents))
+    return tokenizer
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """So that a process that starts meanwhile reads a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
