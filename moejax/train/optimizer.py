@@ -1,0 +1,58 @@
+"""AdamW on sharded parameters, inside the per-device program."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from moejax.config import OptimizerConfig
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then a cosine to its final fraction at `steps`."""
+    peak = config.learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (config.warmup_steps + 1),  # the first step moves already
+        peak_value=peak,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=peak * config.final_learning_rate_fraction,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) with decoupled decay on everything but norm scales; elementwise, so it shards freely."""
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith("norm_D"), params)
+
+    return optax.adamw(
+        learning_rate_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The 2-norm over all devices' shards. A leaf is summed over the mesh axes it varies over: its type says which.
+
+    `optax.global_norm` would take each device's shards for the whole, and clip every device differently.
+    """
+    by_axes: dict[tuple[str, ...], jax.Array] = {}
+    for leaf in jax.tree.leaves(tree):
+        axes = tuple(sorted(jax.typeof(leaf).manual_axis_type.varying))
+        square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        by_axes[axes] = by_axes[axes] + square if axes in by_axes else square
+    return jnp.sqrt(sum(lax.psum(square, axes) if axes else square for axes, square in by_axes.items()))
+
+
+def clip_by_global_norm(tree: Any, max_norm: float) -> tuple[Any, jax.Array]:
+    """Scales the tree down to a global norm of at most `max_norm`; returns it and the norm before."""
+    norm = global_norm(tree)
+    scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), tree), norm

@@ -1,0 +1,172 @@
+"""The train step and the evaluation step: the per-device program compiled over the mesh.
+
+Dimensions: A gradient-accumulation slices, B sequences, S sequence, L mixture-of-experts layers, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.balance import load_statistics
+from moejax.config import OptimizerConfig
+from moejax.model import Batch, Metrics, Program
+from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+class TrainState:
+    """What a step changes: its number (int32), the float32 parameters, the optimizer's moments. All stored sharded."""
+
+    def __init__(self, step: Any, params: Any, opt_state: Any) -> None:
+        self.step, self.params, self.opt_state = step, params, opt_state
+
+
+class TrainStep:
+    """`state, metrics = train_step(state, batch)` over the program's mesh; `train_step.init(key)` makes the state.
+
+    A batch is {"tokens", "targets", "segment_ids"}: int32 [B, S], of the whole mesh. The old state's memory is reused
+    for the new one. Metrics are float32 scalars, the same on every device (see `moejax.model.Program.loss` and
+    `moejax.balance.load_statistics`), `grad_norm` (before clipping), `learning_rate`, and `load_LE`, the assignments
+    each expert got in this step.
+    """
+
+    def __init__(self, program: Program, optimizer: OptimizerConfig, steps: int, accumulate: int = 1) -> None:
+        self.program, self.config, self.accumulate = program, optimizer, accumulate
+        self.schedule = learning_rate_schedule(optimizer, steps)
+        self.optimizer = make_optimizer(optimizer, steps)
+        self._step = jax.jit(self._global_step, donate_argnums=0)
+        self._evaluate = jax.jit(self._global_evaluate)
+
+    @functools.cached_property
+    def state_specs(self) -> TrainState:
+        """The state's PartitionSpecs: moments lie as their parameters do."""
+        specs = self.program.param_specs
+        shapes = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), specs, is_leaf=_is_spec)
+        moments = jax.eval_shape(self.optimizer.init, shapes)
+        opt_specs = optax.tree.map_params(
+            self.optimizer, lambda _, spec: spec, moments, specs, transform_non_params=lambda _: P(), is_leaf=_is_spec
+        )
+        return TrainState(P(), specs, opt_specs)
+
+    @functools.cached_property
+    def state_shardings(self) -> TrainState:
+        to_sharding = functools.partial(NamedSharding, self.program.mesh)
+        return jax.tree.map(to_sharding, self.state_specs, is_leaf=_is_spec)
+
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        """The state as `jax.ShapeDtypeStruct`s with shardings: to compile for, or to restore onto."""
+        shapes = jax.eval_shape(self._init, jax.eval_shape(jax.random.key, 0))
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
+        )
+
+    def batch_shapes(self, batch_size: int, seq_len: int) -> Batch:
+        """A batch as `jax.ShapeDtypeStruct`s."""
+        sharding = NamedSharding(self.program.mesh, self.program.batch_spec)
+        shape = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32, sharding=sharding)
+        return dict.fromkeys(("tokens", "targets", "segment_ids"), shape)
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A fresh state, made where it is stored; the same key gives the same one on every mesh."""
+        return jax.jit(self._init, out_shardings=self.state_shardings)(key)
+
+    def _init(self, key: jax.Array) -> TrainState:
+        params = self.program.init(key)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+    def put_batch(self, batch: Any) -> Batch:
+        """Places a host's batch on the mesh."""
+        sharding = NamedSharding(self.program.mesh, self.program.batch_spec)
+        return jax.device_put({k: batch[k] for k in ("tokens", "targets", "segment_ids")}, sharding)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return self._step(state, batch)
+
+    def lower(self, batch_size: int, seq_len: int) -> Any:
+        """The step lowered without any array: `.compile()` gives memory and the compiled text."""
+        return self._step.lower(self.state_shapes, self.batch_shapes(batch_size, seq_len))
+
+    def evaluate(self, params: Any, batch: Batch) -> Metrics:
+        """The metrics of a batch, without a gradient."""
+        return self._evaluate(params, batch)
+
+    def _global_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        program = self.program
+        metric_specs = program.metric_specs | {"grad_norm": P(), "learning_rate": P()}
+        step = program.sharded(
+            self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
+        )
+        state, metrics = step(state, batch)
+        return state, _summarise(metrics)
+
+    def _global_evaluate(self, params: Any, batch: Batch) -> Metrics:
+        program = self.program
+        evaluate = program.sharded(
+            lambda params, batch: program.loss(params, batch)[1],
+            (program.param_specs, program.batch_spec),
+            program.metric_specs,
+        )
+        return _summarise(evaluate(params, batch))
+
+    def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = self._gradients(state.params, batch)
+        with jax.named_scope("optimizer"):
+            grads, grad_norm = clip_by_global_norm(grads, self.config.clip_norm)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": self.schedule(state.step)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def _gradients(self, params: Any, batch: Batch) -> tuple[Any, Metrics]:
+        """Mean gradients, and metrics, over the accumulation slices: scalars averaged, loads added up."""
+        value_and_grad = jax.value_and_grad(self.program.loss, has_aux=True)
+        if self.accumulate == 1:
+            (_, metrics), grads = value_and_grad(params, batch)
+            return grads, metrics
+        slices = jax.tree.map(lambda x_BS: x_BS.reshape(self.accumulate, -1, x_BS.shape[-1]), batch)
+
+        def add(total: Any, slice_: Batch) -> tuple[Any, None]:
+            (_, metrics), grads = value_and_grad(params, slice_)
+            return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+        # The first slice starts the sums, so that they have its types on the mesh.
+        first = jax.tree.map(lambda x_ABS: x_ABS[0], slices)
+        rest = jax.tree.map(lambda x_ABS: x_ABS[1:], slices)
+        (_, metrics), grads = value_and_grad(params, first)
+        (grads, metrics), _ = lax.scan(add, (grads, metrics), rest)
+        mean = functools.partial(jax.tree.map, lambda x: x / self.accumulate)
+        loads = {k: metrics.pop(k) for k in ("count_RPlE", "dropped_RPl")}
+        return mean(grads), mean(metrics) | loads
+
+
+def _is_spec(x: object) -> bool:
+    return isinstance(x, P)
+
+
+def _summarise(metrics: Metrics) -> Metrics:
+    count_RPlE, dropped_RPl = metrics.pop("count_RPlE"), metrics.pop("dropped_RPl")
+    load_LE = count_RPlE.reshape(-1, count_RPlE.shape[-1])
+    return metrics | load_statistics(load_LE, dropped_RPl.reshape(-1)) | {"load_LE": load_LE}
+
+
+def make_train_step(
+    program: Program, optimizer: OptimizerConfig | None = None, *, steps: int = 1000, accumulate: int = 1
+) -> TrainStep:
+    """The compiled train step of a program.
+
+    Args:
+        program: the model on its mesh.
+        optimizer: AdamW's settings.
+        steps: length of the learning-rate schedule.
+        accumulate: forward-backward passes per optimizer step; the batch is cut into as many.
+    """
+    return TrainStep(program, optimizer or OptimizerConfig(), steps, accumulate)
