@@ -150,7 +150,6 @@ def use_virtual_devices(number: int) -> None:
 _COLLECTIVE_TIMEOUTS = {
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
     "xla_cpu_collective_call_terminate_timeout_seconds": 1800,
-    "xla_cpu_collective_timeout_seconds": 1800,
 }
 
 

@@ -126,7 +126,7 @@ def test_collective_timeouts_keep_what_the_user_set():
     program = (
         "import os, jax, moejax; moejax.use_virtual_devices(2); print(jax.device_count(), os.environ['XLA_FLAGS'])"
     )
-    name = "--xla_cpu_collective_timeout_seconds"
+    name = "--xla_cpu_collective_call_terminate_timeout_seconds"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "XLA_FLAGS": f"{name}=7"},
@@ -138,4 +138,4 @@ def test_collective_timeouts_keep_what_the_user_set():
     assert done.stdout.startswith("2 ")
     assert done.stdout.count(name) == 1
     assert f"{name}=7" in done.stdout
-    assert "--xla_cpu_collective_call_terminate_timeout_seconds=1800" in done.stdout
+    assert "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120" in done.stdout
