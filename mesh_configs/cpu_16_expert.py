@@ -1,6 +1,6 @@
-"""16 virtual CPU devices, all of them on the expert axis: the fastest of the virtual layouts, and the widest dispatch.
+"""16 virtual CPU devices, all of them on the expert axis: the widest dispatch.
 
-One expert of 16 a device and no pipeline bubble, which virtual devices that share a few cores pay for in full.
+One expert of 16 a device, and neither a pipeline's bubble nor a tensor axis, so that what is left is the exchange.
 """
 
 from moejax.mesh import MeshConfig

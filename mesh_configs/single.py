@@ -1,4 +1,4 @@
-"""One device: a first look at a new model, a debugger, one accelerator.
+"""One device: a first look at a new model, a debugger; on one accelerator add --mesh.hardware=h100 or what it is.
 
 Every axis is 1, so every collective is gone and the program is the plain model.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -112,7 +113,8 @@ def _device_count_message(config: MeshConfig, devices: Sequence[jax.Device]) -> 
     else:
         fix = f"for {have} devices use sizes whose product is {have}, such as expert={have} with the others 1"
     if all(device.platform == "cpu" for device in devices):
-        fix += f", or for {needed} virtual CPU devices call moejax.use_virtual_devices({needed}) first"
+        flag = "" if config.hardware == "cpu" else "use --mesh.hardware=cpu, which is to "
+        fix += f", or for {needed} virtual CPU devices {flag}call moejax.use_virtual_devices({needed}) first"
     return f"mesh {sizes} needs {needed} device{'s' * (needed > 1)} but there {_count(have)}; {fix}"
 
 
@@ -123,10 +125,13 @@ def _count(number: int) -> str:
 def use_virtual_devices(number: int) -> None:
     """Makes JAX run on `number` virtual devices of this machine's CPU; call it before anything asks for a device.
 
+    It also raises XLA's limits on slow collectives, in the environment's `XLA_FLAGS` unless they are set there already.
+
     Raises:
       ConfigError: JAX has already started with other devices.
     """
     check(number > 0, f"number={number} of virtual devices must be positive")
+    _raise_collective_timeouts()
     try:
         jax.config.update("jax_num_cpu_devices", number)
         jax.config.update("jax_platforms", "cpu")
@@ -138,3 +143,19 @@ def use_virtual_devices(number: int) -> None:
             f"use_virtual_devices({number}) comes too late: JAX has already started with {have} {platform} "
             f"device{'s' * (have > 1)}; call it before anything asks for a device"
         )
+
+
+# Virtual devices share the machine's cores and reach a collective one after another. XLA aborts the process when the
+# last comes 40 s after the first, which a long step on two cores does.
+_COLLECTIVE_TIMEOUTS = {
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 1800,
+}
+
+
+def _raise_collective_timeouts() -> None:
+    if jax.__version_info__[:2] > (0, 11):  # XLA aborts on a flag that it does not know; these are seen up to 0.11
+        return
+    present = os.environ.get("XLA_FLAGS", "")
+    flags = [f"--{name}={seconds}" for name, seconds in _COLLECTIVE_TIMEOUTS.items() if name not in present]
+    os.environ["XLA_FLAGS"] = " ".join([present, *flags]).strip()

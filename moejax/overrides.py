@@ -63,7 +63,7 @@ def _field_names(config: Any) -> list[str]:
 
 def _unknown_message(config: Any, parent: str, name: str) -> str:
     names = _field_names(config)
-    close = difflib.get_close_matches(name, names, n=3)
+    close = difflib.get_close_matches(name, names, n=2)
     hint = f"did you mean {' or '.join(parent + match for match in close)}? " if close else ""
     owner = f"{parent.removesuffix('.')} ({type(config).__name__})" if parent else type(config).__name__
     return f"{parent}{name} does not exist; {hint}the fields of {owner} are {', '.join(names)}"
@@ -96,7 +96,7 @@ def _parse(text: str, hint: Any, path: str) -> Any:
             raise _wrong_type(text, path, "a whole number (int)") from None
     if hint is float:
         return _parse_float(text, path)
-    raise ConfigError(f"{path}={text!r} cannot be set by an override: its type is {hint}; set it in a config file")
+    raise ConfigError(f"{path}={text!r} cannot be set by an override: its type is {hint}; set it in a file")
 
 
 def _parse_float(text: str, path: str) -> float:

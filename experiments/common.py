@@ -1,0 +1,194 @@
+"""What the scripts share: their flags, their configurations and how JAX is started.
+
+A script reads:
+
+    def main(argv: list[str]) -> None:
+        config, mesh_config, _ = common.parse_configs(argv)
+        common.setup_jax(mesh_config)
+        ...
+
+    if __name__ == "__main__":
+        common.run(main)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+from absl import flags
+
+from moejax.config import ConfigError, TrainConfig
+from moejax.mesh import MeshConfig, use_virtual_devices
+from moejax.overrides import apply_overrides, load_config_file, split_overrides
+from moejax.presets import PRESETS
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "experiments" / "configs"
+MESH_CONFIGS = ROOT / "mesh_configs"
+
+_CONFIG = flags.DEFINE_string(
+    "config", "tiny", "What to train: a name in experiments/configs, a preset, or a Python file with get_config()."
+)
+_MESH = flags.DEFINE_string(
+    "mesh", "cpu_16", "What to run on: a name in mesh_configs, or a Python file with get_config()."
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "Files, globs or folders, separated by commas, to train on; short for --config.data.paths."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "bytes, bpe or the path of a tokenizer.json; short for --config.data.tokenizer."
+)
+_CACHE_DIR = flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "Where compiled programs are kept for the next run; empty for nowhere. "
+    "Default: $JAX_COMPILATION_CACHE_DIR, else moejax/xla in $XDG_CACHE_HOME or ~/.cache.",
+)
+_HELP = flags.DEFINE_boolean("help", False, "Show this help and every field that --config.* and --mesh.* can set.")
+
+
+def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig, list[str]]:
+    """Parses the flags and returns the two configurations, and `argv` without flags: its first item and positionals.
+
+    `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name.
+
+    Raises:
+      ConfigError: a flag, a name, a file or an override that is wrong.
+    """
+    config_overrides, remaining = split_overrides(argv, "config")
+    mesh_overrides, remaining = split_overrides(remaining, "mesh")
+    try:
+        remaining = flags.FLAGS(remaining)
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(f"--{error.flagname} does not exist; {_field_hint(error.flagname)}--help lists all") from None
+    except flags.Error as error:
+        raise ConfigError(f"{' '.join(str(error).split())}; --help lists all") from None
+
+    for flag, path in ((_DATA, "data.paths"), (_TOKENIZER, "data.tokenizer")):
+        if flag.value is None:
+            continue
+        if path in config_overrides:
+            raise ConfigError(f"--{flag.name} and --config.{path} are the same field; give one of them")
+        config_overrides[path] = flag.value
+
+    config = _apply("config", load_config(_CONFIG.value), config_overrides)
+    mesh_config = _apply("mesh", load_mesh_config(_MESH.value), mesh_overrides)
+    if _HELP.value:
+        print(_help(config, mesh_config))
+        sys.exit(0)
+    return config, mesh_config, remaining
+
+
+def _field_hint(name: str) -> str:
+    """ "did you mean ..." for a field that was written without its path, or for a flag that is nearly `name`."""
+    fields = [
+        line.split("=")[0].strip() for line in _fields(TrainConfig(), "--config") + _fields(MeshConfig(), "--mesh")
+    ]
+    matches = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
+    matches = matches or difflib.get_close_matches(f"--{name}", [*fields, *(f"--{flag}" for flag in flags.FLAGS)], n=1)
+    return f"did you mean {' or '.join(matches)}? " if matches else ""
+
+
+def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
+    try:
+        return apply_overrides(config, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"--{prefix}.{error}") from None
+
+
+def load_config(name: str) -> TrainConfig:
+    """The configuration of a file, of a name in experiments/configs, or the defaults around a preset's model."""
+    path = _find(name, CONFIGS)
+    if path is not None:
+        return load_config_file(path, TrainConfig)
+    if name in PRESETS:
+        return TrainConfig(model=PRESETS[name]())
+    raise ConfigError(_unknown("config", name, {*_names(CONFIGS), *PRESETS}))
+
+
+def load_mesh_config(name: str) -> MeshConfig:
+    """The mesh of a file, or of a name in mesh_configs."""
+    path = _find(name, MESH_CONFIGS)
+    if path is None:
+        raise ConfigError(_unknown("mesh", name, _names(MESH_CONFIGS)))
+    return load_config_file(path, MeshConfig)
+
+
+def _find(name: str, folder: Path) -> Path | None:
+    """The file that `name` stands for: itself if it ends in .py (from here or the repository), else in `folder`."""
+    if name.endswith(".py"):
+        path = Path(name).expanduser()
+        return path if path.exists() or not (ROOT / path).exists() else ROOT / path
+    path = folder / f"{name}.py"
+    return path if path.exists() else None
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+
+
+def _unknown(flag: str, name: str, names: set[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"--{flag}={name} does not exist; {hint}use one of {', '.join(sorted(names))}, or a path that ends in .py"
+
+
+def _help(config: TrainConfig, mesh_config: MeshConfig) -> str:
+    script = sys.modules["__main__"]
+    for flag in (_CONFIG, _MESH, _DATA, _TOKENIZER, _CACHE_DIR, _HELP):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+    parts = [
+        (script.__doc__ or "").strip(),
+        f"Flags:\n{flags.FLAGS.main_module_help()}",
+        f"Fields, as --config={_CONFIG.value} and --mesh={_MESH.value} have them:",
+        "\n".join(_fields(config, "--config") + _fields(mesh_config, "--mesh")),
+    ]
+    return "\n\n".join(parts)
+
+
+def _fields(config: object, prefix: str) -> list[str]:
+    """One line `  --config.model.num_layers=4` a field."""
+    lines: list[str] = []
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, path = getattr(config, field.name), f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            lines += _fields(value, path)
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            lines.append(f"  {path}={text}")
+    return lines
+
+
+def setup_jax(mesh_config: MeshConfig) -> None:
+    """Starts nothing, but sets what must be set before JAX starts: virtual devices and the compilation cache."""
+    if mesh_config.hardware == "cpu":
+        use_virtual_devices(mesh_config.num_devices)
+    cache_dir = _CACHE_DIR.value
+    if cache_dir is None:
+        cache_dir = jax.config.jax_compilation_cache_dir or default_cache_dir()
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir).expanduser()) if cache_dir else None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def default_cache_dir() -> str:
+    """`moejax/xla` in the user's cache folder."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(cache_home) / "moejax" / "xla")
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs `main(sys.argv)` and exits; a `ConfigError` is one line on stderr and status 2, without a traceback."""
+    try:
+        sys.exit(main(sys.argv))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

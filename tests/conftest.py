@@ -1,0 +1,41 @@
+"""Every test has 16 virtual CPU devices, strict promotion, and programs compiled by earlier runs."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+from moejax.mesh import use_virtual_devices
+
+use_virtual_devices(16)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+_cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+jax.config.update("jax_compilation_cache_dir", str(Path(_cache_home) / "moejax" / "tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+hypothesis.settings.register_profile("moejax", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.load_profile("moejax")
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What `build_mesh` reads of a device; `jax.sharding.Mesh` takes any object."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "fake"
+
+
+@pytest.fixture
+def fake_devices():
+    """A function (hosts, devices per host) -> devices, in an order that is not theirs."""
+
+    def make(hosts, per_host):
+        return [FakeDevice(host * per_host + i, host) for i in range(per_host) for host in range(hosts)][::-1]
+
+    return make

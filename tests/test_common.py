@@ -1,0 +1,164 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import jax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from moejax.config import ConfigError, DataConfig, TrainConfig
+from moejax.mesh import MeshConfig
+from moejax.presets import mixtral_8x7b, small, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _flags_and_cache():
+    """Flags and the compilation cache are global; each test leaves them as they were."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    with flagsaver.flagsaver():
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def parse(*arguments):
+    return common.parse_configs(["script.py", *arguments])
+
+
+def error_of(*arguments):
+    with pytest.raises(ConfigError) as error:
+        parse(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_defaults():
+    config, mesh_config, remaining = parse()
+    assert config == TrainConfig(model=tiny())
+    assert mesh_config == MeshConfig(expert=4, pipeline=2, tensor=2)
+    assert remaining == ["script.py"]
+
+
+def test_names_overrides_and_positionals():
+    arguments = ["--config=small", "--config.steps=100", "--mesh=single", "--mesh.expert", "2", "positional"]
+    config, mesh_config, remaining = parse(*arguments)
+    assert (config.model, config.steps) == (small(), 100)
+    assert mesh_config == MeshConfig(expert=2)
+    assert remaining == ["script.py", "positional"]
+
+
+def test_a_preset_without_a_file_is_a_config():
+    assert parse("--config=mixtral_8x7b")[0].model == mixtral_8x7b()
+
+
+def test_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("from moejax.mesh import MeshConfig\nget_config = lambda: MeshConfig(tensor=3)\n")
+    assert parse("--mesh=mine.py")[1] == MeshConfig(tensor=3)
+    assert parse("--mesh=mesh_configs/single.py")[1] == MeshConfig()  # from any folder
+
+
+def test_data_shortcuts():
+    data = parse("--data=a,b/*.txt", "--tokenizer=bpe")[0].data
+    assert data == DataConfig(paths=("a", "b/*.txt"), tokenizer="bpe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config=tinny"], "--config=tinny does not exist; did you mean tiny? use one of mixtral_8x7b,"),
+        (["--mesh=cpu16"], "--mesh=cpu16 does not exist; did you mean cpu_16? use one of a100_64gb_2x8,"),
+        (["--mesh=no.py"], "no.py does not exist; use a Python file with get_config() -> MeshConfig"),
+        (["--config=mesh_configs/single.py"], "it must return a TrainConfig"),
+        (["--config.model.num_layer=3"], "--config.model.num_layer does not exist; did you mean model.num_layers"),
+        (["--config.model.num_layers=x"], "--config.model.num_layers='x' must be a whole number"),
+        (["--config.steps"], "--config.steps needs a value"),
+        (["--mesh.expert=0"], "--mesh.expert=0 must be positive"),
+        (["--steps=3"], "--steps does not exist; did you mean --config.steps?"),
+        (["--model.num_layers=3"], "did you mean --config.model.num_layers?"),
+        (["--tokeniser=x"], "did you mean --tokenizer?"),
+        (["--nothing_like_it=x"], "--nothing_like_it does not exist; --help lists all"),
+        (["--data=a", "--config.data.paths=b"], "--data and --config.data.paths are the same field"),
+    ],
+)
+def test_errors_are_one_line(arguments, expected):
+    assert expected in error_of(*arguments)
+
+
+def test_help_lists_flags_and_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", "--config.steps=77")
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    for part in ("--compilation_cache_dir", "--config.model.num_layers=4", "--config.steps=77", "--mesh.expert=4"):
+        assert part in printed
+
+
+def test_setup_keeps_compiled_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, mesh_config, _ = parse()
+    jax.config.update("jax_compilation_cache_dir", None)
+    common.setup_jax(mesh_config)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "moejax" / "xla")
+
+    jax.config.update("jax_compilation_cache_dir", "/from/the/environment")
+    common.setup_jax(mesh_config)
+    assert jax.config.jax_compilation_cache_dir == "/from/the/environment"
+
+    parse(f"--compilation_cache_dir={tmp_path}")
+    common.setup_jax(mesh_config)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+    parse("--compilation_cache_dir=")
+    common.setup_jax(mesh_config)
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_preset_cache_folder_defaults_to_the_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.default_cache_dir() == str(tmp_path / ".cache" / "moejax" / "xla")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(ConfigError("a=1 must be 2"), 2), (None, 0)], ids=["config error", "success"]
+)
+def test_run_turns_a_config_error_into_one_line(raised, status, capsys):
+    def main(argv):
+        if raised:
+            raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        common.run(main)
+    assert (stop.value.code or 0) == status
+    assert capsys.readouterr().err == ("error: a=1 must be 2\n" if raised else "")
+
+
+def test_a_script_runs_on_virtual_devices(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f'"""What it does."""\nimport sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "experiments")!r}]\n'
+        "import common, jax, moejax\n"
+        "def main(argv):\n"
+        "    config, mesh_config, _ = common.parse_configs(argv)\n"
+        "    common.setup_jax(mesh_config)\n"
+        "    print(moejax.build_mesh(mesh_config).size)\n"
+        "common.run(main)\n"
+    )
+    command = [sys.executable, str(script), f"--compilation_cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run([*command, "--mesh.expert=3"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split() == ["12"]
+    wrong = subprocess.run([*command, "--mesh.expert=x"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: --mesh.expert='x' must be a whole number (int)\n"
+    usage = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert usage.stdout.startswith("What it does.")
+
+
+def test_every_flag_is_known():
+    assert {"config", "mesh", "data", "tokenizer", "compilation_cache_dir", "help"} <= set(flags.FLAGS)

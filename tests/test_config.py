@@ -1,0 +1,158 @@
+"""Every check of config.py: the message names the field and its value and says what would be right."""
+
+import dataclasses
+
+import pytest
+
+from moejax import config as config_module
+from moejax.config import (
+    BalanceConfig,
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    DispatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+POSITIVE = {
+    ModelConfig: "num_layers d_model num_heads num_kv_heads head_dim d_ff num_experts experts_per_token vocab_size "
+    "max_seq_len rope_theta norm_eps",
+    DispatchConfig: "capacity_factor",
+    ParallelConfig: "num_microbatches repeats",
+    OptimizerConfig: "learning_rate eps clip_norm",
+    DataConfig: "seq_len batch_size",
+    CheckpointConfig: "every keep",
+    TrainConfig: "steps accumulate eval_every eval_batches",
+}
+NOT_NEGATIVE = {
+    ModelConfig: "shared_d_ff num_dense_layers dense_d_ff",
+    BalanceConfig: "aux_loss_weight z_loss_weight",
+    OptimizerConfig: "warmup_steps weight_decay",
+    TrainConfig: "sample_tokens",
+}
+CHOICES = {
+    ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'"},
+    DispatchConfig: {"strategy": "'capacity'"},
+    ParallelConfig: {"gather": "'step', 'layer'", "remat": "'auto', 'none', 'minimal', 'collectives', 'full'"},
+}
+RELATIONS = [
+    (ModelConfig, {"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
+    (ModelConfig, {"head_dim": 31}, "head_dim=31 must be even: RoPE rotates pairs"),
+    (
+        ModelConfig,
+        {"experts_per_token": 5, "num_experts": 4},
+        "experts_per_token=5 must be at most num_experts=4",
+    ),
+    (
+        ModelConfig,
+        {"num_layers": 2, "num_dense_layers": 2, "dense_d_ff": 8},
+        "num_dense_layers=2 must be less than num_layers=2",
+    ),
+    (
+        ModelConfig,
+        {"num_dense_layers": 1},
+        "dense_d_ff=0 must be positive exactly when num_dense_layers=1 is",
+    ),
+    (ModelConfig, {"dense_d_ff": 8}, "dense_d_ff=8 must be positive exactly when num_dense_layers=0 is"),
+    (
+        DispatchConfig,
+        {"expert_axes": ("tensor",)},
+        "expert_axes=('tensor',) must be ('expert',) or ('expert', 'tensor')",
+    ),
+    (OptimizerConfig, {"final_learning_rate_fraction": 2}, "final_learning_rate_fraction=2 must be between 0 and 1"),
+    (OptimizerConfig, {"b1": -0.1}, "b1=-0.1 must be between 0 and 1"),
+    (OptimizerConfig, {"b2": 1.1}, "b2=1.1 must be between 0 and 1"),
+    (
+        DataConfig,
+        {"tokenizer_vocab_size": 256},
+        "tokenizer_vocab_size=256 must be more than 256: BPE starts from the 256 bytes",
+    ),
+    (DataConfig, {"eval_fraction": 0}, "eval_fraction=0 must be between 0 and 1"),
+    (DataConfig, {"eval_fraction": 1}, "eval_fraction=1 must be between 0 and 1"),
+    (
+        TrainConfig,
+        {"data": DataConfig(seq_len=20_000)},
+        "data.seq_len=20000 must be at most model.max_seq_len=10240",
+    ),
+    (TrainConfig, {"steps": 50}, "optimizer.warmup_steps=50 must be less than steps=50"),
+]
+
+
+def each(table):
+    return [(config, name) for config, names in table.items() for name in names.split()]
+
+
+def message_of(config, fields):
+    with pytest.raises(ConfigError) as error:
+        config(**fields)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def configs():
+    return [value for value in vars(config_module).values() if dataclasses.is_dataclass(value)]
+
+
+@pytest.mark.parametrize("config", configs())
+def test_defaults_are_valid_and_frozen(config):
+    made = config()
+    field = dataclasses.fields(config)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(made, field, getattr(made, field))
+    assert hash(made) == hash(config())
+
+
+@pytest.mark.parametrize(("config", "name"), each(POSITIVE))
+@pytest.mark.parametrize("value", [0, -1])
+def test_positive(config, name, value):
+    assert message_of(config, {name: value}) == f"{name}={value} must be positive"
+
+
+@pytest.mark.parametrize(("config", "name"), each(NOT_NEGATIVE))
+def test_not_negative(config, name):
+    assert message_of(config, {name: -1}) == f"{name}=-1 must be 0 or more"
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "choices"),
+    [(config, name, choices) for config, names in CHOICES.items() for name, choices in names.items()],
+)
+def test_choices(config, name, choices):
+    assert message_of(config, {name: "other"}) == f"{name}='other' must be one of {choices}"
+
+
+@pytest.mark.parametrize(("config", "fields", "message"), RELATIONS)
+def test_relations(config, fields, message):
+    assert message_of(config, fields) == message
+
+
+def test_no_number_is_left_unchecked():
+    """A new numeric field gets a check here, or a reason why every number will do."""
+    any_number = {(DataConfig, "seed"), (TrainConfig, "seed")}
+    checked = {*each(POSITIVE), *each(NOT_NEGATIVE), *any_number}
+    checked |= {(config, name) for config, fields, _ in RELATIONS for name in fields}
+    for config in configs():
+        for field in dataclasses.fields(config):
+            value = getattr(config(), field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                assert (config, field.name) in checked, f"{config.__name__}.{field.name} has no test of its check"
+
+
+def test_capacity_is_the_balanced_load_with_headroom():
+    model = ModelConfig(num_experts=16, experts_per_token=2)
+    assert DispatchConfig(capacity_factor=1.5).capacity(128, model) == 24
+    assert DispatchConfig(capacity_factor=1.25).capacity(10, model) == 2
+    assert DispatchConfig(capacity_factor=100.0).capacity(10, model) == 10  # a token visits an expert once at most
+
+
+def test_rematerialisation_starts_above_2048_tokens():
+    assert ParallelConfig().remat_policy(2048) == "none"
+    assert ParallelConfig().remat_policy(2049) == "full"
+    assert ParallelConfig(remat="minimal").remat_policy(8) == "minimal"
+
+
+def test_dense_layers_are_counted_among_the_layers():
+    assert ModelConfig(num_layers=4, num_dense_layers=1, dense_d_ff=8).num_moe_layers == 3

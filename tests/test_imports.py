@@ -1,0 +1,134 @@
+"""Imports inside the package run one way, from `config` up to `train`; this reads them and holds them to it.
+
+A new top-level module or package of moejax fails here until it has a place in LAYERS.
+"""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "moejax"
+
+# Lowest first. A module imports from lower layers, and from itself if it is a package; not from its own layer.
+LAYERS = (
+    {"config"},
+    {"mesh", "overrides"},
+    {"presets"},
+    {"sharding"},
+    {"kernels"},
+    {"nn"},
+    {"dispatch", "balance"},
+    {"moe"},
+    {"pipeline"},
+    {"model", "data"},
+    {"train", "serve"},
+    {"planner", "profiling", "interop"},
+)
+ONLY = {"data": {"config"}}  # narrower than the layers say
+OUTSIDE = {"experiments", "mesh_configs", "tests"}  # what uses the package is not used by it
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def imported(source, module, is_package):
+    """Absolute names of the modules that `source`, the text of `module`, imports anywhere in it."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(relative, package) if node.level else node.module
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def violations(source, module, is_package=False):
+    """What `source`, the text of `module`, imports against the rule."""
+    importer = module.split(".")[1] if "." in module else ""
+    if importer and importer not in RANK:
+        yield f"{module}: moejax.{importer} has no place in LAYERS of tests/test_imports.py"
+        return
+    for name in imported(source, module, is_package):
+        parts = name.split(".")
+        if parts[0] in OUTSIDE:
+            yield f"{module} imports {name}: the package never imports {parts[0]}"
+        if parts[0] != "moejax" or importer in ("", parts[1] if len(parts) > 1 else None):
+            continue  # not ours, or the public names in moejax/__init__.py, or a package's own parts
+        target = parts[1] if len(parts) > 1 else ""
+        allowed = ONLY.get(importer, {other for other in RANK if RANK[other] < RANK[importer]})
+        if target not in allowed:
+            yield f"{module} imports {name}: moejax.{importer} may import {', '.join(sorted(allowed)) or 'nothing'}"
+
+
+def find_modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        yield path, ".".join(parts[:-1] if is_package else parts), is_package
+
+
+MODULES = list(find_modules())
+
+
+@pytest.mark.parametrize(("path", "module", "is_package"), MODULES, ids=[module for _, module, _ in MODULES])
+def test_imports_run_one_way(path, module, is_package):
+    assert list(violations(path.read_text(), module, is_package)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("moejax.config", "from moejax.mesh import MeshConfig"),
+        ("moejax.mesh", "from moejax.overrides import apply_overrides"),
+        ("moejax.nn.experts", "from moejax.dispatch import capacity"),
+        ("moejax.nn.experts", "from ..dispatch.capacity import dispatch"),
+        ("moejax.nn.experts", "from .. import dispatch"),
+        ("moejax.nn.experts", "import moejax.dispatch.capacity as capacity"),
+        ("moejax.nn.experts", "def f():\n    from moejax import dispatch"),
+        ("moejax.nn.experts", "import moejax"),
+        ("moejax.balance", "from moejax.dispatch import capacity"),
+        ("moejax.data.loader", "from moejax.mesh import EXPERT"),
+        ("moejax.model", "from moejax.train.step import step"),
+        ("moejax.model", "from experiments.common import run"),
+        ("moejax.train.loop", "import mesh_configs.single"),
+        ("moejax", "import experiments"),
+        ("moejax.misc", "import jax"),
+        ("moejax.misc.more", ""),
+    ],
+)
+def test_wrong_imports_are_found(module, source):
+    assert list(violations(source, module))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("moejax.mesh", "import jax\nfrom moejax.config import check"),
+        (
+            "moejax.nn.experts",
+            "from . import norm\nfrom moejax.nn.norm import rms_norm\nfrom ..kernels import attention",
+        ),
+        ("moejax.data.loader", "from moejax.config import DataConfig\nfrom moejax.data import corpus"),
+        ("moejax.train.loop", "from moejax.data import loader\nfrom moejax.model import loss"),
+        ("moejax.planner.search", "from moejax import model"),
+        ("moejax", "from moejax.train import fit"),
+    ],
+)
+def test_right_imports_pass(module, source):
+    assert list(violations(source, module)) == []
+
+
+def test_importing_every_module_starts_no_device():
+    names = [module for _, module, _ in MODULES]
+    program = (
+        "import importlib, jax\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    jax.config.update('jax_num_cpu_devices', 1 + jax.config.jax_num_cpu_devices % 2), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

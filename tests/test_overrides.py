@@ -1,0 +1,231 @@
+import dataclasses
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moejax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, check
+from moejax.mesh import MeshConfig
+from moejax.overrides import apply_overrides, load_config_file, split_overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    low: int = 0
+    high: int = 1
+    limit: int | None = None
+    either: int | str = 0
+    table: dict = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
+    width: Literal[8, 16] = 8
+
+    def __post_init__(self):
+        check(self.low < self.high, f"low={self.low} must be less than high={self.high}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    top: int = 10
+
+    def __post_init__(self):
+        check(self.inner.high <= self.top, f"inner.high={self.inner.high} must be at most top={self.top}")
+
+
+def error_of(config, overrides):
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(config, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("model.num_layers", "8", 8),
+        ("model.max_seq_len", "10_240", 10_240),
+        ("model.tie_embeddings", "true", True),
+        ("model.tie_embeddings", "False", False),
+        ("model.dtype", "float16", "float16"),
+        ("optimizer.learning_rate", "1e-3", 1e-3),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("dispatch.expert_axes", "expert", ("expert",)),
+        ("dispatch.expert_axes", "expert, tensor", ("expert", "tensor")),
+        ("data.paths", "a/*.py,b", ("a/*.py", "b")),
+        ("data.paths", "", ()),
+        ("data.tokenizer", "a=b.json", "a=b.json"),
+        ("steps", "1000", 1000),
+        ("seed", "-1", -1),
+    ],
+)
+def test_text_becomes_the_type_of_the_field(path, text, expected):
+    value = apply_overrides(TrainConfig(), {path: text})
+    for name in path.split("."):
+        value = getattr(value, name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_other_types():
+    assert apply_overrides(Inner(), {"limit": "3"}).limit == 3
+    assert apply_overrides(Inner(limit=3), {"limit": "none"}).limit is None
+    assert apply_overrides(Inner(), {"sizes": "1,2"}).sizes == (1, 2)
+    assert apply_overrides(Inner(), {"width": "16"}).width == 16
+    assert "either='1' cannot be set by an override" in error_of(Inner(), {"either": "1"})
+    assert "table='1' cannot be set by an override" in error_of(Inner(), {"table": "1"})
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("model.num_layers", "four", "a whole number (int)"),
+        ("model.num_layers", "4.0", "a whole number (int)"),
+        ("model.num_layers", "", "a whole number (int)"),
+        ("optimizer.learning_rate", "fast", "a finite number (float)"),
+        ("optimizer.learning_rate", "inf", "a finite number (float)"),
+        ("optimizer.learning_rate", "nan", "a finite number (float)"),
+        ("model.tie_embeddings", "1", "true or false"),
+        ("model.dtype", "int8", "one of float32, bfloat16, float16"),
+        ("dispatch.expert_axes", "expert,pipeline", "one of expert, tensor"),
+    ],
+)
+def test_wrong_type_names_path_value_and_type(path, text, expected):
+    message = error_of(TrainConfig(), {path: text})
+    assert message.startswith(f"{path}=")
+    assert text.split(",")[-1] in message
+    assert message.endswith(f"must be {expected}")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("model.num_layer", ["model.num_layer does not exist", "did you mean model.num_layers", "d_model, num_heads"]),
+        (
+            "modle.num_layers",
+            ["modle does not exist", "did you mean model", "fields of TrainConfig are model, dispatch"],
+        ),
+        ("zzz", ["zzz does not exist; the fields of TrainConfig are"]),
+        ("model", ["model='1' cannot be set as a whole", "model.num_layers"]),
+        ("steps.more", ["steps.more='1' does not exist", "steps has no fields"]),
+        ("model.", ["model='1' cannot be set as a whole"]),
+        ("", ["does not exist"]),
+        ("model.num_moe_layers", ["model.num_moe_layers does not exist"]),
+    ],
+)
+def test_unknown_path_says_what_there_is(path, expected):
+    message = error_of(TrainConfig(), {path: "1"})
+    for part in expected:
+        assert part in message
+
+
+def test_fields_that_depend_on_each_other_change_together():
+    together = {"inner.low": "6", "inner.high": "8"}
+    assert apply_overrides(Outer(), together).inner == Inner(6, 8)
+    assert apply_overrides(Outer(), dict(reversed(together.items()))).inner == Inner(6, 8)
+    both_levels = apply_overrides(Outer(), {"top": "30", "inner.high": "20"})
+    assert (both_levels.top, both_levels.inner.high) == (30, 20)
+    model = apply_overrides(ModelConfig(), {"num_dense_layers": "1", "dense_d_ff": "512"})
+    assert (model.num_dense_layers, model.dense_d_ff) == (1, 512)
+
+
+def test_a_refused_value_keeps_its_path():
+    assert error_of(Outer(), {"inner.low": "5"}) == "inner.low=5 must be less than high=1"
+    assert error_of(Outer(), {"inner.high": "50"}) == "inner.high=50 must be at most top=10"
+    message = error_of(TrainConfig(), {"model.num_heads": "5"})
+    assert message == "model.num_heads=5 must be a multiple of num_kv_heads=2"
+
+
+def test_nothing_to_do_and_the_original_stays():
+    config = TrainConfig()
+    assert apply_overrides(config, {}) == config
+    apply_overrides(config, {"steps": "7000", "data.seq_len": "16"})
+    assert config == TrainConfig()
+
+
+def test_a_mesh_takes_overrides_too():
+    assert apply_overrides(MeshConfig(), {"hardware": "h100", "expert": "8", "hosts": "2"}) == MeshConfig(
+        expert=8, hardware="h100", hosts=2
+    )
+
+
+@given(
+    st.integers(1, 10**9), st.floats(1e-12, 1e12), st.booleans(), st.lists(st.from_regex(r"[a-z./*]+", fullmatch=True))
+)
+def test_what_is_printed_is_what_is_read(whole, real, flag, paths):
+    texts = {
+        "model.d_model": str(whole),
+        "optimizer.learning_rate": repr(real),
+        "model.tie_embeddings": str(flag),
+        "data.paths": ",".join(paths),
+    }
+    config = apply_overrides(TrainConfig(), texts)
+    read = (config.model.d_model, config.optimizer.learning_rate, config.model.tie_embeddings, config.data.paths)
+    assert read == (whole, real, flag, tuple(paths))
+
+
+@pytest.mark.parametrize(
+    ("argv", "overrides", "remaining"),
+    [
+        (["p", "--config.a.b=1", "x"], {"a.b": "1"}, ["p", "x"]),
+        (["p", "--config.a.b", "1", "x"], {"a.b": "1"}, ["p", "x"]),
+        (["p", "-config.a=1", "-config.b", "2"], {"a": "1", "b": "2"}, ["p"]),
+        (["p", "--config.a=", "--config.b=c=d"], {"a": "", "b": "c=d"}, ["p"]),
+        (["p", "--config.a", "-1", "--config.b", "-.5"], {"a": "-1", "b": "-.5"}, ["p"]),
+        (["p", "--config.a=1", "--config.a=2"], {"a": "2"}, ["p"]),
+        (["--config=tiny", "--mesh.a=1", "--configs.a=1"], {}, ["--config=tiny", "--mesh.a=1", "--configs.a=1"]),
+        (["p", "config.a=1"], {}, ["p", "config.a=1"]),
+        (["p", "--", "--config.a=1"], {}, ["p", "--", "--config.a=1"]),
+        ([], {}, []),
+    ],
+)  # fmt: skip
+def test_split(argv, overrides, remaining):
+    assert split_overrides(argv, "config") == (overrides, remaining)
+
+
+@pytest.mark.parametrize("argv", [["--config.flag"], ["--config.flag", "--steps=1"], ["--config.flag", "-v"]])
+def test_an_override_needs_a_value(argv):
+    with pytest.raises(ConfigError, match=r"--config\.flag needs a value; write --config\.flag=VALUE"):
+        split_overrides(argv, "config")
+
+
+def test_config_file_runs(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from moejax.config import DataConfig\ndef get_config():\n    return DataConfig(seq_len=7)\n")
+    assert load_config_file(path, DataConfig) == DataConfig(seq_len=7)
+    assert load_config_file(str(path), DataConfig).seq_len == 7
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (None, "does not exist; use a Python file with get_config() -> DataConfig"),
+        ("config = 1", "has no get_config(); define get_config() -> DataConfig"),
+        ("get_config = 3", "has no get_config()"),
+        ("def get_config():\n    return 3", "get_config() returned 3; it must return a DataConfig"),
+        ("def get_config():\n    x = 1\n    return 1 / 0", "failed at line 3: ZeroDivisionError: division by zero"),
+        ("import nothing_of_that_name", "failed at line 1: ModuleNotFoundError"),
+        ("\ndef get_config(:\n    pass", "failed at line 2: SyntaxError"),
+        (
+            "from moejax.config import DataConfig\ndef get_config():\n    return DataConfig(seq_len=0)",
+            ": seq_len=0 must be positive",
+        ),
+    ],
+)
+def test_config_file_that_cannot_be_used(tmp_path, source, expected):
+    path = tmp_path / "mine.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(ConfigError) as error:
+        load_config_file(path, DataConfig)
+    assert str(error.value).startswith(str(path))
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_config_file_must_be_python(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: 1")
+    with pytest.raises(ConfigError, match=r"must end in \.py"):
+        load_config_file(path, DataConfig)
