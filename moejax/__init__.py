@@ -1,6 +1,40 @@
 """moejax: train, plan and serve sparse Mixture-of-Experts transformers in JAX."""
 
-from moejax.config import ConfigError
+from moejax.config import (
+    BalanceConfig,
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    DispatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from moejax.data import load_data, make_loader
 from moejax.mesh import MeshConfig, build_mesh, use_virtual_devices
+from moejax.model import Program
+from moejax.presets import get_preset
+from moejax.train.step import TrainState, TrainStep, make_train_step
 
-__all__ = ["ConfigError", "MeshConfig", "build_mesh", "use_virtual_devices"]
+__all__ = [
+    "BalanceConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DispatchConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Program",
+    "TrainConfig",
+    "TrainState",
+    "TrainStep",
+    "build_mesh",
+    "get_preset",
+    "load_data",
+    "make_loader",
+    "make_train_step",
+    "use_virtual_devices",
+]

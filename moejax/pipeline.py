@@ -59,9 +59,7 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int) -> tuple[jax.Arr
     zero = jnp.zeros_like(x_MbsD[0])
     sums = jax.eval_shape(stage, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))[1]
     varying = tuple(jax.typeof(x_MbsD).manual_axis_type.varying)
-    sums_R = jax.tree.map(
-        lambda s: lax.pcast(jnp.zeros((repeats, *s.shape), s.dtype), varying, to="varying"), sums
-    )
+    sums_R = jax.tree.map(lambda s: lax.pcast(jnp.zeros((repeats, *s.shape), s.dtype), varying, to="varying"), sums)
     with jax.named_scope("pipeline"):
         (arrived_bsD, x_MbsD, sums_R), _ = lax.scan(tick, (zero, x_MbsD, sums_R), jnp.arange(ticks, dtype=jnp.int32))
         return put(x_MbsD, arrived_bsD, ticks - num_stages), sums_R

@@ -99,9 +99,7 @@ def _experts(m: ModelConfig, expert_axes: Axes) -> dict[str, Param]:
     width: Axes = () if TENSOR in expert_axes else (TENSOR,)
     down_std = (2 * m.num_layers * m.d_ff) ** -0.5
     return {
-        "w_in_EDGF": Param(
-            (m.num_experts, m.d_model, 2, m.d_ff), m.d_model**-0.5, (expert_axes, (), (), width)
-        ),
+        "w_in_EDGF": Param((m.num_experts, m.d_model, 2, m.d_ff), m.d_model**-0.5, (expert_axes, (), (), width)),
         "w_out_EFD": Param((m.num_experts, m.d_ff, m.d_model), down_std, (expert_axes, width, ())),
     }
 
@@ -243,4 +241,6 @@ def check_layout(
         unit = math.prod(parts.values())
         product = " × ".join(f"{k} {v}" for k, v in parts.items() if v > 1)
         nearest = max(unit, batch_size // unit * unit)
-        check(batch_size % unit == 0, f"batch_size={batch_size} must be a multiple of {unit} = {product}; try {nearest}")
+        check(
+            batch_size % unit == 0, f"batch_size={batch_size} must be a multiple of {unit} = {product}; try {nearest}"
+        )

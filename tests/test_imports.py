@@ -18,7 +18,7 @@ PACKAGE = ROOT / "moejax"
 LAYERS = (
     {"config"},
     {"mesh", "overrides"},
-    {"presets"},
+    {"presets", "remat"},
     {"sharding"},
     {"kernels"},
     {"nn"},

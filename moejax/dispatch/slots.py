@@ -55,9 +55,7 @@ def take_rows(x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array) -> jax
     return _rows(x_ND, index_M)
 
 
-def _take_rows_forward(
-    x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _take_rows_forward(x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _rows(x_ND, index_M), inverse_NJ
 
 

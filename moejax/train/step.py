@@ -119,11 +119,12 @@ class TrainStep:
 
     def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = self._gradients(state.params, batch)
-        with jax.named_scope("optimizer"):
+        # optax raises floats to integer counts, so strict promotion is suspended
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             grads, grad_norm = clip_by_global_norm(grads, self.config.clip_norm)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": grad_norm, "learning_rate": self.schedule(state.step)}
+            metrics |= {"grad_norm": grad_norm, "learning_rate": self.schedule(state.step)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, Metrics]:
