@@ -4,7 +4,6 @@ Dimensions: L mixture-of-experts layers, E experts.
 """
 
 import jax
-import jax.numpy as jnp
 
 from moejax.nn.router import RouterStats
 

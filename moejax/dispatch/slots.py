@@ -74,7 +74,7 @@ def fill_buffer(x_TD: jax.Array, slots: Slots, experts_per_token: int) -> jax.Ar
 
 
 def read_buffer(y_ECD: jax.Array, slots: Slots, gate_TK: jax.Array) -> jax.Array:
-    """Sums each token's rows, weighted by its gates in float32: [T, D] in y's dtype. Dropped assignments add nothing."""
+    """Sums each token's rows, weighted by its gates in float32: [T, D] in y's dtype. What was dropped adds nothing."""
     rows = take_rows(y_ECD.reshape(-1, y_ECD.shape[-1]), slots.slot_TK.reshape(-1), slots.assignment_EC.reshape(-1, 1))
     rows_TKD = rows.reshape(*gate_TK.shape, -1)
     return jnp.einsum("tkd,tk->td", rows_TKD, gate_TK, preferred_element_type=jnp.float32).astype(y_ECD.dtype)
