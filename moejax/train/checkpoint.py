@@ -1,0 +1,371 @@
+"""Checkpoints that are written in the background, checked when read, and restored onto a different mesh.
+
+A checkpoint of step n is the directory `<directory>/<n>/`, which appears by one rename when it is whole:
+
+    state/           the arrays by name ("params.layers.w_up"), written by Orbax, every process its own shards
+    data/            the position of the input iterator, one file a process, written by grain
+    metadata/        JSON: the layout, the configuration, versions
+    checksums.json   size and CRC-32 of each of the files above
+
+Orbax's array format has no checksum over array values (its index nodes have one, and a flipped byte in compressed data
+may or may not fail to decompress), so `checksums.json` is what makes silent corruption visible. It is written last
+before the rename, and checked in full before anything is restored.
+
+Layer parameters are stacked as [repeats, stages, layers_per_chunk, ...]; the layer of [r, s, i] is
+(r * stages + s) * layers_per_chunk + i, so any two stackings of the same layers are reshapes of each other.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from grain import checkpoint as grain_checkpoint
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+STATE, DATA, METADATA, CHECKSUMS = "state", "data", "metadata", "checksums.json"
+_NUM_STACKED_DIMS = 3  # repeats, stages, layers_per_chunk
+_NOT_SUMMED = (
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+)  # Orbax rewrites them as it commits; nothing here reads them
+_MAX_NAMES_IN_ERROR = 8
+
+PyTree = Any
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or restored; the message says which, why and what to do."""
+
+
+class Checkpointer:
+    """Saves and restores the state of a training run; use it as a context manager, or call `close`.
+
+    In a run of several processes, every process makes one on the same shared directory and makes the same calls.
+
+    Args:
+      directory: where the checkpoints are; made if it is not there. What a killed save left behind is removed.
+      keep: how many of the newest checkpoints stay. An older one is removed only after a newer one is whole.
+      every: steps between checkpoints; see `due`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int, every: int) -> None:
+        for name, value in (("keep", keep), ("every", every)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        self.directory = pathlib.Path(directory).absolute()
+        self.every = every
+        self._current: int | None = None  # the step last saved or restored
+        self._saving: int | None = None  # the step last begun
+        self._damaged: set[int] = set()
+        self._manager: ocp.CheckpointManager | None = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # else a damaged step would already fail here
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+            ),
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` (counted from 1): every `every` steps."""
+        return step % self.every == 0
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint (not checked for damage), oldest first."""
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def save(self, step: int, state: PyTree, data_iterator: Any = None, *, metadata: Mapping[str, Any]) -> bool:
+        """Writes a checkpoint of `step`; returns once the values are copied, and writes files in the background.
+
+        The caller may donate or delete `state` and advance `data_iterator` right away.
+
+        Args:
+          step: must be newer than every checkpoint in the directory. The step last saved or restored is left as it is.
+          state: a pytree of `jax.Array`s of numbers.
+          data_iterator: a grain iterator, whose position becomes part of the checkpoint.
+          metadata: what JSON can hold; handed back by `restore`.
+
+        Returns:
+          Whether a checkpoint is being written; False if it is there already.
+
+        Raises:
+          CheckpointError: if the save before this one failed in the background.
+          ValueError: if the step is not new.
+          TypeError: if JSON cannot hold the metadata.
+        """
+        self.wait()
+        json.dumps(metadata)  # here, and not in the background
+        if step == self._current:
+            return False
+        self._set_damaged_aside()
+        newest = max(self.steps(), default=-1)
+        if step <= newest:
+            raise ValueError(
+                f"step={step} must be more than {newest}, the newest checkpoint in {self.directory}; "
+                "restore that one first, or use another directory"
+            )
+        items = {STATE: ocp.args.PyTreeSave(_by_name(state)), METADATA: ocp.args.JsonSave(dict(metadata))}
+        if data_iterator is not None:
+            items[DATA] = grain_checkpoint.CheckpointSave(data_iterator)
+        self._saving = step
+        self._open().save(step, args=ocp.args.Composite(**items), force=True)
+        self._current = step
+        return True
+
+    def restore(
+        self, template_state: PyTree, data_iterator: Any = None, step: int | None = None
+    ) -> tuple[PyTree, int, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is undamaged, or that of `step`.
+
+        Args:
+          template_state: the state wanted: `jax.ShapeDtypeStruct`s with a `NamedSharding` on the current mesh, which
+            need not be the one saved on. A leaf's leading three dims may be stacked differently.
+          data_iterator: a grain iterator, moved to the stored position.
+          step: which checkpoint; by default the newest, or if that is damaged (a warning says how) the one before.
+
+        Returns:
+          The state, its step and its metadata; None if the directory has no checkpoint at all.
+
+        Raises:
+          CheckpointError: if every checkpoint (or the one asked for) is damaged, or holds another state than wanted.
+          ValueError: if there is none of `step`.
+        """
+        self.wait()
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ValueError(f"step={step} has no checkpoint in {self.directory}; there are {steps}")
+        if not steps:
+            return None
+        step = self._newest_undamaged(steps if step is None else [step])
+        directory = self.directory / str(step)
+        state = _restore_state(directory / STATE, template_state)
+        if data_iterator is not None:
+            if not (directory / DATA).exists():
+                raise CheckpointError(f"{directory} was saved without a data iterator; restore it without one")
+            grain_checkpoint.CheckpointHandler().restore(directory / DATA, data_iterator)
+        self._current = step
+        return state, step, json.loads((directory / METADATA / "metadata").read_text())
+
+    def wait(self) -> None:
+        """Waits until the save in the background, if any, is done.
+
+        Raises:
+          CheckpointError: if it failed.
+        """
+        try:
+            self._open().wait_until_finished()
+        except Exception as error:
+            self._current = None
+            raise CheckpointError(
+                f"writing the checkpoint of step {self._saving} in {self.directory} failed: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits and frees the threads; harmless when called again.
+
+        Raises:
+          CheckpointError: if the last save failed.
+        """
+        if self._manager is None:
+            return
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            self._manager = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            raise CheckpointError(f"the Checkpointer of {self.directory} is closed; make a new one")
+        return self._manager
+
+    def _before_commit(self) -> None:
+        """Runs in the background, on process 0, when every file of every process is written but before the rename."""
+        [unfinished] = self.directory.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*")
+        write_checksums(unfinished)
+
+    def _newest_undamaged(self, steps: list[int]) -> int:
+        """The newest of `steps` whose checksums hold; warns of those that are passed over."""
+        problems = []
+        for step in reversed(steps):
+            # One process reads and judges, or they could choose different steps.
+            problem = find_damage(self.directory / str(step)) if jax.process_index() == 0 else None
+            if not multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
+                return step
+            self._damaged.add(step)
+            problems.append(f"step {step}: {problem or 'damaged; process 0 says how'}")
+            logging.warning("Checkpoint of step %d in %s is damaged and not used: %s", step, self.directory, problem)
+        raise CheckpointError(
+            f"no readable checkpoint in {self.directory} ({'; '.join(problems)}); restore the files from a copy, "
+            "or use another directory to start anew"
+        )
+
+    def _set_damaged_aside(self) -> None:
+        """Renames what `restore` found damaged, so that the run can save the same step again and nothing is lost."""
+        if not self._damaged:
+            return
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                (self.directory / str(step)).rename(self.directory / f"damaged-{step}-{time.time_ns()}")
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._damaged.clear()
+        self._open().reload()
+
+
+def write_checksums(directory: pathlib.Path) -> None:
+    """Writes `checksums.json` for all files under `directory`; atomic only with the rename of `directory` itself."""
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    names = [name for name in names if name not in (*_NOT_SUMMED, CHECKSUMS)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sums = pool.map(_size_and_crc, (directory / name for name in names))
+        files = json.dumps(dict(zip(names, sums, strict=True)), indent=1)
+    with (directory / CHECKSUMS).open("w", encoding="utf-8") as file:
+        # Its own checksum comes first, so that damage to this file is not blamed on another.
+        file.write(f"{zlib.crc32(files.encode()):08x}\n{files}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_damage(directory: pathlib.Path) -> str | None:
+    """Says in what way the files of a checkpoint differ from those that were written; None if in none."""
+    try:
+        crc, _, content = (directory / CHECKSUMS).read_bytes().partition(b"\n")
+    except OSError as error:
+        return f"{CHECKSUMS} cannot be read: {error}"
+    if crc != b"%08x" % zlib.crc32(content):
+        return f"{CHECKSUMS} has changed"
+    files = json.loads(content)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        problems = list(pool.map(lambda name: _file_damage(directory / name, *files[name]), files))
+    found = [f"{name} {problem}" for name, problem in zip(files, problems, strict=True) if problem]
+    return _abridged(found) if found else None
+
+
+def _file_damage(path: pathlib.Path, size: int, crc: int) -> str | None:
+    try:
+        actual_size, actual_crc = _size_and_crc(path)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    if actual_size != size:
+        return f"has {actual_size} bytes instead of {size}"
+    return None if actual_crc == crc else f"has changed: CRC-32 {actual_crc:08x} instead of {crc:08x}"
+
+
+def _size_and_crc(path: pathlib.Path) -> tuple[int, int]:
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def _by_name(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their dotted path. A flat dict is stored as it is, whatever classes the tree is made of."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) < len(leaves) or "" in named:
+        raise ValueError("state must be a container whose leaves have different paths when joined with '.'")
+    return named
+
+
+def _abridged(lines: Iterable[str]) -> str:
+    lines = list(lines)
+    more = len(lines) - _MAX_NAMES_IN_ERROR
+    return ", ".join(lines[:_MAX_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
+
+
+def _restore_state(directory: pathlib.Path, template: PyTree) -> PyTree:
+    wanted = _by_name(template)
+    for name, leaf in wanted.items():
+        if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
+            raise ValueError(f"template_state's {name}={leaf} must have a NamedSharding on the current mesh")
+    stored = ocp.PyTreeCheckpointHandler().metadata(directory).tree
+    _check_same_leaves(directory, stored, wanted)
+    restacked = [name for name in wanted if tuple(stored[name].shape) != wanted[name].shape]
+    restored = _read(directory, {name: leaf.sharding for name, leaf in wanted.items() if name not in set(restacked)})
+    # One at a time: a leaf may be less sharded as it is stored than as it is wanted.
+    for name in restacked:
+        sharding = stored_sharding(tuple(stored[name].shape), wanted[name].sharding)
+        leaf = _read(directory, {name: sharding})[name]
+        restored[name] = jax.block_until_ready(_reshape(leaf, wanted[name].shape, wanted[name].sharding))
+        leaf.delete()
+    return jax.tree.unflatten(jax.tree.structure(template), [restored[name] for name in wanted])
+
+
+def _check_same_leaves(directory: pathlib.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` unless exactly the leaves wanted are stored, of the same dtypes and layers."""
+    problems = [f"{name} is wanted but not stored" for name in wanted if name not in stored]
+    problems += [f"{name} is stored but not wanted" for name in stored if name not in wanted]
+    for name in (name for name in wanted if name in stored):
+        have, want = tuple(stored[name].shape), tuple(wanted[name].shape)
+        if have != want and not _same_layers(have, want):
+            problems.append(f"{name} is stored as {list(have)} but wanted as {list(want)}")
+        elif stored[name].dtype != wanted[name].dtype:
+            problems.append(f"{name} is stored as {stored[name].dtype} but wanted as {wanted[name].dtype}")
+    if problems:
+        raise CheckpointError(
+            f"{directory} holds another state than wanted: {_abridged(problems)}; "
+            "use the model and optimizer configuration that it was saved with"
+        )
+
+
+def _same_layers(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    n = _NUM_STACKED_DIMS
+    return len(have) == len(want) >= n and math.prod(have[:n]) == math.prod(want[:n]) and have[n:] == want[n:]
+
+
+def stored_sharding(shape: tuple[int, ...], wanted: NamedSharding) -> NamedSharding:
+    """A sharding of a restacked leaf's stored `shape` that is as close to the `wanted` one as its dims divide.
+
+    Trailing dims keep theirs. The mesh axes of a leading dim that they do not divide move to another leading dim that
+    they do, or are dropped: the leaf is then replicated over them until it has been reshaped.
+    """
+    spec = list(wanted.spec) + [None] * (len(shape) - len(wanted.spec))
+    leading: list[Any] = [None] * _NUM_STACKED_DIMS
+    for dim, axes in enumerate(spec[:_NUM_STACKED_DIMS]):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        size = math.prod(wanted.mesh.shape[name] for name in names)
+        candidates = [dim, *(other for other in range(_NUM_STACKED_DIMS) if spec[other] is None)]
+        fits = [d for d in candidates if leading[d] is None and shape[d] % size == 0]
+        if names and fits:
+            leading[fits[0]] = axes
+    return NamedSharding(
+        wanted.mesh, PartitionSpec(*leading, *spec[_NUM_STACKED_DIMS:]), memory_kind=wanted.memory_kind
+    )
+
+
+def _reshape(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    # Inside the function an explicit mesh must be told the sharding, and an automatic one must not be.
+    inside = sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    return jax.jit(lambda x: jax.lax.reshape(x, shape, out_sharding=inside), out_shardings=sharding)(leaf)
+
+
+def _read(directory: pathlib.Path, shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
+    """Reads the named leaves in their stored shape and dtype."""
+    if not shardings:
+        return {}
+    restore_args = {name: ocp.ArrayRestoreArgs(sharding=sharding) for name, sharding in shardings.items()}
+    args = ocp.args.PyTreeRestore(item=dict(shardings), restore_args=restore_args, partial_restore=True)
+    return ocp.PyTreeCheckpointHandler().restore(directory, args=args)

@@ -1,0 +1,438 @@
+"""Restoration is bit-identical, onto other meshes too; all damage is found; a kill loses one checkpoint at most."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moejax.train import checkpoint
+from moejax.train.checkpoint import Checkpointer, CheckpointError, stored_sharding
+
+NUM_LAYERS = 4
+ODD_BITS = np.array([0x7FC00001, 0xFFC12345, 0x7F800000, 0x80000000, 1, 0x3F800000, 0, 2], np.uint32)  # NaNs, inf, -0
+METADATA = {"layout": {"stages": 2, "repeats": 1}, "config": {"name": "tiny", "rate": 3e-4}, "none": None}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def make_mesh(shape, axis_type=AxisType.Auto):
+    devices = jax.devices()[: np.prod(shape)]
+    return jax.make_mesh(shape, ("expert", "pipeline", "tensor"), axis_types=(axis_type,) * 3, devices=devices)
+
+
+def make_state(mesh, repeats=1, seed=0):
+    """A state whose logical values depend on the seed alone, its layers stacked for the mesh."""
+    stages = mesh.shape["pipeline"]
+    stack = (repeats, stages, NUM_LAYERS // (repeats * stages))
+    rng = np.random.default_rng(seed)
+
+    def place(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def layers(*shape, spec):
+        values = rng.normal(size=(NUM_LAYERS, *shape)).astype(np.float32)
+        return place(values.reshape(*stack, *shape), None, "pipeline", None, *spec)
+
+    params = {
+        "embed": place(rng.normal(size=(16, 32)).astype(jnp.bfloat16), ("pipeline", "tensor"), "expert"),
+        "layers": {"w_up": layers(16, 8, 4, spec=("expert", None, "tensor")), "scale": layers(8, spec=())},
+    }
+    adam = optax.ScaleByAdamState(
+        count=place(np.int32(7)),
+        mu=jax.tree.map(lambda x: x * jnp.asarray(0.1, x.dtype), params),
+        nu=jax.tree.map(jnp.square, params),
+    )
+    odd = place(ODD_BITS.view(np.float32), ("pipeline", "tensor"))
+    return State(step=place(np.int32(7)), params=params, opt_state=(adam, optax.EmptyState(), None, odd))
+
+
+def template_of(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_bit_identical(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype, a.sharding) == (e.shape, e.dtype, e.sharding)
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
+
+
+@pytest.fixture(scope="module")
+def state():
+    return make_state(make_mesh((4, 2, 2)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, state):
+    """A directory with steps 1 (intact) and 2 (to be damaged), and what step 2's files held."""
+    directory = tmp_path_factory.mktemp("saved")
+    with Checkpointer(directory, keep=3, every=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, make_iterator(), metadata={"step": step})
+    return directory, {path: path.read_bytes() for path in (directory / "2").rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: messages.append(text % args))
+    return messages
+
+
+def two_checkpoints(directory, state):
+    """Steps 1 (all values doubled) and 2 (the state itself)."""
+    with Checkpointer(directory, keep=3, every=1) as checkpointer:
+        checkpointer.save(1, jax.tree.map(lambda x: x + x, state), metadata=METADATA | {"step": 1})
+        checkpointer.save(2, state, metadata=METADATA | {"step": 2})
+
+
+def test_restored_state_is_bit_identical(tmp_path, state):
+    two_checkpoints(tmp_path, state)
+    with Checkpointer(tmp_path, keep=3, every=1) as checkpointer:
+        restored, step, metadata = checkpointer.restore(template_of(state))
+        assert (step, metadata) == (2, METADATA | {"step": 2})
+        assert_bit_identical(restored, state)
+        restored, step, metadata = checkpointer.restore(template_of(state), step=1)
+        assert (step, metadata["step"]) == (1, 1)
+        assert_bit_identical(restored, jax.tree.map(lambda x: x + x, state))
+
+
+@pytest.mark.parametrize(
+    ("shape", "repeats", "axis_type"),
+    [
+        ((16, 1, 1), 1, AxisType.Auto),
+        ((2, 4, 2), 1, AxisType.Auto),
+        ((1, 1, 1), 1, AxisType.Auto),
+        ((4, 2, 2), 2, AxisType.Auto),
+        ((1, 1, 1), 4, AxisType.Auto),
+        ((2, 4, 1), 1, AxisType.Explicit),
+        ((4, 1, 2), 4, AxisType.Explicit),
+    ],
+)
+def test_restores_the_same_values_onto_another_mesh(saved, shape, repeats, axis_type):
+    wanted = make_state(make_mesh(shape, axis_type), repeats)
+    with Checkpointer(saved[0], keep=3, every=1) as checkpointer:
+        restored, _, _ = checkpointer.restore(template_of(wanted))
+    assert_bit_identical(restored, wanted)
+
+
+def test_stored_sharding_keeps_what_divides():
+    wanted = NamedSharding(make_mesh((4, 2, 2)), PartitionSpec(None, "pipeline", None, "expert"))
+
+    def spec(*shape):
+        return tuple(stored_sharding((*shape, 8, 8), wanted).spec)
+
+    assert spec(1, 4, 1) == (None, "pipeline", None, "expert", None)
+    assert spec(1, 1, 4) == (None, None, "pipeline", "expert", None), "the stages' axis moves to the layers"
+    assert spec(2, 1, 1) == ("pipeline", None, None, "expert", None), "or to the repeats"
+    assert spec(1, 3, 1) == (None, None, None, "expert", None), "or the leaf is replicated over it"
+    folded = NamedSharding(make_mesh((4, 2, 2)), PartitionSpec("tensor", "pipeline", None, "expert"))
+    assert tuple(stored_sharding((4, 1, 1, 8), folded).spec) == ("tensor", None, None, "expert")
+
+
+def test_caller_may_donate_at_once(tmp_path, monkeypatch, state):
+    """The training loop donates the state to the next step while its checkpoint is still being written."""
+    gate = threading.Event()
+    finalize = checkpoint.ocp.PyTreeCheckpointHandler.finalize
+    monkeypatch.setattr(
+        checkpoint.ocp.PyTreeCheckpointHandler, "finalize", lambda self, d: gate.wait(30) and finalize(self, d)
+    )
+    mine = jax.tree.map(jnp.copy, state)
+    with Checkpointer(tmp_path, keep=1, every=1) as checkpointer:
+        checkpointer.save(1, mine, metadata={})
+        for _ in range(3):
+            mine = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)(mine)
+        jax.block_until_ready(mine)
+        assert list(tmp_path.glob("1")) == [], "save must return before the checkpoint is whole"
+        gate.set()
+        restored, _, _ = checkpointer.restore(template_of(state))
+    assert_bit_identical(restored, state)
+
+
+def make_iterator():
+    return iter(grain.MapDataset.range(100).shuffle(seed=3).to_iter_dataset().batch(2))
+
+
+def test_position_in_the_data_is_part_of_the_checkpoint(tmp_path, state):
+    iterator = make_iterator()
+    [next(iterator) for _ in range(3)]
+    with Checkpointer(tmp_path, keep=2, every=1) as checkpointer:
+        checkpointer.save(3, state, iterator, metadata={})
+        expected = [next(iterator).tolist() for _ in range(5)]  # while the write goes on
+        resumed = make_iterator()
+        assert checkpointer.restore(template_of(state), resumed)[1] == 3
+        assert [next(resumed).tolist() for _ in range(5)] == expected
+        checkpointer.save(4, state, metadata={})
+        with pytest.raises(CheckpointError, match="without a data iterator"):
+            checkpointer.restore(template_of(state), make_iterator())
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path, state):
+    with Checkpointer(tmp_path / "new", keep=1, every=10) as checkpointer:
+        assert checkpointer.restore(template_of(state)) is None
+        assert [step for step in range(1, 31) if checkpointer.due(step)] == [10, 20, 30]
+        with pytest.raises(ValueError, match=r"step=5 has no checkpoint in .*; there are \[\]"):
+            checkpointer.restore(template_of(state), step=5)
+
+
+def test_keeps_the_newest_and_saves_a_step_once(tmp_path, state):
+    with Checkpointer(tmp_path, keep=2, every=1) as checkpointer:
+        for step in (1, 2, 5, 9):
+            assert checkpointer.save(step, state, metadata={})
+        assert not checkpointer.save(9, state, metadata={}), "the end of a run may fall on a checkpoint"
+        checkpointer.wait()
+        assert checkpointer.steps() == [5, 9]
+        with pytest.raises(ValueError, match="step=7 must be more than 9"):
+            checkpointer.save(7, state, metadata={})
+    with Checkpointer(tmp_path, keep=2, every=1) as checkpointer:
+        checkpointer.restore(template_of(state))
+        assert not checkpointer.save(9, state, metadata={}), "a resumed run may end at once"
+
+
+FILES = {  # one of each kind, found by a pattern
+    "array values": "state/ocdbt.process_0/d/*",
+    "array index": "state/d/*",
+    "array index of the process": "state/ocdbt.process_0/manifest.ocdbt",
+    "array manifest": "state/manifest.ocdbt",
+    "tree": "state/_METADATA",
+    "shardings": "state/_sharding",
+    "chunks": "state/array_metadatas/process_0",
+    "data position": "data/process_0-of-1.json",
+    "metadata": "metadata/metadata",
+    "checksums": "checksums.json",
+}
+
+
+def flip(path, where=0.5):
+    """Flips one bit of the file, `where` being how far into it."""
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 0x04
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": flip,
+    "flipped at the start": lambda path: flip(path, 0),
+    "flipped at the end": lambda path: flip(path, 1),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+}
+UNREAD = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+@pytest.fixture
+def damageable(saved):
+    yield saved[0]
+    for path, data in saved[1].items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "deleted"])
+@pytest.mark.parametrize("kind", FILES)
+def test_damaged_newest_is_named_and_passed_over(damageable, state, warnings, kind, damage):
+    path = max((damageable / "2").glob(FILES[kind]), key=lambda p: p.stat().st_size)
+    DAMAGE[damage](path)
+    with Checkpointer(damageable, keep=3, every=1) as checkpointer:
+        restored, step, metadata = checkpointer.restore(template_of(state), make_iterator())
+    assert (step, metadata) == (1, {"step": 1})
+    assert_bit_identical(restored, state)
+    [warning] = warnings
+    assert "Checkpoint of step 2" in warning
+    assert FILES[kind].strip("*") in warning
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_of_any_file_is_found(saved, damage):
+    directory, files = saved
+    checked = [path for path in files if path.name not in UNREAD or path.parent.name != "2"]
+    assert len(checked) > 12
+    assert checkpoint.find_damage(directory / "2") is None
+    for path in checked:
+        DAMAGE[damage](path)
+        problem = checkpoint.find_damage(directory / "2")
+        path.write_bytes(files[path])
+        assert problem is not None, path
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_files_without_a_checksum_are_not_read(damageable, state, name):
+    for damage in DAMAGE.values():
+        damage(damageable / "2" / name)
+        with Checkpointer(damageable, keep=3, every=1) as checkpointer:
+            restored, step, _ = checkpointer.restore(template_of(state))
+        (damageable / "2" / name).touch()
+        (damageable / "2" / name).write_text("rubbish")
+        assert step == 2
+        assert_bit_identical(restored, state)
+
+
+def test_damaged_checkpoint_is_set_aside_when_its_step_is_saved_again(tmp_path, state, warnings):
+    two_checkpoints(tmp_path, state)
+    flip(tmp_path / "2" / "checksums.json")
+    with Checkpointer(tmp_path, keep=3, every=1) as checkpointer:
+        assert checkpointer.restore(template_of(state))[1] == 1
+        assert (tmp_path / "2").exists(), "restoring alone changes nothing"
+        checkpointer.save(2, state, metadata={})
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 2]
+    assert len(list(tmp_path.glob("damaged-2-*"))) == 1
+    with Checkpointer(tmp_path, keep=3, every=1) as checkpointer:
+        assert checkpointer.restore(template_of(state))[1] == 2
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path, state, warnings):
+    two_checkpoints(tmp_path, state)
+    (tmp_path / "1" / "metadata" / "metadata").unlink()
+    flip(max((tmp_path / "2" / "state" / "d").iterdir()))
+    with (
+        Checkpointer(tmp_path, keep=3, every=1) as checkpointer,
+        pytest.raises(
+            CheckpointError, match=r"(?s)no readable.*step 2: state/d/.*step 1: metadata/metadata is missing"
+        ),
+    ):
+        checkpointer.restore(template_of(state))
+
+
+def test_another_state_is_one_error_that_names_the_leaves(tmp_path):
+    sharding = NamedSharding(make_mesh((4, 2, 2)), PartitionSpec())
+
+    def tree(**shapes):
+        return {"params": {k: jax.device_put(np.zeros(v, np.float32), sharding) for k, v in shapes.items()}}
+
+    with Checkpointer(tmp_path, keep=1, every=1) as checkpointer:
+        checkpointer.save(1, tree(a=(2, 3), b=(1, 2, 2, 8), c=(4,)), metadata={})
+
+        def message(template):
+            with pytest.raises(CheckpointError) as error:
+                checkpointer.restore(template)
+            return str(error.value)
+
+        text = message(template_of(tree(a=(3, 2), b=(1, 1, 2, 8), d=(1,))))
+        assert "params.a is stored as [2, 3] but wanted as [3, 2]" in text
+        assert "params.b is stored as [1, 2, 2, 8] but wanted as [1, 1, 2, 8]" in text
+        assert "params.d is wanted but not stored" in text
+        assert "params.c is stored but not wanted" in text
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(a=(2, 3), b=(1, 2, 2, 8), c=(4,)))
+        assert "params.c is stored as float32 but wanted as bfloat16" in message(template_of(half))
+        text = message(template_of(tree(a=(2, 3), b=(1, 2, 2, 16), c=(4,))))
+        assert "params.b is stored as [1, 2, 2, 8] but wanted as [1, 2, 2, 16]" in text
+
+
+@pytest.mark.parametrize("call", ["save", "restore", "wait", "close"])
+def test_background_error_surfaces_at_the_next_call(tmp_path, monkeypatch, state, call):
+    checkpointer = Checkpointer(tmp_path, keep=3, every=1)
+    checkpointer.save(1, state, metadata={})
+    checkpointer.wait()
+
+    def fail(directory):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_checksums", fail)
+        checkpointer.save(2, state, metadata={})
+        calls = {
+            "save": lambda: checkpointer.save(3, state, metadata={}),
+            "restore": lambda: checkpointer.restore(template_of(state)),
+            "wait": checkpointer.wait,
+            "close": checkpointer.close,
+        }
+        with pytest.raises(CheckpointError, match=r"writing the checkpoint of step 2 in .* failed: disk full"):
+            calls[call]()
+    if call == "close":
+        checkpointer = Checkpointer(tmp_path, keep=3, every=1)
+    assert checkpointer.restore(template_of(state))[1] == 1
+    assert checkpointer.save(2, state, metadata={}), "the same step can be tried again"
+    assert checkpointer.restore(template_of(state))[1] == 2
+    checkpointer.close()
+
+
+KILLED = """
+    import jax, pathlib, sys, time
+    jax.config.update("jax_num_cpu_devices", 16)
+    from moejax.train import checkpoint
+    from test_checkpoint import make_iterator, make_mesh, make_state
+
+    directory, hook = pathlib.Path(sys.argv[1]), sys.argv[2]
+    state = make_state(make_mesh((4, 2, 2)))
+    checkpointer = checkpoint.Checkpointer(directory / "checkpoints", keep=1, every=1)
+    checkpointer.save(1, state, make_iterator(), metadata={})
+    checkpointer.wait()
+
+    def block(*args):
+        (directory / "blocked").touch()
+        time.sleep(600)
+
+    if hook == "arrays":  # while Orbax has written some of its files
+        checkpoint.ocp.PyTreeCheckpointHandler.finalize = block
+    else:  # when all is written but the rename
+        checkpoint.write_checksums = block
+    checkpointer.save(2, state, make_iterator(), metadata={})
+    checkpointer.wait()
+"""
+
+
+@pytest.mark.parametrize("hook", ["arrays", "checksums"])
+def test_killed_while_writing_leaves_the_one_before(tmp_path, state, hook):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), hook],
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])},
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "blocked").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (tmp_path / "blocked").exists(), f"the process ended early: {process.poll()}"
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    directory = tmp_path / "checkpoints"
+    assert len(list(directory.glob("2*"))) == 1, "it was killed in the middle of writing step 2"
+    with Checkpointer(directory, keep=1, every=1) as checkpointer:
+        restored, step, _ = checkpointer.restore(template_of(state), make_iterator())
+        assert step == 1
+        assert_bit_identical(restored, state)
+        checkpointer.save(2, state, metadata={})
+        assert checkpointer.restore(template_of(state))[1] == 2
+        checkpointer.wait()
+    assert sorted(path.name for path in directory.iterdir()) == ["2"], "what the kill left behind is gone"
+
+
+def test_arguments_are_checked(tmp_path, state):
+    with pytest.raises(ValueError, match="keep=0 must be 1 or more"):
+        Checkpointer(tmp_path, keep=0, every=1)
+    with pytest.raises(ValueError, match="every=0 must be 1 or more"):
+        Checkpointer(tmp_path, keep=1, every=0)
+    checkpointer = Checkpointer(tmp_path, keep=1, every=1)
+    with pytest.raises(ValueError, match="different paths"):
+        checkpointer.save(1, {"a.b": state.step, "a": {"b": state.step}}, metadata={})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpointer.save(1, state, metadata={"a": object()})
+    assert checkpointer.save(1, state, metadata={}), "a save that was refused left nothing behind"
+    with pytest.raises(ValueError, match=r"template_state's step=.* must have a NamedSharding"):
+        checkpointer.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
+    checkpointer.close()
+    checkpointer.close()
+    with pytest.raises(CheckpointError, match="closed"):
+        checkpointer.save(1, state, metadata={})

@@ -1,0 +1,116 @@
+"""One line a step, valid JSON whatever the values, through kills and resumptions."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.train.metrics import MetricsWriter, read_metrics
+
+
+def test_reads_back_what_was_written(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.1, "tokens": 3, "jax": jnp.float32(0.5), "numpy": np.float64(1e-300)})
+        assert len(read_metrics(tmp_path)) == 1, "the line must be readable before the writer is closed"
+        writer.write(2, {"loss": 0.2})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 0.1, "tokens": 3.0, "jax": 0.5, "numpy": 1e-300},
+        {"step": 2, "loss": 0.2},
+    ]
+
+
+def test_not_finite_values_are_valid_json_and_come_back(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": jnp.float32(-jnp.inf)})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
+    [record] = read_metrics(tmp_path)
+    assert math.isnan(record["a"])
+    assert (record["b"], record["c"]) == (math.inf, -math.inf)
+
+
+def test_resumed_run_has_one_line_a_step(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 8):
+            writer.write(step, {"run": 1})
+    with MetricsWriter(tmp_path, resume_step=4) as writer:
+        for step in range(5, 10):
+            writer.write(step, {"run": 2})
+    assert [(r["step"], r["run"]) for r in read_metrics(tmp_path)] == [(s, 1 if s <= 4 else 2) for s in range(1, 10)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_new_run_in_the_same_directory_starts_over(tmp_path):
+    for run in (1, 2):
+        with MetricsWriter(tmp_path) as writer:
+            writer.write(1, {"run": run})
+    assert read_metrics(tmp_path) == [{"step": 1, "run": 2.0}]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1}', "\udcff", ""])
+def test_torn_last_line_is_left_out_and_written_over(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1}\n{"step": 2, "loss": 1}\n' + torn.encode(errors="surrogateescape"))
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write(3, {"loss": 3})
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 1), (2, 1), (3, 3)]
+
+
+def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a JSON object"):
+        read_metrics(path)
+    with pytest.raises(ValueError, match="line 2"):
+        MetricsWriter(tmp_path, resume_step=3)
+    assert path.read_text() == '{"step": 1}\nrubbish\n{"step": 3}\n', "the file must be as it was"
+
+
+def test_errors_name_the_argument(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
+        with pytest.raises(ValueError, match="step=3 must be more than 3"):
+            writer.write(3, {})
+        with pytest.raises(ValueError, match=r"metrics\['loss'\]=\[1\] must be a scalar"):
+            writer.write(4, {"loss": [1]})
+        with pytest.raises(ValueError, match="'step'"):
+            writer.write(4, {"step": 4})
+        writer.write(4, {"loss": 1})
+    with pytest.raises(ValueError, match="resume_step=-1"):
+        MetricsWriter(tmp_path, resume_step=-1)
+
+
+def test_tensorboard_gets_the_same_scalars_and_hides_the_dropped_ones(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer.write(2, {"loss": 0.25})
+    with MetricsWriter(tmp_path, resume_step=1) as writer:
+        writer.write(2, {"loss": 0.75})
+    events = _events(tmp_path / "tensorboard")
+    assert [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] == [
+        (1, "loss", 0.5),
+        (2, "loss", 0.25),
+        (2, "loss", 0.75),
+    ]
+    starts = [e.step for e in events if e.HasField("session_log")]
+    assert starts == [1, 2], "a session that starts at step s hides what came at s and later before it"
+
+
+def _events(directory):
+    """Parses TensorBoard's files: records of u64 length, u32 CRC, an Event message, u32 CRC."""
+    from tensorboardX.proto import event_pb2
+
+    events = []
+    for path in sorted(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+            data = data[12 + length + 4 :]
+    return events
