@@ -1,7 +1,8 @@
 """Pipeline schedules: microbatches through stages, each stage visited `repeats` times, in one `scan`.
 
 With M microbatches, P stages and R repeats, stage i works at tick t on item k = t - i: repeat k // M of microbatch
-k % M. R = 1 is GPipe; R > 1 is the interleaved schedule (arXiv 2104.04473), whose bubble is P - 1 ticks of 1/R the length. The
+k % M. R = 1 is GPipe; R > 1 is the interleaved schedule (arXiv 2104.04473), whose bubble is P - 1 ticks of 1/R the
+length. The
 last stage's results return to the first by the same `ppermute` that moves every other, P ticks after the microbatch
 left; there they take the place of the microbatch they came from, so one buffer holds the inputs, what waits for its
 next repeat, and in the end the outputs. (A slot must be read before it is replaced: M >= P when R > 1.)

@@ -1,0 +1,74 @@
+"""Trains a sparse Mixture-of-Experts model, by default a tiny one on Python's own sources on 16 virtual CPU devices.
+
+    python experiments/train.py
+    python experiments/train.py --config=small --data=~/texts --tokenizer=bpe
+    python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --workdir=runs/deep
+
+A run that was stopped goes on where it was when it is started again with its --workdir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import common
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from moejax.config import check
+from moejax.mesh import build_mesh
+from moejax.train.loop import Summary, Trainer
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Checkpoints and metrics of the run; an existing one is resumed. Default: a new one under runs/."
+)
+
+
+def main(argv: list[str]) -> None:
+    config, mesh_config, rest = common.parse_configs(argv)
+    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    common.setup_jax(mesh_config)
+    mesh = build_mesh(mesh_config)
+    workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    console = Console(stderr=True)
+    console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}", highlight=False)
+    summary = Trainer(config, mesh, workdir).run()
+    show(summary, config.steps, workdir, console)
+    print(json.dumps(dataclasses.asdict(summary)))
+
+
+def show(summary: Summary, steps: int, workdir: Path, console: Console) -> None:
+    """The summary for people; the JSON line on standard output is for programs."""
+    table = Table(title=f"step {summary.step} of {steps}", show_header=False)
+    rows = {
+        "held-out bits per byte": f"{summary.eval_bits_per_byte:.3f}",
+        "loss": f"{summary.loss:.3f}",
+        "tokens/s": f"{summary.tokens_per_second:,.0f}",
+        "step": f"{summary.step_seconds:.3f} s",
+        "first step after": f"{summary.first_step_seconds:.1f} s",
+        "in all": f"{summary.total_seconds:.0f} s",
+        "load CV": f"{summary.load_cv:.3f} over {summary.load_cv_window_tokens:,} tokens "
+        f"(sampling floor {summary.load_cv_floor:.3f})",
+        "busiest expert": f"{summary.load_max_over_mean:.2f} × mean",
+        "dropped": f"{summary.dropped_fraction:.2%} of assignments",
+        "memory per device": f"{summary.device_memory_bytes / 2**20:.0f} MiB, as compiled",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    if summary.sample is not None:
+        console.rule("sample")
+        console.print(summary.sample, markup=False, highlight=False)
+        console.rule()
+    if summary.interrupted:
+        console.print(f"stopped and saved; go on with --workdir={workdir}", highlight=False)
+    elif summary.resumed_from >= steps:
+        console.print(f"{workdir} was trained already; for more, raise --config.steps or use another --workdir")
+
+
+if __name__ == "__main__":
+    common.run(main)
