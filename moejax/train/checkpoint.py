@@ -213,7 +213,8 @@ class Checkpointer:
             if not multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
                 return step
             self._damaged.add(step)
-            problems.append(f"step {step}: {problem or 'damaged; process 0 says how'}")
+            problem = problem or "process 0 says how"
+            problems.append(f"step {step}: {problem}")
             logging.warning("Checkpoint of step %d in %s is damaged and not used: %s", step, self.directory, problem)
         raise CheckpointError(
             f"no readable checkpoint in {self.directory} ({'; '.join(problems)}); restore the files from a copy, "
