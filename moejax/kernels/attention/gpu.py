@@ -1,0 +1,72 @@
+"""Causal grouped-query attention on GPUs: the Pallas kernel that comes with jax, lowered through Triton.
+
+Chosen because it is the one library kernel that takes segment ids, has a backward pass, and compiles without the GPU at
+hand. cuDNN (`jax.nn.dot_product_attention`) and tokamax take segments only as an S × S mask, and both must see the
+device. jax 0.11 announces that it will drop this kernel in favour of tokamax's.
+
+Dims: B batch, S sequence, N query heads, K key-value heads, G = N // K query heads that share one of them, H head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moejax.kernels import manual
+
+with warnings.catch_warnings():  # the announcement above, which a user of moejax can do nothing about
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental.pallas.ops.gpu import attention as pallas_attention
+
+_BLOCK = 128  # tokens of a forward block, at most
+_BLOCK_BYTES = 32 * 1024  # of queries, keys or values; five such blocks are in shared memory, 163 KB on an A100
+_BLOCK_BACKWARD = 32  # tokens of a backward block, the kernel's default
+_SMALLEST = 16  # rows and columns of the smallest matrix product that Triton has
+
+
+def attention(
+    q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BS: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Causal attention inside segments, see `moejax.kernels.attention.attention`.
+
+    `interpret` evaluates the kernel's body with plain jax operations, on any device: slow, for tests.
+    """
+    B, S, N, H = q_BSNH.shape
+    K = k_BSKH.shape[2]
+    block = _block(S, H, q_BSNH.dtype.itemsize)
+    extra_S, extra_H = -S % block, max(0, _SMALLEST - H)
+
+    def pad(x_BSXH: jax.Array) -> jax.Array:  # at the end, where causality hides the tokens
+        return jnp.pad(x_BSXH, ((0, 0), (0, extra_S), (0, 0), (0, extra_H)))
+
+    q_GBSKH = jnp.moveaxis(pad(q_BSNH).reshape(B, S + extra_S, K, N // K, H + extra_H), 3, 0)
+    segment_ids_BS = jnp.pad(segment_ids_BS, ((0, 0), (0, extra_S)))
+    o_GBSKH = _kernel(H**-0.5, block, interpret)(q_GBSKH, pad(k_BSKH), pad(v_BSKH), segment_ids_BS)
+    return jnp.moveaxis(o_GBSKH, 0, 3).reshape(B, S + extra_S, N, H + extra_H)[:, :S, :, :H]
+
+
+def _block(S: int, H: int, itemsize: int) -> int:
+    """Tokens of a forward block, a power of two as everything in Triton; a short row is one block."""
+    whole_row = max(_SMALLEST, 1 << (S - 1).bit_length())
+    fits = _BLOCK_BYTES // (itemsize << (H - 1).bit_length())
+    return min(whole_row, _BLOCK, max(_BLOCK_BACKWARD, fits))
+
+
+@functools.cache
+def _kernel(scale: float, block: int, interpret: bool) -> Callable[..., jax.Array]:
+    def kernel(q_GBSKH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        def one_query_per_key(q_BSKH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+            # By position, for it is a custom_vjp with positions: scale, causal, blocks, backward, warps, stages, grid.
+            blocks = pallas_attention.BlockSizes(block, block, *[_BLOCK_BACKWARD] * 4)
+            options = (scale, True, blocks, "triton", None, 2, None, interpret)
+            return pallas_attention.mha(q_BSKH, k_BSKH, v_BSKH, segment_ids_BS, *options)
+
+        # The kernel wants as many keys as queries. `vmap` is one more dimension of its grid, over which k and v are
+        # read again but not repeated in memory.
+        return jax.vmap(one_query_per_key, in_axes=(0, None, None))(q_GBSKH, k_BSKH, v_BSKH)
+
+    return manual.differentiable(kernel, "attention_out")
