@@ -26,9 +26,9 @@ def assign_slots(routing: Routing, num_experts: int, capacity: int) -> Slots:
     num_assignments = expert.shape[0]
     index = jnp.arange(num_assignments, dtype=jnp.int32)
     expert_sorted, _, order = lax.sort((expert, -lax.stop_gradient(gate), index), num_keys=2, is_stable=True)
-    ids_E = jnp.arange(num_experts, dtype=expert.dtype)
-    start_E = jnp.searchsorted(expert_sorted, ids_E, side="left").astype(jnp.int32)
-    end_E = jnp.searchsorted(expert_sorted, ids_E, side="right").astype(jnp.int32)
+    count_E = (expert[:, None] == jnp.arange(num_experts, dtype=expert.dtype)[None]).sum(0, dtype=jnp.int32)
+    end_E = jnp.cumsum(count_E)
+    start_E = end_E - count_E
 
     row_sorted = index - start_E[expert_sorted]
     slot_sorted = jnp.where(row_sorted < capacity, expert_sorted * capacity + row_sorted, num_experts * capacity)
