@@ -15,6 +15,7 @@ share, and 53 MB: 10.5 of arguments, 10.5 of results, 32 of temporaries. The S Ã
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def _forward(
     S = segment_ids_BS.shape[1]
     q_nBKGcH, k_nBKcH, v_nBKcH, segment_ids_nBc = _split_all(chunk, q_BSKGH, k_BSKH, v_BSKH, segment_ids_BS)
 
-    def block(carry: tuple[jax.Array, ...], pair: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+    def block(carry: Any, pair: Any) -> tuple[Any, None]:
         i, j = pair
         o, peak, total = (_at(x, i) for x in carry)
         logits = _logits(q_nBKGcH, k_nBKcH, segment_ids_nBc, i, j)
@@ -90,7 +91,7 @@ def _backward(chunk: int, saved: tuple[jax.Array, ...], g_BSKGH: jax.Array) -> t
     g_nBKGcH = _split(g_BSKGH, chunk)
     weighted_nBKGc = (g_nBKGcH * _split(o_BSKGH, chunk)).sum(-1)
 
-    def block(carry: tuple[jax.Array, ...], pair: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+    def block(carry: Any, pair: Any) -> tuple[Any, None]:
         dq_nBKGcH, dk_nBKcH, dv_nBKcH = carry
         i, j = pair
         q, g, k, v = _at(q_nBKGcH, i), _at(g_nBKGcH, i), _at(k_nBKcH, j), _at(v_nBKcH, j)
