@@ -75,25 +75,21 @@ def differentiable(kernel: Callable[..., jax.Array], name: str) -> Callable[...,
         return unchecked(kernel)(*args)
 
     def forward(*args: jax.Array) -> tuple[jax.Array, Any]:
-        rebuild: Callable[..., Any] | None = None
+        static: list[Any] = []  # what `run` finds out while it is traced, beside the arrays that it returns
 
         def run(*args: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-            nonlocal rebuild
             out, vjp = jax.vjp(kernel, *args)
             leaves, treedef = jax.tree.flatten(vjp)
             # Arguments and the result are residuals already; a second copy would be saved, and counted, twice.
             known = {id(x): i for i, x in enumerate((*args, out))}
             sources = [known.get(id(leaf)) for leaf in leaves]
-            new = [leaf for leaf, source in zip(leaves, sources, strict=True) if source is None]
-
-            def rebuild(known: tuple[jax.Array, ...], new: list[jax.Array]) -> Any:
-                new = iter(new)
-                return treedef.unflatten(next(new) if source is None else known[source] for source in sources)
-
-            return out, new
+            static.extend((treedef, sources))
+            return out, [leaf for leaf, source in zip(leaves, sources, strict=True) if source is None]
 
         out, new = jax.tree.map(lambda x: checkpoint_name(x, name), unchecked(run)(*args))
-        return out, rebuild((*args, out), new)
+        treedef, sources = static
+        known, rest = (*args, out), iter(new)
+        return out, treedef.unflatten(next(rest) if source is None else known[source] for source in sources)
 
     def backward(vjp: Any, cotangent: jax.Array) -> tuple[Any, ...]:
         return unchecked(lambda vjp, cotangent: vjp(cotangent))(vjp, cotangent)

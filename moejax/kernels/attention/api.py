@@ -88,8 +88,8 @@ def _check(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_
     if q_BSNH.ndim != 4:
         raise ValueError(f"q_BSNH has shape {q_BSNH.shape}; must be [batch, sequence, heads, head_dim]")
     B, S, N, H = q_BSNH.shape
-    K = k_BSKH.shape[2] if k_BSKH.ndim == 4 else None
-    if k_BSKH.shape != (B, S, K, H):
+    K = k_BSKH.shape[2] if k_BSKH.ndim == 4 else 0
+    if not K or k_BSKH.shape != (B, S, K, H):
         raise ValueError(f"k_BSKH has shape {k_BSKH.shape}; must be ({B}, {S}, kv_heads, {H}) for q's {q_BSNH.shape}")
     if v_BSKH.shape != k_BSKH.shape:
         raise ValueError(f"v_BSKH has shape {v_BSKH.shape}; must be k's {k_BSKH.shape}")

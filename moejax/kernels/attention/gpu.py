@@ -1,8 +1,9 @@
 """Causal grouped-query attention on GPUs: the Pallas kernel that comes with jax, lowered through Triton.
 
 Chosen because it is the one library kernel that takes segment ids, has a backward pass, and compiles without the GPU at
-hand. cuDNN (`jax.nn.dot_product_attention`) and tokamax take segments only as an S × S mask, and both must see the
-device. jax 0.11 announces that it will drop this kernel in favour of tokamax's.
+hand. `jax.nn.dot_product_attention` (cuDNN) and tokamax take segments only as an S × S mask; cuDNN and tokamax's Mosaic
+kernels must also see the device when they are traced or compiled. jax 0.11 announces that it will drop this kernel, and
+Pallas' way through Triton with it, so expect to replace this file.
 
 Dims: B batch, S sequence, N query heads, K key-value heads, G = N // K query heads that share one of them, H head_dim.
 """
@@ -66,7 +67,7 @@ def _kernel(scale: float, block: int, interpret: bool) -> Callable[..., jax.Arra
             return pallas_attention.mha(q_BSKH, k_BSKH, v_BSKH, segment_ids_BS, *options)
 
         # The kernel wants as many keys as queries. `vmap` is one more dimension of its grid, over which k and v are
-        # read again but not repeated in memory.
+        # read again but not repeated in memory; their gradients are, for the time until they are summed over G.
         return jax.vmap(one_query_per_key, in_axes=(0, None, None))(q_GBSKH, k_BSKH, v_BSKH)
 
     return manual.differentiable(kernel, "attention_out")

@@ -47,7 +47,9 @@ def _kernel(interpret: bool) -> Callable[..., jax.Array]:
         size = next(size for size in _BLOCKS if S % size == 0)
         splash = splash_attention.make_splash_mha_single_device(
             splash_attention.MultiHeadMask([splash_attention.CausalMask((S, S))] * N),
-            block_sizes=splash_attention.BlockSizes(*[size] * 8),
+            block_sizes=splash_attention.BlockSizes(
+                block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size
+            ),
             interpret=interpret,
         )
 
