@@ -14,6 +14,7 @@ from typing import Literal, get_args
 Dtype = Literal["float32", "bfloat16", "float16"]
 Gather = Literal["step", "layer"]
 Remat = Literal["auto", "none", "minimal", "collectives", "full"]
+Bubble = Literal["auto", "skip", "compute"]
 Strategy = Literal["capacity"]
 ExpertAxis = Literal["expert", "tensor"]
 
@@ -146,17 +147,21 @@ class ParallelConfig:
     A batch shard is cut into `num_microbatches` for the pipeline; each stage holds `repeats` separate chunks of layers
     (1: GPipe; more: interleaved). `gather` says when dense weights are gathered from their shards: once a step
     (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps activations up to 2,048 tokens and recomputes above.
+    `bubble` says whether a stage without work skips it or computes what nobody uses; "auto" skips on CPUs, whose
+    virtual devices share cores, and computes on accelerators, which would only wait (see `moejax.pipeline`).
     """
 
     num_microbatches: int = 2
     repeats: int = 1
     gather: Gather = "step"
     remat: Remat = "auto"
+    bubble: Bubble = "auto"
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_microbatches", "repeats")
         _check_choice(self, "gather", Gather)
         _check_choice(self, "remat", Remat)
+        _check_choice(self, "bubble", Bubble)
 
     def remat_policy(self, seq_len: int) -> str:
         """The policy's name with `auto` resolved for sequences of `seq_len` tokens."""

@@ -75,6 +75,12 @@ class Program:
         return tuple(a for a in (REPLICA, EXPERT) if a in self.mesh.axis_names)
 
     @property
+    def skip_bubble(self) -> bool:
+        """Whether stages without work skip it: `parallel.bubble` with "auto" resolved for the mesh's devices."""
+        on_cpu = self.mesh.abstract_mesh.abstract_device.platform == "cpu"
+        return on_cpu if self.parallel.bubble == "auto" else self.parallel.bubble == "skip"
+
+    @property
     def batch_spec(self) -> P:
         return P(self.batch_axes)
 
@@ -165,7 +171,9 @@ class Program:
 
         x_MbsD = x_BsD.reshape(num_microbatches, -1, *x_BsD.shape[1:])
         x_MbsD = vary(x_MbsD, (PIPELINE,))
-        x_MbsD, stats = run_pipeline(remat.checkpoint(stage, policy), x_MbsD, self.parallel.repeats)
+        x_MbsD, stats = run_pipeline(
+            remat.checkpoint(stage, policy), x_MbsD, self.parallel.repeats, skip_bubble=self.skip_bubble
+        )
         with jax.named_scope("pipeline"):  # from stage 0 to all: each holds a part of the vocabulary
             x_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, x_MbsD, jnp.zeros_like(x_MbsD)), PIPELINE)
         norm_D = sharding.gather(params["head"]["norm_D"], self.table["head"]["norm_D"])

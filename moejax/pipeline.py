@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moejax.mesh import PIPELINE
+from moejax.nn.collectives import vary
 
 # (x_bsD, repeat, microbatch) -> (y_bsD, sums of this stage's chunk of layers)
 Stage = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -28,8 +29,13 @@ def num_ticks(num_microbatches: int, num_stages: int, repeats: int) -> int:
     return repeats * num_microbatches + num_stages - 1
 
 
-def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int) -> tuple[jax.Array, Any]:
+def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int, *, skip_bubble: bool) -> tuple[jax.Array, Any]:
     """Runs every microbatch through all `repeats * stages` chunks of layers.
+
+    With `skip_bubble` a stage without work does nothing, in a `cond` that all devices of a stage decide alike;
+    otherwise it works on what lies there and the result is not used. An accelerator would wait either way, and the
+    `cond` would keep collectives from overlapping; virtual devices share their cores, so there work saved is time
+    saved (a third of it for 2 stages and 2 microbatches).
 
     Returns the outputs [M, b, s, D], meaningful on stage 0 only, and the stage's sums over microbatches, [R, ...].
     """
@@ -37,6 +43,15 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int) -> tuple[jax.Arr
     num_microbatches = x_MbsD.shape[0]
     ticks = num_ticks(num_microbatches, num_stages, repeats)
     to_next = [(i, (i + 1) % num_stages) for i in range(num_stages)]
+
+    nothing_bsD, first = jnp.zeros_like(x_MbsD[0]), jnp.zeros((), jnp.int32)
+    no_sums = jax.tree.map(
+        lambda s: vary(jnp.zeros(s.shape, s.dtype), tuple(jax.typeof(x_MbsD).manual_axis_type.varying)),
+        jax.eval_shape(stage, nothing_bsD, first, first)[1],
+    )
+
+    def idle(x_bsD: jax.Array, *_: jax.Array) -> tuple[jax.Array, Any]:
+        return x_bsD, no_sums
 
     def put(buffer_MbsD: jax.Array, arrived_bsD: jax.Array, item: jax.Array | int) -> jax.Array:
         slot = jnp.asarray(item) % num_microbatches
@@ -51,16 +66,19 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int) -> tuple[jax.Arr
         live = (item >= 0) & (item < repeats * num_microbatches)
         repeat, microbatch = jnp.clip(item // num_microbatches, 0, repeats - 1), item % num_microbatches
         first_bsD = lax.dynamic_index_in_dim(buffer_MbsD, microbatch, keepdims=False)
-        y_bsD, sums = stage(jnp.where(index == 0, first_bsD, arrived_bsD), repeat, microbatch)
+        x_bsD = jnp.where(index == 0, first_bsD, arrived_bsD)
+        if skip_bubble:
+            y_bsD, sums = lax.cond(live, stage, idle, x_bsD, repeat, microbatch)
+        else:
+            y_bsD, sums = stage(x_bsD, repeat, microbatch)
+            sums = jax.tree.map(lambda s: jnp.where(live, s, jnp.zeros_like(s)), sums)
         with jax.named_scope("pipeline"):
             arrived_bsD = lax.ppermute(y_bsD, PIPELINE, to_next)
-        sums_R = jax.tree.map(lambda total, s: total.at[repeat].add(jnp.where(live, s, 0.0)), sums_R, sums)
+        sums_R = jax.tree.map(lambda total, s: total.at[repeat].add(s), sums_R, sums)
         return (arrived_bsD, buffer_MbsD, sums_R), None
 
-    zero = jnp.zeros_like(x_MbsD[0])
-    sums = jax.eval_shape(stage, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))[1]
-    varying = tuple(jax.typeof(x_MbsD).manual_axis_type.varying)
-    sums_R = jax.tree.map(lambda s: lax.pcast(jnp.zeros((repeats, *s.shape), s.dtype), varying, to="varying"), sums)
+    sums_R = jax.tree.map(lambda s: jnp.repeat(s[None], repeats, axis=0), no_sums)
     with jax.named_scope("pipeline"):
-        (arrived_bsD, x_MbsD, sums_R), _ = lax.scan(tick, (zero, x_MbsD, sums_R), jnp.arange(ticks, dtype=jnp.int32))
+        start = (nothing_bsD, x_MbsD, sums_R)
+        (arrived_bsD, x_MbsD, sums_R), _ = lax.scan(tick, start, jnp.arange(ticks, dtype=jnp.int32))
         return put(x_MbsD, arrived_bsD, ticks - num_stages), sums_R
