@@ -14,6 +14,7 @@ from moejax.config import (
 from moejax.data import load_data, make_loader
 from moejax.mesh import MeshConfig, build_mesh, use_virtual_devices
 from moejax.model import Program
+from moejax.modules import MoELayer, MoEStats, Transformer
 from moejax.presets import get_preset
 from moejax.train.step import TrainState, TrainStep, make_train_step
 
@@ -24,6 +25,8 @@ __all__ = [
     "DataConfig",
     "DispatchConfig",
     "MeshConfig",
+    "MoELayer",
+    "MoEStats",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "TrainStep",
+    "Transformer",
     "build_mesh",
     "get_preset",
     "load_data",

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import balance, remat, sharding
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
-from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
+from moejax.mesh import PIPELINE, TENSOR
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.attention import attention
 from moejax.nn.collectives import all_gather, vary
@@ -72,7 +72,7 @@ class Program:
     @property
     def batch_axes(self) -> tuple[str, ...]:
         """The axes that split the batch."""
-        return tuple(a for a in (REPLICA, EXPERT) if a in self.mesh.axis_names)
+        return sharding.batch_axes(self.mesh)
 
     @property
     def skip_bubble(self) -> bool:
@@ -136,12 +136,27 @@ class Program:
         scalars = dict.fromkeys(("loss", "cross_entropy", "aux_loss", "z_loss"), P())
         return scalars | {"count_RPlE": by_layer, "dropped_RPl": by_layer}
 
+    def logits(self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        """Logits of the token after every position of this device's sequences [B, S]: its columns, float32 [B, S, v].
+
+        Over the mesh they lie as `logits_spec` says.
+        """
+        return logits(self._whole_hidden(params, tokens_BS, segment_ids_BS), self._output_table(params))
+
+    @property
+    def logits_spec(self) -> P:
+        return P(self.batch_axes, None, sharding.VOCAB_AXES)
+
     def next_token_logits(self, params: dict[str, Any], tokens_BS: jax.Array, position: jax.Array) -> jax.Array:
         """Logits of the token after `position` in each of this device's sequences [B, S]: its columns [B, v]."""
-        h_MbsD, _ = self.hidden(params, tokens_BS, jnp.ones_like(tokens_BS))
-        h_BSD = all_gather(h_MbsD, TENSOR, dim=2).reshape(*tokens_BS.shape, -1)
+        h_BSD = self._whole_hidden(params, tokens_BS, jnp.ones_like(tokens_BS))
         h_BD = lax.dynamic_index_in_dim(h_BSD, position, axis=1, keepdims=False)
         return logits(h_BD, self._output_table(params))
+
+    def _whole_hidden(self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        """Final hidden states of every position, gathered over `tensor`: [B, S, D]."""
+        h_MbsD, _ = self.hidden(params, tokens_BS, segment_ids_BS)
+        return all_gather(h_MbsD, TENSOR, dim=2).reshape(*tokens_BS.shape, -1)
 
     def hidden(
         self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array
@@ -213,3 +228,14 @@ class Program:
         if self.model.tie_embeddings:
             return sharding.gather(params["embed"], self.table["embed"])["table_VD"].T
         return sharding.gather(params["head"]["w_DV"], self.table["head"]["w_DV"])
+
+
+def summarise(metrics: Metrics) -> Metrics:
+    """The figures of `Program.loss`, as global arrays, with the loads of all layers told in a few numbers.
+
+    The counts become `load_LE`, the assignments that each expert got, and `moejax.balance.load_statistics` of them.
+    """
+    metrics = dict(metrics)
+    count_RPlE, dropped_RPl = metrics.pop("count_RPlE"), metrics.pop("dropped_RPl")
+    load_LE = count_RPlE.reshape(-1, count_RPlE.shape[-1])
+    return metrics | balance.load_statistics(load_LE, dropped_RPl.reshape(-1)) | {"load_LE": load_LE}

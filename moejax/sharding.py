@@ -33,6 +33,11 @@ NUM_STACK_DIMS = 3  # [repeats, stages, layers per chunk] in front of a paramete
 Axes = tuple[str, ...]
 
 
+def batch_axes(mesh: Mesh) -> Axes:
+    """The axes that split the batch."""
+    return tuple(axis for axis in (REPLICA, EXPERT) if axis in mesh.axis_names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Param:
     """One parameter: global shape, initial standard deviation (None: ones), stored axes per dim, what to gather.
@@ -198,6 +203,18 @@ def _check_divides(name: str, value: int, axis: str, size: int) -> None:
         check(False, f"{name}={value} must be a multiple of {axis} {size}; with {name}={value} use one of {divisors}")
 
 
+def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` where one mixture-of-experts feed-forward, `moe_params`, does not fit on the mesh."""
+    expert, tensor = mesh.shape[EXPERT], mesh.shape[TENSOR]
+    experts_over = math.prod(mesh.shape[a] for a in dispatch.expert_axes)
+    _check_divides("num_experts", m.num_experts, f"expert axes {'×'.join(dispatch.expert_axes)} =", experts_over)
+    _check_divides("d_model", m.d_model, "expert axis", expert)
+    if TENSOR not in dispatch.expert_axes:
+        _check_divides("d_ff", m.d_ff, "tensor axis", tensor)
+    if m.shared_d_ff:
+        _check_divides("d_model", m.d_model, "expert × tensor axes", expert * tensor)
+
+
 def check_layout(
     m: ModelConfig,
     dispatch: DispatchConfig,
@@ -210,15 +227,9 @@ def check_layout(
 ) -> None:
     """Raises `ConfigError`, naming what would be right, where the model or the batch does not fit on the mesh."""
     expert, stages, tensor = (mesh.shape[a] for a in (EXPERT, PIPELINE, TENSOR))
-    experts_over = math.prod(mesh.shape[a] for a in dispatch.expert_axes)
-    _check_divides("num_experts", m.num_experts, f"expert axes {'×'.join(dispatch.expert_axes)} =", experts_over)
+    check_moe_layout(m, dispatch, mesh)
     _check_divides("num_heads", m.num_heads, "tensor axis", tensor)
     _check_divides("num_kv_heads", m.num_kv_heads, "tensor axis", tensor)
-    _check_divides("d_model", m.d_model, "expert axis", expert)
-    if TENSOR not in dispatch.expert_axes:
-        _check_divides("d_ff", m.d_ff, "tensor axis", tensor)
-    if m.shared_d_ff:
-        _check_divides("d_model", m.d_model, "expert × tensor axes", expert * tensor)
     if m.num_dense_layers:
         _check_divides("d_model", m.d_model, "expert × pipeline × tensor axes", expert * stages * tensor)
     _check_divides("vocab_size", m.vocab_size, "pipeline × tensor axes", stages * tensor)

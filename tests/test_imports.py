@@ -26,7 +26,7 @@ LAYERS = (
     {"moe"},
     {"pipeline"},
     {"model", "data"},
-    {"train", "serve"},
+    {"modules", "train", "serve"},
     {"planner", "profiling", "interop"},
 )
 ONLY = {"data": {"config"}}  # narrower than the layers say

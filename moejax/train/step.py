@@ -15,9 +15,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.balance import load_statistics
 from moejax.config import OptimizerConfig
-from moejax.model import Batch, Metrics, Program
+from moejax.model import Batch, Metrics, Program, summarise
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
 
 
@@ -106,7 +105,7 @@ class TrainStep:
             self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
         )
         state, metrics = step(state, batch)
-        return state, _summarise(metrics)
+        return state, summarise(metrics)
 
     def _global_evaluate(self, params: Any, batch: Batch) -> Metrics:
         program = self.program
@@ -115,7 +114,7 @@ class TrainStep:
             (program.param_specs, program.batch_spec),
             program.metric_specs,
         )
-        return _summarise(evaluate(params, batch))
+        return summarise(evaluate(params, batch))
 
     def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = self._gradients(state.params, batch)
@@ -151,12 +150,6 @@ class TrainStep:
 
 def _is_spec(x: object) -> bool:
     return isinstance(x, P)
-
-
-def _summarise(metrics: Metrics) -> Metrics:
-    count_RPlE, dropped_RPl = metrics.pop("count_RPlE"), metrics.pop("dropped_RPl")
-    load_LE = count_RPlE.reshape(-1, count_RPlE.shape[-1])
-    return metrics | load_statistics(load_LE, dropped_RPl.reshape(-1)) | {"load_LE": load_LE}
 
 
 def make_train_step(

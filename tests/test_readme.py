@@ -1,0 +1,32 @@
+"""The README's Python runs as it stands there, and the model learns."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_library_examples_run():
+    section = (ROOT / "README.md").read_text().split("\n## As a library\n")[1].split("\n## ")[0]
+    train, layer = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert len(train.strip().splitlines()) <= 20
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    done = subprocess.run(
+        [sys.executable, "-c", train + layer],
+        cwd=ROOT,
+        env=os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+) load_cv \S+$", done.stdout, re.MULTILINE)]
+    assert len(losses) == 20, done.stdout
+    assert sum(losses[-5:]) / 5 < 0.8 * sum(losses[:5]) / 5
+    assert "(8, 64, 64)" in done.stdout
