@@ -60,6 +60,13 @@ class Program:
         )  # fmt: skip
         return cls(config.model, mesh, config.dispatch, config.balance, config.parallel)
 
+    def without_drops(self) -> Program:
+        """This program with room for every assignment: what it computes then depends on no device's share of tokens."""
+        roomy = dataclasses.replace(
+            self.dispatch, capacity_factor=self.model.num_experts / self.model.experts_per_token
+        )
+        return dataclasses.replace(self, dispatch=roomy)
+
     @functools.cached_property
     def table(self) -> dict[str, Any]:
         """Every parameter by path: `moejax.sharding.Param`."""

@@ -7,7 +7,6 @@ Dimensions: B samples, S window.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -36,7 +35,7 @@ def generate(
     """Continues a prompt; as many samples as the mesh's smallest batch holds.
 
     Args:
-        program: the training program. Its dispatch is given room for every token, so that nothing is dropped.
+        program: the training program; sampled from without drops.
         params: the parameters, as stored.
         prompt: int32 [prompt length], at least one token.
         num_tokens: tokens to add.
@@ -55,9 +54,7 @@ def generate(
         window <= program.model.max_seq_len,
         f"prompt and num_tokens={num_tokens} make {window} tokens; at most max_seq_len={program.model.max_seq_len} fit",
     )
-    model, dispatch = program.model, program.dispatch
-    roomy = dataclasses.replace(dispatch, capacity_factor=model.num_experts / model.experts_per_token)
-    program = dataclasses.replace(program, dispatch=roomy)
+    program = program.without_drops()
     next_logits = program.sharded(
         program.next_token_logits, (program.param_specs, program.batch_spec, P()), P(program.batch_axes, VOCAB_AXES)
     )
@@ -74,7 +71,7 @@ def generate(
         return lax.fori_loop(len(prompt) - 1, length - 1, one, tokens_BS)
 
     batch = math.prod(program.mesh.shape[a] for a in program.batch_axes) * program.parallel.num_microbatches
-    if model.num_dense_layers:
+    if program.model.num_dense_layers:
         batch *= program.mesh.shape[PIPELINE]
     tokens_BS = np.zeros((batch, window), np.int32)
     tokens_BS[:, : len(prompt)] = prompt

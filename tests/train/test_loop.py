@@ -1,0 +1,226 @@
+"""The trainer and its script: resumed == uninterrupted, restored on another mesh == itself, stopped == saved."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import ConfigError
+from moejax.data import load_corpus
+from moejax.mesh import MeshConfig, build_mesh
+from moejax.overrides import apply_overrides
+from moejax.presets import tiny
+from moejax.train.checkpoint import CheckpointError
+from moejax.train.loop import Trainer
+from moejax.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERRIDES = {
+    "model.num_layers": "4",
+    "model.d_model": "32",
+    "model.head_dim": "8",
+    "model.num_kv_heads": "4",
+    "model.d_ff": "32",
+    "data.seq_len": "32",
+    "data.batch_size": "32",
+    "steps": "8",
+    "optimizer.warmup_steps": "2",
+    "checkpoint.every": "2",
+    "eval_every": "4",
+    "eval_batches": "2",
+    "sample_tokens": "4",
+}
+REQUIRED = {
+    "step", "loss", "bits_per_byte", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens_per_second",
+    "step_seconds", "load_cv", "load_cv_window_tokens", "load_max_over_mean", "dropped_fraction",
+}  # fmt: skip
+TIMES = {"step_seconds", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A few of Python's own sources."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for document in load_corpus()[:12]:
+        (folder / Path(document.name).name).write_text(document.text[:20_000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    from moejax.config import TrainConfig
+
+    return apply_overrides(TrainConfig(model=tiny()), OVERRIDES | {"data.paths": str(corpus)})
+
+
+def mesh(*shape):
+    config = MeshConfig(*shape)
+    return build_mesh(config, jax.devices()[: config.num_devices])
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A run that was never stopped: its work directory and summary."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, Trainer(config, mesh(4, 2, 2), workdir).run()
+
+
+def lines(workdir):
+    """metrics.jsonl without what the clock says."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(workdir)]
+
+
+def test_a_run_learns_and_records_every_step(config, finished):
+    workdir, summary = finished
+    recorded = read_metrics(workdir)
+    assert [line["step"] for line in recorded] == list(range(1, config.steps + 1))
+    assert all(set(line) >= REQUIRED for line in recorded)
+    assert recorded[-1]["loss"] < recorded[0]["loss"] - 0.5
+    assert {line["step"] for line in recorded if "eval_bits_per_byte" in line} == {4, 8}
+    assert summary.step == config.steps
+    assert not summary.interrupted
+    assert summary.eval_bits_per_byte < 8
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_bits_per_byte_is_the_cross_entropy_in_another_unit(config, finished):
+    trainer = Trainer(config, mesh(4, 2, 2), finished[0])
+    held_out = read_metrics(finished[0])[-1]
+    tokens = config.data.batch_size * config.data.seq_len
+    assert trainer.tokens_per_step == tokens
+    # Bytes: a token is a byte, but for the separators between documents.
+    assert held_out["eval_bits_per_byte"] == pytest.approx(held_out["eval_loss"] / np.log(2), rel=0.02)
+    assert held_out["eval_bits_per_byte"] >= held_out["eval_loss"] / np.log(2)
+
+
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(config, finished, tmp_path, monkeypatch):
+    trainer = Trainer(config, mesh(4, 2, 2), tmp_path)
+    check_finite = trainer._check_finite
+
+    def stop_at_5(step, *rest):
+        check_finite(step, *rest)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "_check_finite", stop_at_5)
+    stopped = trainer.run()
+    assert stopped.interrupted
+    assert stopped.step == 5
+    resumed = Trainer(config, mesh(4, 2, 2), tmp_path).run()
+    assert resumed.resumed_from == 5
+    assert lines(tmp_path) == lines(finished[0])
+    assert resumed.sample == finished[1].sample
+
+
+@pytest.mark.parametrize("shape", [(16, 1, 1), (2, 4, 2), (1, 1, 1)])
+def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
+    workdir, summary = finished
+    there = Trainer(config, mesh(*shape), workdir).run()
+    assert there.resumed_from == config.steps
+    assert there.eval_loss == pytest.approx(summary.eval_loss, rel=1e-5)
+    assert lines(workdir)[-1]["step"] == config.steps
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(config, finished, tmp_path, caplog):
+    short = dataclasses.replace(config, steps=4)
+    Trainer(short, mesh(4, 2, 2), tmp_path).run()
+    newest = tmp_path / "checkpoints" / "4"
+    victim = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    resumed = Trainer(short, mesh(4, 2, 2), tmp_path).run()
+    assert resumed.resumed_from == 2
+    assert "step 4" in caplog.text
+    assert "bytes instead of" in caplog.text
+    for step in ("2", "4"):
+        for path in (tmp_path / "checkpoints" / step).rglob("*"):
+            if path.is_file() and path.suffix != ".txt" and not path.name.startswith("_"):
+                path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        Trainer(short, mesh(4, 2, 2), tmp_path).run()
+
+
+def test_resuming_with_other_data_is_refused(config, finished, tmp_path):
+    (tmp_path / "one.txt").write_text("Something else entirely.\n" * 500)
+    other = apply_overrides(config, {"data.paths": str(tmp_path)})
+    with pytest.raises(ConfigError, match="the training text or tokenizer is not the one"):
+        Trainer(other, mesh(4, 2, 2), finished[0]).run()
+    with pytest.raises(ConfigError, match=r"data\.seed=1 must be 0"):
+        Trainer(apply_overrides(config, {"data.seed": "1"}), mesh(4, 2, 2), finished[0]).run()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=128 must be at least the tokenizer's 256"):
+        Trainer(apply_overrides(config, {"model.vocab_size": "128"}), mesh(4, 2, 2), tmp_path)
+
+
+def test_divergence_is_reported_not_saved(config, tmp_path):
+    wild = apply_overrides(config, {"optimizer.learning_rate": "1e30", "steps": "6"})
+    with pytest.raises(FloatingPointError, match="training has diverged"):
+        Trainer(wild, mesh(4, 2, 2), tmp_path).run()
+
+
+# The script, as a user starts it.
+
+
+def start(workdir, corpus, *more):
+    flags = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "experiments/train.py", f"--workdir={workdir}", f"--data={corpus}", *flags, *more],
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process, workdir, step):
+    """Returns once the run has recorded the step."""
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(corpus, finished, tmp_path):
+    process = start(tmp_path, corpus)
+    wait_for_step(process, tmp_path, random.SystemRandom().randint(3, 7))
+    process.kill()
+    process.communicate()
+    resumed = start(tmp_path, corpus)
+    stdout, stderr = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, stderr[-2000:]
+    assert lines(tmp_path) == lines(finished[0])
+    summary = json.loads(stdout.splitlines()[-1])
+    assert 0 < summary["resumed_from"] < 8
+    assert summary["sample"] == finished[1].sample
+
+
+def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
+    process = start(tmp_path, corpus, "--config.steps=100000", "--config.checkpoint.every=100000")
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr[-2000:]
+    summary = json.loads(stdout.splitlines()[-1])
+    assert summary["interrupted"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == [str(summary["step"])]
+    assert f"go on with --workdir={tmp_path}" in stderr.replace("\n", "")
+
+
+def test_a_wrong_flag_is_one_line_and_nothing_is_written(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, corpus, "--config.data.batch_size=12")
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert stdout == ""
+    assert stderr.splitlines()[-1].startswith("error: batch_size=12 must be a multiple of 8 = expert 4")
+    assert not workdir.exists()
