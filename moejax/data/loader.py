@@ -23,6 +23,7 @@ from moejax.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
+_HELD_OUT_SEED = 0  # not the run's: runs are compared on the same batches
 _ENCODE_AT_ONCE = 256  # documents; the encodings' own bookkeeping is far larger than their ids
 
 
@@ -43,9 +44,9 @@ def make_loader(
 
     With `train`, batches never end. Every epoch puts the documents in a new order and cuts their stream into rows, and
     rows are shuffled among an epoch's worth of them, so that the pieces of a long document part; epochs follow one
-    another without a gap. Otherwise documents and rows keep their order, the text is passed once and what does not fill
-    a batch is left out; if nothing fills one, the text repeats up to one batch, with a log line. A second pass is
-    `set_state` of the first state.
+    another without a gap. Otherwise the text is passed once, its rows in an order that depends on their number alone, so
+    that the first few batches are a sample of all of it; what does not fill a batch is left out; if nothing fills one,
+    the text repeats up to one batch, with a log line. A second pass is `set_state` of the first state.
 
     `get_state` and `set_state`, or `grain.checkpoint.CheckpointSave` and `CheckpointRestore` in an Orbax checkpoint,
     resume exactly, given the same arguments. The state counts batches: another `batch_size` or corpus makes it another
@@ -66,7 +67,9 @@ def make_loader(
         held, needed = sum(map(len, encoded)), batch_size * config.seq_len + 1
         if held < needed:
             _log.warning("held-out text of %d tokens is repeated to fill one batch, which takes %d", held, needed)
-        ds = grain.MapDataset.range(max(rows.per_epoch, batch_size))
+        num_rows = max(rows.per_epoch, batch_size)
+        ds = grain.MapDataset.range(num_rows)
+        ds = WindowShuffleMapDataset(ds, window_size=num_rows, seed=_HELD_OUT_SEED)
     # Rows are numbers until here and are gathered a batch at a time: an array per row would be mostly overhead.
     ds = ds.batch(batch_size, drop_remainder=True).map(rows)
     return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
