@@ -44,9 +44,9 @@ def make_loader(
 
     With `train`, batches never end. Every epoch puts the documents in a new order and cuts their stream into rows, and
     rows are shuffled among an epoch's worth of them, so that the pieces of a long document part; epochs follow one
-    another without a gap. Otherwise the text is passed once, its rows in an order that depends on their number alone, so
-    that the first few batches are a sample of all of it; what does not fill a batch is left out; if nothing fills one,
-    the text repeats up to one batch, with a log line. A second pass is `set_state` of the first state.
+    another without a gap. Otherwise the text is passed once, its rows in an order that depends on their number alone,
+    so that the first few batches are a sample of all of it; what does not fill a batch is left out; if nothing fills
+    one, the text repeats up to one batch, with a log line. A second pass is `set_state` of the first state.
 
     `get_state` and `set_state`, or `grain.checkpoint.CheckpointSave` and `CheckpointRestore` in an Orbax checkpoint,
     resume exactly, given the same arguments. The state counts batches: another `batch_size` or corpus makes it another
