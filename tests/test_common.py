@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from moejax.config import ConfigError, DataConfig, TrainConfig
+from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.presets import mixtral_8x7b, small, tiny
 
@@ -39,7 +39,8 @@ def error_of(*arguments):
 
 def test_defaults():
     config, mesh_config, remaining = parse()
-    assert config == TrainConfig(model=tiny())
+    assert config == common.load_config("tiny")
+    assert config.model == tiny()
     assert mesh_config == MeshConfig(expert=4, pipeline=2, tensor=2)
     assert remaining == ["script.py"]
 
@@ -65,7 +66,7 @@ def test_files(tmp_path, monkeypatch):
 
 def test_data_shortcuts():
     data = parse("--data=a,b/*.txt", "--tokenizer=bpe")[0].data
-    assert data == DataConfig(paths=("a", "b/*.txt"), tokenizer="bpe")
+    assert (data.paths, data.tokenizer) == (("a", "b/*.txt"), "bpe")
 
 
 @pytest.mark.parametrize(
