@@ -10,12 +10,50 @@ It prints its worst errors at the end. Compiled programs are cached on disk, so 
 quickly.
 """
 
+import dataclasses
+import itertools
+
 import jax
 import numpy as np
 import pytest
-from layouts import CI_LAYOUTS, relative_error
+from layouts import CI_LAYOUTS, Layout, relative_error, variant
+
+from moejax.config import ConfigError
 
 TOLERANCE = 1e-5  # of a parameter's largest gradient; float32 against float64
+
+
+GRID_MODEL = variant(num_layers=16, num_heads=16, num_kv_heads=16, head_dim=4)
+SIZES = (1, 2, 4, 8, 16)
+GRID = [
+    Layout(
+        expert, pipeline, tensor, folded=folded, repeats=repeats, remat=remat, gather=gather, model=GRID_MODEL,
+        num_microbatches=max(pipeline, min(2, 16 // expert)),
+    )
+    for expert, pipeline, tensor in itertools.product(SIZES, repeat=3)
+    if expert * pipeline * tensor == 16
+    for folded, repeats, remat, gather in itertools.product(
+        (True, False), (1, 2), ("none", "minimal", "collectives", "full"), ("step", "layer")
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(request):
+    """Collects errors by layout and name; prints the worst when the module is through."""
+    found = {}
+    yield found
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    if not found or capture is None:
+        return
+    loss, at = max((errors["loss"], layout) for layout, errors in found.items())
+    gradients = [
+        (error, name, layout) for layout, errors in found.items() for name, error in errors.items() if "[" in name
+    ]
+    grad, name, grad_at = max(gradients)
+    with capture.global_and_fixture_disabled():
+        print(f"\n{len(found)} layouts against the oracle: loss within {loss:.1e} ({at}),")
+        print(f"{len(gradients)} gradients within {grad:.1e} ({name} on {grad_at})")
 
 
 def errors(layout):
@@ -29,8 +67,21 @@ def errors(layout):
 
 
 @pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
-def test_loss_and_gradients_equal_the_oracle(layout):
-    assert {name: error for name, error in errors(layout).items() if not error < TOLERANCE} == {}
+def test_loss_and_gradients_equal_the_oracle(layout, report):
+    report[str(layout)] = found = errors(layout)
+    assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", GRID, ids=str)
+def test_every_layout_equals_the_oracle(layout, report):
+    layout = dataclasses.replace(layout)  # its programs and results go when this test does
+    if layout.pipeline * layout.repeats > GRID_MODEL.num_layers:
+        with pytest.raises(ConfigError, match="num_layers=16 must be a multiple of pipeline stages × repeats 32"):
+            _ = layout.program
+        return
+    report[str(layout)] = found = errors(layout)
+    assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
 
 
 @pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
