@@ -15,7 +15,7 @@ from reference import oracle
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
-from moejax.sharding import Param
+from moejax.sharding import Param, param_shapes
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -103,7 +103,8 @@ class Layout:
     def batch(self) -> dict[str, np.ndarray]:
         return make_batch(self.model.vocab_size, self.batch_size, self.seq_len, packed=self.packed)
 
-    def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def place_batch(self, batch: Any) -> Any:
+        """Arrays [B, S] as the program takes them."""
         return jax.device_put(batch, NamedSharding(self.mesh, self.program.batch_spec))
 
     @functools.cached_property
@@ -131,6 +132,12 @@ class Layout:
             (loss_specs, program.param_specs),
         )
         return jax.jit(function, compiler_options=QUICK_TO_COMPILE)
+
+    def trace(self) -> Any:
+        """The jaxpr of `value_and_grad`."""
+        params = param_shapes(self.program.table, self.mesh)
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.batch.items()}
+        return self.value_and_grad.trace(params, batch).jaxpr.jaxpr
 
     @functools.cached_property
     def result(self) -> tuple[Any, Any]:
@@ -230,3 +237,11 @@ CI_LAYOUTS = (
         model=variant(num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, num_kv_heads=2),
     ),
 )  # fmt: skip
+
+
+def per_device_values(x: jax.Array) -> list[list[np.ndarray]]:
+    """What each device holds of `x`, those that must be equal together."""
+    by_index: dict[Any, list[np.ndarray]] = {}
+    for shard in x.addressable_shards:
+        by_index.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    return list(by_index.values())

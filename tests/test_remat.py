@@ -1,0 +1,90 @@
+"""What a rematerialisation policy saves and repeats, read off the traced gradient.
+
+That no policy changes a gradient is in test_equivalence.py.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+
+import pytest
+from jax.extend.core import jaxprs_in_params
+from layouts import Layout, variant
+
+from moejax.mesh import EXPERT
+
+COLLECTIVES = ("all_gather", "all_to_all", "pmax", "ppermute", "psum", "psum_invariant", "psum2", "reduce_scatter")
+EVERYTHING = variant(num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16)
+LAYOUTS = [
+    Layout(4, 2, 2, gather="layer", repeats=2),
+    Layout(2, 2, 4, folded=False, model=EVERYTHING),
+]
+
+
+def count_collectives(jaxpr, times=1):
+    """(name, mesh axes) -> number of executions of the collectives in a jaxpr."""
+    counts = collections.Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in COLLECTIVES:
+            counts[name, equation.params.get("axis_name") or equation.params["axes"]] += times
+        trips = equation.params["length"] if name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            counts += count_collectives(inner, times * trips)
+    return counts
+
+
+def saved_bytes(jaxpr):
+    """Bytes that the per-device program's loops stack up for later, which in a gradient is what they save."""
+    (program,) = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name == "shard_map"]
+    stacked = [v for e in program.eqns if e.primitive.name == "scan" for v in e.outvars[e.params["num_carry"] :]]
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in stacked)
+
+
+def gathers_weights(name, axes):
+    return name == "all_gather" and EXPERT in axes
+
+
+def split(counts):
+    """The counts of activations' collectives, and the number of gathered weights."""
+    weights = sum(count for key, count in counts.items() if gathers_weights(*key))
+    return {key: count for key, count in counts.items() if not gathers_weights(*key)}, weights
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def traces(request):
+    return {
+        policy: dataclasses.replace(request.param, remat=policy).trace()
+        for policy in ("none", "minimal", "collectives", "full")
+    }
+
+
+@pytest.mark.parametrize("policy", ["minimal", "collectives"])
+def test_what_crossed_the_network_is_not_sent_again(traces, policy):
+    activations, _ = split(count_collectives(traces[policy]))
+    saving_all, _ = split(count_collectives(traces["none"]))
+    assert saving_all["ppermute", ("pipeline",)] > 0
+    assert activations == saving_all
+
+
+def test_full_sends_everything_again(traces):
+    repeating, _ = split(count_collectives(traces["full"]))
+    saving_all, _ = split(count_collectives(traces["none"]))
+    exchanges = [key for key in saving_all if key[0] == "all_to_all"]
+    assert len(exchanges) == 1
+    assert 2 * repeating[exchanges[0]] == 3 * saving_all[exchanges[0]]
+    assert sum(repeating.values()) > sum(saving_all.values())
+
+
+def test_no_policy_gathers_a_weight_more_than_twice(traces):
+    counts = {policy: count_collectives(trace) for policy, trace in traces.items()}
+    # Each gather has one scatter of its gradient.
+    once = sum(n for (name, axes), n in counts["none"].items() if name == "reduce_scatter" and EXPERT in axes)
+    assert once > 0
+    assert all(split(of_policy)[1] <= 2 * once for of_policy in counts.values())
+
+
+def test_each_policy_saves_less_than_the_one_before(traces):
+    saved = [saved_bytes(traces[policy]) for policy in ("none", "minimal", "collectives", "full")]
+    assert all(more > less > 0 for more, less in itertools.pairwise(saved)), saved
