@@ -50,6 +50,7 @@ class Layout:
     repeats: int = 1
     remat: str = "none"
     gather: str = "step"
+    bubble: str = "skip"
     model: ModelConfig = MODEL
     batch_size: int = 16
     seq_len: int = 16
@@ -59,7 +60,7 @@ class Layout:
         """The mesh and how the program lies on it: a test's name."""
         replica = f"{self.replica}x" if self.replica > 1 else ""
         parts = [f"{replica}{self.expert}x{self.pipeline}x{self.tensor}", "folded" if self.folded else "split"]
-        return "-".join([*parts, f"R{self.repeats}", self.remat, self.gather])
+        return "-".join([*parts, f"R{self.repeats}", self.remat, self.gather, self.bubble])
 
     @property
     def drops(self) -> bool:
@@ -79,7 +80,7 @@ class Layout:
             self.mesh,
             DispatchConfig(capacity_factor=self.capacity_factor, expert_axes=FOLDED if self.folded else SPLIT),
             BALANCE,
-            ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat),
+            ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat, self.bubble),
         )
 
     def place(self, logical: Any) -> Any:
@@ -220,20 +221,20 @@ def variant(**fields: Any) -> ModelConfig:
 
 
 # Together: each axis alone and all at once, replicas, both places for experts, both gathers, every rematerialisation,
-# one and two repeats, as many microbatches as stages and more, drops, packed documents, grouped queries, tied tables,
-# a shared expert, leading dense layers.
+# one and two repeats, as many microbatches as stages and more, idle and busy bubbles, drops, packed documents, grouped
+# queries, tied tables, a shared expert, leading dense layers.
 CI_LAYOUTS = (
     Layout(1, 1, 1, model=variant(num_kv_heads=2), capacity_factor=1.5, repeats=2),
     Layout(16, 1, 1, num_microbatches=1, remat="minimal", gather="layer", capacity_factor=1.0),
     Layout(4, 2, 2, model=variant(num_kv_heads=2), packed=True, repeats=2, remat="collectives", gather="layer"),
     Layout(
-        2, 2, 4, folded=False, packed=True, remat="full",
+        2, 2, 4, folded=False, packed=True, remat="full", bubble="compute",
         model=variant(num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, tie_embeddings=True),
     ),
-    Layout(2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", capacity_factor=1.5),
+    Layout(2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", capacity_factor=1.5, bubble="compute"),
     Layout(1, 4, 4, num_microbatches=8, remat="minimal"),
     Layout(
-        2, 4, 2, folded=False, repeats=2, num_microbatches=4, remat="collectives", batch_size=32,
+        2, 4, 2, folded=False, repeats=2, num_microbatches=4, remat="collectives", bubble="compute", batch_size=32,
         model=variant(num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, num_kv_heads=2),
     ),
 )  # fmt: skip

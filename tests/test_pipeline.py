@@ -24,7 +24,7 @@ def layer(w_DD, bias_D, x_bsD):
     return jnp.tanh(x_bsD @ w_DD + bias_D[None, None] + 0.1)
 
 
-def in_pipeline(num_stages, repeats):
+def in_pipeline(num_stages, repeats, skip_bubble):
     """(w [R, P, D, D], bias [M, D], x [M, b, s, D]) -> (outputs, sums and calls of each repeat and stage)."""
     mesh = build_mesh(MeshConfig(pipeline=num_stages), jax.devices()[:num_stages])
 
@@ -34,7 +34,7 @@ def in_pipeline(num_stages, repeats):
             return y_bsD, {"sum": y_bsD.sum(), "calls": jnp.ones_like(y_bsD[0, 0, 0])}
 
         x_MbsD = lax.pcast(x_MbsD, (PIPELINE,), to="varying")
-        y_MbsD, sums_R = run_pipeline(stage, x_MbsD, repeats)
+        y_MbsD, sums_R = run_pipeline(stage, x_MbsD, repeats, skip_bubble=skip_bubble)
         y_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, y_MbsD, 0.0), PIPELINE)
         return y_MbsD, jax.tree.map(lambda s: s[:, None], sums_R)
 
@@ -54,7 +54,8 @@ def in_sequence(w_RPDD, bias_MD, x_MbsD):
 
 
 @pytest.mark.parametrize(("num_microbatches", "num_stages", "repeats"), SCHEDULES)
-def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, repeats):
+@pytest.mark.parametrize("skip_bubble", [True, False], ids=["skip", "compute"])
+def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, repeats, skip_bubble):
     rng = np.random.default_rng(0)
     w = rng.standard_normal((repeats, num_stages, D, D)).astype(np.float32)
     bias = rng.standard_normal((num_microbatches, D)).astype(np.float32)
@@ -79,7 +80,7 @@ def test_the_schedule_is_as_long_as_it_says(num_microbatches, num_stages, repeat
         jax.ShapeDtypeStruct((num_microbatches, D), jnp.float32),
         jax.ShapeDtypeStruct((num_microbatches, B, S, D), jnp.float32),
     )
-    jaxpr = jax.make_jaxpr(in_pipeline(num_stages, repeats))(*shapes)
+    jaxpr = jax.make_jaxpr(in_pipeline(num_stages, repeats, True))(*shapes)
     (loop,) = [e for e in jaxpr.eqns[0].params["jaxpr"].eqns if e.primitive.name == "scan"]
     assert loop.params["length"] == num_ticks(num_microbatches, num_stages, repeats)
     assert loop.params["length"] == repeats * num_microbatches + num_stages - 1

@@ -13,12 +13,15 @@ from jax.extend.core import jaxprs_in_params
 from layouts import Layout, variant
 
 from moejax.mesh import EXPERT
+from moejax.pipeline import num_ticks
 
 COLLECTIVES = ("all_gather", "all_to_all", "pmax", "ppermute", "psum", "psum_invariant", "psum2", "reduce_scatter")
+POLICIES = ("none", "minimal", "collectives", "full")
 EVERYTHING = variant(num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16)
 LAYOUTS = [
-    Layout(4, 2, 2, gather="layer", repeats=2),
-    Layout(2, 2, 4, folded=False, model=EVERYTHING),
+    Layout(4, 2, 2, gather="layer", repeats=2, capacity_factor=1.5, bubble="compute"),
+    Layout(4, 2, 2, gather="layer", repeats=2, capacity_factor=1.5),
+    Layout(2, 2, 4, folded=False, model=EVERYTHING, capacity_factor=1.5),
 ]
 
 
@@ -36,10 +39,10 @@ def count_collectives(jaxpr, times=1):
 
 
 def saved_bytes(jaxpr):
-    """Bytes that the per-device program's loops stack up for later, which in a gradient is what they save."""
+    """What the per-device program's loops stack up for later, which in a gradient is what they save."""
     (program,) = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name == "shard_map"]
-    stacked = [v for e in program.eqns if e.primitive.name == "scan" for v in e.outvars[e.params["num_carry"] :]]
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in stacked)
+    stacked = [v.aval for e in program.eqns if e.primitive.name == "scan" for v in e.outvars[e.params["num_carry"] :]]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in stacked)
 
 
 def gathers_weights(name, axes):
@@ -53,11 +56,13 @@ def split(counts):
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=str)
-def traces(request):
-    return {
-        policy: dataclasses.replace(request.param, remat=policy).trace()
-        for policy in ("none", "minimal", "collectives", "full")
-    }
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def traces(layout):
+    return {policy: dataclasses.replace(layout, remat=policy).trace() for policy in POLICIES}
 
 
 @pytest.mark.parametrize("policy", ["minimal", "collectives"])
@@ -86,5 +91,25 @@ def test_no_policy_gathers_a_weight_more_than_twice(traces):
 
 
 def test_each_policy_saves_less_than_the_one_before(traces):
-    saved = [saved_bytes(traces[policy]) for policy in ("none", "minimal", "collectives", "full")]
+    saved = [saved_bytes(traces[policy]) for policy in POLICIES]
     assert all(more > less > 0 for more, less in itertools.pairwise(saved)), saved
+
+
+def test_full_saves_the_layers_inputs_alone(traces, layout):
+    """And no weight: the pipeline's loop has them as constants, but what it saves is stacked, once a tick."""
+    m, stages = layout.model, layout.pipeline
+    row = layout.seq_len // layout.tensor * m.d_model * 4
+    sequences = layout.batch_size // layout.expert
+    ticks = num_ticks(layout.num_microbatches, stages, layout.repeats)
+    inputs = ticks * m.num_moe_layers // (stages * layout.repeats) * sequences // layout.num_microbatches * row
+    inputs += m.num_dense_layers * sequences // stages * row + sequences * row  # the last: inputs of the logits
+    assert saved_bytes(traces["full"]) == pytest.approx(inputs, rel=0.05)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_skipping_the_bubble_saves_nothing_more(policy):
+    skip, compute = (
+        saved_bytes(dataclasses.replace(LAYOUTS[0], remat=policy, bubble=bubble).trace())
+        for bubble in ("skip", "compute")
+    )
+    assert skip == pytest.approx(compute, rel=0.02)
