@@ -103,7 +103,7 @@ def test_full_saves_the_layers_inputs_alone(traces, layout):
     ticks = num_ticks(layout.num_microbatches, stages, layout.repeats)
     inputs = ticks * m.num_moe_layers // (stages * layout.repeats) * sequences // layout.num_microbatches * row
     inputs += m.num_dense_layers * sequences // stages * row + sequences * row  # the last: inputs of the logits
-    assert saved_bytes(traces["full"]) == pytest.approx(inputs, rel=0.05)
+    assert saved_bytes(traces["full"]) == pytest.approx(inputs, rel=0.2)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
