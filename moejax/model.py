@@ -194,7 +194,11 @@ class Program:
         x_MbsD = x_BsD.reshape(num_microbatches, -1, *x_BsD.shape[1:])
         x_MbsD = vary(x_MbsD, (PIPELINE,))
         x_MbsD, stats = run_pipeline(
-            remat.checkpoint(stage, policy), x_MbsD, self.parallel.repeats, skip_bubble=self.skip_bubble
+            stage,
+            x_MbsD,
+            self.parallel.repeats,
+            skip_bubble=self.skip_bubble,
+            checkpoint=functools.partial(remat.checkpoint, policy=policy),
         )
         with jax.named_scope("pipeline"):  # from stage 0 to all: each holds a part of the vocabulary
             x_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, x_MbsD, jnp.zeros_like(x_MbsD)), PIPELINE)

@@ -29,13 +29,23 @@ def num_ticks(num_microbatches: int, num_stages: int, repeats: int) -> int:
     return repeats * num_microbatches + num_stages - 1
 
 
-def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int, *, skip_bubble: bool) -> tuple[jax.Array, Any]:
+def run_pipeline(
+    stage: Stage,
+    x_MbsD: jax.Array,
+    repeats: int,
+    *,
+    skip_bubble: bool,
+    checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda work: work,
+) -> tuple[jax.Array, Any]:
     """Runs every microbatch through all `repeats * stages` chunks of layers.
 
     With `skip_bubble` a stage without work does nothing, in a `cond` that all devices of a stage decide alike;
     otherwise it works on what lies there and the result is not used. An accelerator would wait either way, and the
     `cond` would keep collectives from overlapping; virtual devices share their cores, so there work saved is time
     saved (a third of it for 2 stages and 2 microbatches).
+
+    `checkpoint` rematerialises what one tick does. It stands around the `cond`, for a `cond` hands what its branches
+    save to the loop as values of the tick, the weights too, which the loop would stack.
 
     Returns the outputs [M, b, s, D], meaningful on stage 0 only, and the stage's sums over microbatches, [R, ...].
     """
@@ -53,6 +63,13 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int, *, skip_bubble: 
     def idle(x_bsD: jax.Array, *_: jax.Array) -> tuple[jax.Array, Any]:
         return x_bsD, no_sums
 
+    @checkpoint
+    def work(live: jax.Array, x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Any]:
+        if skip_bubble:
+            return lax.cond(live, stage, idle, x_bsD, repeat, microbatch)
+        y_bsD, sums = stage(x_bsD, repeat, microbatch)
+        return y_bsD, jax.tree.map(lambda s: jnp.where(live, s, jnp.zeros_like(s)), sums)
+
     def put(buffer_MbsD: jax.Array, arrived_bsD: jax.Array, item: jax.Array | int) -> jax.Array:
         slot = jnp.asarray(item) % num_microbatches
         kept_bsD = lax.dynamic_index_in_dim(buffer_MbsD, slot, keepdims=False)
@@ -67,11 +84,7 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, repeats: int, *, skip_bubble: 
         repeat, microbatch = jnp.clip(item // num_microbatches, 0, repeats - 1), item % num_microbatches
         first_bsD = lax.dynamic_index_in_dim(buffer_MbsD, microbatch, keepdims=False)
         x_bsD = jnp.where(index == 0, first_bsD, arrived_bsD)
-        if skip_bubble:
-            y_bsD, sums = lax.cond(live, stage, idle, x_bsD, repeat, microbatch)
-        else:
-            y_bsD, sums = stage(x_bsD, repeat, microbatch)
-            sums = jax.tree.map(lambda s: jnp.where(live, s, jnp.zeros_like(s)), sums)
+        y_bsD, sums = work(live, x_bsD, repeat, microbatch)
         with jax.named_scope("pipeline"):
             arrived_bsD = lax.ppermute(y_bsD, PIPELINE, to_next)
         sums_R = jax.tree.map(lambda total, s: total.at[repeat].add(s), sums_R, sums)

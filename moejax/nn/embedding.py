@@ -9,6 +9,7 @@ from jax import lax
 
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.nn.collectives import psum_scatter
+from moejax.remat import NETWORK, named
 from moejax.sharding import VOCAB_AXES
 
 
@@ -37,8 +38,8 @@ def logits(h_bSD: jax.Array, w_Dv: jax.Array) -> jax.Array:
 def cross_entropy(logits_bSv: jax.Array, targets_bS: jax.Array) -> jax.Array:
     """Sum of the negative log-likelihoods in nats over [b, S]; the softmax runs over the sharded vocabulary."""
     with jax.named_scope("loss"):
-        max_bS = lax.pmax(lax.stop_gradient(logits_bSv.max(-1)), VOCAB_AXES)
-        normaliser_bS = lax.psum(jnp.exp(logits_bSv - max_bS[..., None]).sum(-1), VOCAB_AXES)
+        max_bS = named(lax.pmax(lax.stop_gradient(logits_bSv.max(-1)), VOCAB_AXES), NETWORK)
+        normaliser_bS = named(lax.psum(jnp.exp(logits_bSv - max_bS[..., None]).sum(-1), VOCAB_AXES), NETWORK)
         column_bS, here_bS = _local(targets_bS, logits_bSv.shape[-1])
         picked_bS = jnp.take_along_axis(logits_bSv, column_bS[..., None], axis=-1)[..., 0]
         target_bS = lax.psum(jnp.where(here_bS, picked_bS, 0.0), VOCAB_AXES)

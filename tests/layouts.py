@@ -1,0 +1,248 @@
+"""Programs over layouts of the 16 virtual devices, with weights and batches that are the same on every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from reference import oracle
+
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig
+from moejax.mesh import MeshConfig, build_mesh
+from moejax.model import Program
+from moejax.sharding import Param, param_shapes
+
+MODEL = ModelConfig(
+    num_layers=4,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    d_ff=16,
+    num_experts=16,
+    experts_per_token=2,
+    vocab_size=256,
+    dtype="float32",
+)
+BALANCE = BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01)  # heavy enough that their gradients are seen
+# Four times less of the compiler's time, which is most of these tests' time; the mathematics is the same.
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+FOLDED, SPLIT = ("expert", "tensor"), ("expert",)
+NO_DROPS = MODEL.num_experts / MODEL.experts_per_token  # room for every token of a sender in one expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A model on a mesh, and the shape of the batch it is tested with."""
+
+    expert: int
+    pipeline: int
+    tensor: int
+    replica: int = 1
+    folded: bool = True
+    capacity_factor: float = NO_DROPS
+    num_microbatches: int = 2
+    repeats: int = 1
+    remat: str = "none"
+    gather: str = "step"
+    bubble: str = "skip"
+    model: ModelConfig = MODEL
+    batch_size: int = 16
+    seq_len: int = 16
+    packed: bool = False
+
+    def __str__(self) -> str:
+        """The mesh and how the program lies on it: a test's name."""
+        replica = f"{self.replica}x" if self.replica > 1 else ""
+        parts = [f"{replica}{self.expert}x{self.pipeline}x{self.tensor}", "folded" if self.folded else "split"]
+        return "-".join([*parts, f"R{self.repeats}", self.remat, self.gather, self.bubble])
+
+    @property
+    def drops(self) -> bool:
+        """Whether an expert can have more assignments than room."""
+        return self.capacity_factor < NO_DROPS
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        config = MeshConfig(self.expert, self.pipeline, self.tensor, self.replica)
+        return build_mesh(config, jax.devices()[: config.num_devices])
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """Raises `ConfigError` where the layout is not possible."""
+        return Program(
+            self.model,
+            self.mesh,
+            DispatchConfig(capacity_factor=self.capacity_factor, expert_axes=FOLDED if self.folded else SPLIT),
+            BALANCE,
+            ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat, self.bubble),
+        )
+
+    def place(self, logical: Any) -> Any:
+        """Logical parameters as the program stores them."""
+        return jax.tree.map(
+            lambda p, w: jax.device_put(np.reshape(w, p.shape), NamedSharding(self.mesh, p.spec)),
+            self.program.table, logical, is_leaf=_is_param,
+        )  # fmt: skip
+
+    def unplace(self, stored: Any) -> Any:
+        """Stored parameters or their gradients as logical arrays."""
+        return jax.tree.map(
+            lambda p, w: np.asarray(w).reshape(_logical_shape(p)), self.program.table, stored, is_leaf=_is_param
+        )
+
+    @functools.cached_property
+    def logical_params(self) -> Any:
+        return make_params(self.program.table)
+
+    @functools.cached_property
+    def batch(self) -> dict[str, np.ndarray]:
+        return make_batch(self.model.vocab_size, self.batch_size, self.seq_len, packed=self.packed)
+
+    def place_batch(self, batch: Any) -> Any:
+        """Arrays [B, S] as the program takes them."""
+        return jax.device_put(batch, NamedSharding(self.mesh, self.program.batch_spec))
+
+    @functools.cached_property
+    def capacity_rule(self) -> oracle.CapacityRule:
+        """The tokens that a device routes at a time: one microbatch of a batch shard, one part of the sequence."""
+        index = np.arange(self.batch_size * self.seq_len).reshape(
+            self.replica * self.expert * self.num_microbatches, -1, self.tensor, self.seq_len // self.tensor
+        )
+        tokens_Gn = index.swapaxes(1, 2).reshape(index.shape[0] * self.tensor, -1)
+        return oracle.CapacityRule(tokens_Gn, oracle.capacity(tokens_Gn.shape[1], self.capacity_factor, self.model))
+
+    def oracle(self) -> tuple[oracle.Result, Any]:
+        """The oracle's loss and gradients for this layout's weights and batch."""
+        rule = self.capacity_rule if self.drops else None
+        return _oracle(self.model, self.batch_size, self.seq_len, self.packed, rule and _Hashable(rule), self)
+
+    @functools.cached_property
+    def value_and_grad(self) -> Any:
+        """(params, batch) -> ((loss, metrics), gradients), compiled over the mesh."""
+        program = self.program
+        loss_specs = (program.metric_specs["loss"], program.metric_specs)
+        function = program.sharded(
+            jax.value_and_grad(program.loss, has_aux=True),
+            (program.param_specs, program.batch_spec),
+            (loss_specs, program.param_specs),
+        )
+        return jax.jit(function, compiler_options=QUICK_TO_COMPILE)
+
+    def trace(self) -> Any:
+        """The jaxpr of `value_and_grad`."""
+        params = param_shapes(self.program.table, self.mesh)
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.batch.items()}
+        return self.value_and_grad.trace(params, batch).jaxpr.jaxpr
+
+    @functools.cached_property
+    def result(self) -> tuple[Any, Any]:
+        """Metrics and gradients as they come, for the layout's weights and batch."""
+        (_, metrics), grads = self.value_and_grad(self.place(self.logical_params), self.place_batch(self.batch))
+        return jax.block_until_ready((metrics, grads))
+
+
+class _Hashable:
+    def __init__(self, rule: oracle.CapacityRule) -> None:
+        self.rule = rule
+        self.key = (rule.tokens_Gn.tobytes(), rule.capacity)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self.key == other.key
+
+
+_oracles: dict[Any, Any] = {}
+
+
+def _oracle(model: ModelConfig, batch_size: int, seq_len: int, packed: bool, rule: Any, layout: Layout) -> Any:
+    key = (model, batch_size, seq_len, packed, rule)
+    if key not in _oracles:
+        _oracles[key] = oracle.loss_and_grads(
+            layout.logical_params, layout.batch, model, BALANCE, rule.rule if rule else None
+        )
+    return _oracles[key]
+
+
+def _is_param(x: object) -> bool:
+    return isinstance(x, Param)
+
+
+def _logical_shape(p: Param) -> tuple[int, ...]:
+    return (-1, *p.shape[p.num_stack_dims :]) if p.num_stack_dims else p.shape
+
+
+def make_params(table: Any) -> Any:
+    """Logical weights that depend on a parameter's name and logical shape only. Norm scales are not all 1."""
+
+    def make(path: Any, p: Param) -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
+        normal = rng.standard_normal(p.shape, np.float32).reshape(_logical_shape(p))
+        return 1 + np.float32(0.1) * normal if p.std is None else np.float32(max(p.std, 0.1)) * normal
+
+    return jax.tree.map_with_path(make, table, is_leaf=_is_param)
+
+
+def make_batch(
+    vocab_size: int, batch_size: int, seq_len: int, *, packed: bool = False, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Random tokens and targets; packed: rows of several documents, each with its own lengths.
+
+    No token comes twice while the vocabulary lasts. Equal tokens that begin a document are routed alike, and which of
+    them an expert's capacity leaves out would be rounding's choice.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = rng.permutation(batch_size * seq_len).reshape(batch_size, seq_len).astype(np.int32) % vocab_size
+    targets = rng.integers(0, vocab_size, tokens.shape, np.int32)
+    segment_ids = np.ones_like(tokens)
+    if packed:
+        segment_ids += (rng.random(tokens.shape) < 0.2).cumsum(1, dtype=np.int32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Largest absolute error over the largest absolute value."""
+    expected = np.asarray(expected, np.float64)
+    error = np.abs(np.asarray(actual, np.float64) - expected).max()
+    scale = np.abs(expected).max()
+    return float(error / scale) if scale else float(error)
+
+
+def variant(**fields: Any) -> ModelConfig:
+    """The model of these tests with some fields changed."""
+    return dataclasses.replace(MODEL, **fields)
+
+
+# Together: each axis alone and all at once, replicas, both places for experts, both gathers, every rematerialisation,
+# one and two repeats, as many microbatches as stages and more, idle and busy bubbles, drops, packed documents, grouped
+# queries, tied tables, a shared expert, leading dense layers.
+CI_LAYOUTS = (
+    Layout(1, 1, 1, model=variant(num_kv_heads=2), capacity_factor=1.5, repeats=2),
+    Layout(16, 1, 1, num_microbatches=1, remat="minimal", gather="layer", capacity_factor=1.0),
+    Layout(4, 2, 2, model=variant(num_kv_heads=2), packed=True, repeats=2, remat="collectives", gather="layer"),
+    Layout(
+        2, 2, 4, folded=False, packed=True, remat="full", bubble="compute",
+        model=variant(num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, tie_embeddings=True),
+    ),
+    Layout(2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", capacity_factor=1.5, bubble="compute"),
+    Layout(1, 4, 4, num_microbatches=8, remat="minimal"),
+    Layout(
+        2, 4, 2, folded=False, repeats=2, num_microbatches=4, remat="collectives", bubble="compute", batch_size=32,
+        model=variant(num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, num_kv_heads=2),
+    ),
+)  # fmt: skip
+
+
+def per_device_values(x: jax.Array) -> list[list[np.ndarray]]:
+    """What each device holds of `x`, those that must be equal together."""
+    by_index: dict[Any, list[np.ndarray]] = {}
+    for shard in x.addressable_shards:
+        by_index.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    return list(by_index.values())

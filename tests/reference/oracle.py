@@ -1,0 +1,191 @@
+"""A mixture-of-experts Transformer as its mathematics has it: one process, dense, in float64. moejax is held to it.
+
+It shares nothing with moejax but the configuration's classes: Python loops run over layers and experts, every token
+visits every expert (with gate 0 where it was not routed), every pair of positions has a score, RoPE multiplies by
+complex numbers. Parameters are those of moejax with the layers in one leading dim [L, ...] (`moejax.sharding`).
+
+Dimensions: B batch, S sequence, T = B * S tokens, D model, N query heads, K key/value heads, H head, E experts, F
+feed-forward, V vocabulary, L layers, G senders, n tokens of one sender.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.config import BalanceConfig, ModelConfig
+
+
+class CapacityRule(NamedTuple):
+    """Drops: of the tokens that one sender holds, an expert takes those of the highest gates, `capacity` at most."""
+
+    tokens_Gn: np.ndarray  # indices into the flattened [B * S] tokens, one row a sender
+    capacity: int
+
+
+class Result(NamedTuple):
+    """Figures in float64: scalars, and per mixture-of-experts layer assignments to each expert and dropped ones."""
+
+    loss: Any
+    cross_entropy: Any
+    aux_loss: Any
+    z_loss: Any
+    load_LE: Any
+    dropped_L: Any
+
+
+def capacity(num_tokens: int, factor: float, m: ModelConfig) -> int:
+    """Rows of an expert in one sender's buffer: `factor` times its balanced load, and never more than the tokens."""
+    return min(num_tokens, math.ceil(factor * (num_tokens * m.experts_per_token / m.num_experts)))
+
+
+def _rms_norm(x: Any, scale_D: Any, eps: float) -> Any:
+    return scale_D * x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
+
+
+def _silu(x: Any) -> Any:
+    return x / (1 + jnp.exp(-x))
+
+
+def _swiglu(x: Any, w_gate_DF: Any, w_up_DF: Any, w_down_FD: Any) -> Any:
+    return (_silu(x @ w_gate_DF) * (x @ w_up_DF)) @ w_down_FD
+
+
+def _rope(x_BSNH: Any, theta: float) -> Any:
+    """Element i and i + H/2 make a complex number, turned by position * theta^(-2i/H)."""
+    seq_len, half = x_BSNH.shape[1], x_BSNH.shape[3] // 2
+    turn_SH = np.exp(1j * np.arange(seq_len)[:, None] * theta ** (-np.arange(half)[None] / half))
+    z_BSNH = (x_BSNH[..., :half] + 1j * x_BSNH[..., half:]) * turn_SH[None, :, None]
+    return jnp.concatenate([z_BSNH.real, z_BSNH.imag], axis=-1)
+
+
+def _attention(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
+    h_BSD = _rms_norm(x_BSD, p["norm_D"], m.norm_eps)
+    q_BSNH = _rope(jnp.tensordot(h_BSD, p["w_q_DNH"], 1), m.rope_theta)
+    k_BSKH = _rope(jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 0], 1), m.rope_theta)
+    v_BSKH = jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 1], 1)
+    kv_head_N = np.arange(m.num_heads) // (m.num_heads // m.num_kv_heads)
+    score_BNSS = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSKH[:, :, kv_head_N]) / math.sqrt(m.head_dim)
+    seen_SS = np.tril(np.ones((x_BSD.shape[1],) * 2, bool))
+    seen_BSS = seen_SS[None] & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])
+    weight_BNSS = jax.nn.softmax(jnp.where(seen_BSS[:, None], score_BNSS, -jnp.inf), axis=-1)
+    o_BSNH = jnp.einsum("bnqk,bknh->bqnh", weight_BNSS, v_BSKH[:, :, kv_head_N])
+    return jnp.tensordot(o_BSNH, p["w_o_NHD"], 2)
+
+
+def _kept(gate_TE: Any, tokens_Gn: Any, rows: int) -> Any:
+    """Which of the positive gates are within capacity: fewer than `rows` rivals of the sender come before them."""
+    gate_GnE = gate_TE[tokens_Gn]
+    mine, rival = gate_GnE[:, :, None], gate_GnE[:, None, :]
+    n = tokens_Gn.shape[1]
+    earlier = (np.arange(n)[None, :] < np.arange(n)[:, None])[None, :, :, None]
+    before_GnE = ((rival > mine) | ((rival == mine) & earlier)).sum(2)
+    kept_GnE = (gate_GnE > 0) & (before_GnE < rows)
+    return jnp.zeros(gate_TE.shape, bool).at[tokens_Gn].set(kept_GnE)
+
+
+def _mixture(p: Any, h_BSD: Any, m: ModelConfig, tokens_Gn: Any, rows: int | None) -> tuple[Any, Any]:
+    h_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
+    logits_TE = h_TD @ p["w_router_DE"]
+    prob_TE = jax.nn.softmax(logits_TE, axis=-1)
+    rank_TE = jnp.argsort(jnp.argsort(-prob_TE, axis=-1, stable=True), axis=-1)
+    chosen_TE = rank_TE < m.experts_per_token
+    gate_TE = jnp.where(chosen_TE, prob_TE, 0.0)
+    gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
+    kept_TE = chosen_TE if rows is None else _kept(jax.lax.stop_gradient(gate_TE), tokens_Gn, rows)
+    y_TD = jnp.zeros_like(h_TD)
+    for e in range(m.num_experts):
+        w_in_DGF, w_out_FD = p["experts"]["w_in_EDGF"][e], p["experts"]["w_out_EFD"][e]
+        result_TD = _swiglu(h_TD, w_in_DGF[:, 0], w_in_DGF[:, 1], w_out_FD)
+        y_TD += jnp.where(kept_TE[:, e], gate_TE[:, e], 0.0)[:, None] * result_TD
+    if m.shared_d_ff:
+        shared = p["shared"]
+        y_TD += _swiglu(h_TD, shared["w_in_DGF"][:, 0], shared["w_in_DGF"][:, 1], shared["w_out_FD"])
+    load_E = chosen_TE.sum(0)
+    log_z_T = jnp.log(jnp.exp(logits_TE).sum(-1))
+    aux_loss = m.num_experts * jnp.sum(load_E / load_E.sum() * prob_TE.mean(0))
+    return y_TD.reshape(h_BSD.shape), (aux_loss, jnp.mean(log_z_T**2), load_E, (chosen_TE & ~kept_TE).sum())
+
+
+def _dense_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
+    x_BSD += _attention(p["attention"], x_BSD, segment_ids_BS, m)
+    h_BSD = _rms_norm(x_BSD, p["feed_forward_norm_D"], m.norm_eps)
+    w_in_DGF, w_out_FD = p["feed_forward"]["w_in_DGF"], p["feed_forward"]["w_out_FD"]
+    return x_BSD + _swiglu(h_BSD, w_in_DGF[:, 0], w_in_DGF[:, 1], w_out_FD)
+
+
+def _moe_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, tokens_Gn: Any, m: ModelConfig, rows: int | None) -> Any:
+    x_BSD += _attention(p["attention"], x_BSD, segment_ids_BS, m)
+    y_BSD, figures = _mixture(p["moe"], _rms_norm(x_BSD, p["moe_norm_D"], m.norm_eps), m, tokens_Gn, rows)
+    return x_BSD + y_BSD, figures
+
+
+def _logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None) -> tuple[Any, list[Any]]:
+    tokens_Gn, rows = rule or (None, None)
+    x_BSD = params["embed"]["table_VD"][batch["tokens"]]
+    for i in range(m.num_dense_layers):
+        p = jax.tree.map(lambda w, i=i: w[i], params["dense_layers"])
+        x_BSD = _dense_layer(p, x_BSD, batch["segment_ids"], m)
+    figures = []
+    for i in range(m.num_layers - m.num_dense_layers):
+        p = jax.tree.map(lambda w, i=i: w[i], params["layers"])
+        x_BSD, of_layer = _moe_layer(p, x_BSD, batch["segment_ids"], tokens_Gn, m, rows)
+        figures.append(of_layer)
+    h_BSD = _rms_norm(x_BSD, params["head"]["norm_D"], m.norm_eps)
+    w_DV = params["embed"]["table_VD"].T if m.tie_embeddings else params["head"]["w_DV"]
+    return h_BSD @ w_DV, figures
+
+
+def _loss(params: Any, batch: Any, m: ModelConfig, balance: BalanceConfig, rule: CapacityRule | None) -> Any:
+    logits_BSV, figures = _logits(params, batch, m, rule)
+    log_prob_BSV = jax.nn.log_softmax(logits_BSV, axis=-1)
+    cross_entropy = -jnp.mean(jnp.take_along_axis(log_prob_BSV, batch["targets"][..., None], axis=-1))
+    aux_loss, z_loss = (jnp.mean(jnp.stack(of_layers)) for of_layers in list(zip(*figures, strict=True))[:2])
+    load_LE, dropped_L = (jnp.stack(of_layers) for of_layers in list(zip(*figures, strict=True))[2:])
+    loss = cross_entropy + balance.aux_loss_weight * aux_loss + balance.z_loss_weight * z_loss
+    return loss, Result(loss, cross_entropy, aux_loss, z_loss, load_LE, dropped_L)
+
+
+def _in_float64(function: Any) -> Any:
+    """Runs `function(params, ...)` in float64 under ordinary promotion and gives back NumPy arrays."""
+
+    @functools.wraps(function)
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        with (
+            jax.enable_x64(True),
+            jax.default_device(jax.devices()[0]),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):
+            params = jax.tree.map(lambda w: jnp.asarray(np.asarray(w, np.float64)), params)
+            return jax.tree.map(np.asarray, function(params, *args, **kwargs))
+
+    return run
+
+
+@_in_float64
+def logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None = None) -> np.ndarray:
+    """The logits of every position, [B, S, V]."""
+    return _logits(params, batch, m, rule)[0]
+
+
+@_in_float64
+def loss_and_grads(
+    params: Any, batch: Any, m: ModelConfig, balance: BalanceConfig, rule: CapacityRule | None = None
+) -> tuple[Result, Any]:
+    """The loss with its parts, and the gradient of every parameter.
+
+    Args:
+        params: logical arrays, nested as moejax's, layers in one leading dim.
+        batch: "tokens", "targets", "segment_ids": int32 [B, S].
+        m: the model.
+        balance: the weights of the router's losses.
+        rule: who drops what; None: nothing is dropped.
+    """
+    grads, result = jax.grad(_loss, has_aux=True)(params, batch, m, balance, rule)
+    return result, grads

@@ -1,0 +1,42 @@
+"""The reference model's train step compiles for 16 devices without a weight being made, at every sequence length.
+
+XLA:CPU holds bfloat16 stacks of saved activations as float32, so its temporaries are not an accelerator's.
+"""
+
+import math
+
+import jax
+import pytest
+from layouts import QUICK_TO_COMPILE
+
+from moejax import MeshConfig, ParallelConfig, Program, build_mesh, make_train_step
+from moejax.presets import moe_16x10b
+
+SLOW = pytest.mark.slow
+LENGTHS = [  # sequence length, batch size: fewer sequences as they grow
+    (128, 128),
+    pytest.param(1024, 128, marks=SLOW),
+    pytest.param(4096, 64, marks=SLOW),
+    pytest.param(10_240, 32, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("expert", "pipeline", "tensor"), [(4, 2, 2), pytest.param(8, 2, 1, marks=SLOW)])
+@pytest.mark.parametrize(("seq_len", "batch_size"), LENGTHS)
+def test_the_reference_model_compiles_on_16_devices(seq_len, batch_size, expert, pipeline, tensor):
+    mesh = build_mesh(MeshConfig(expert, pipeline, tensor))
+    program = Program(moe_16x10b(), mesh, parallel=ParallelConfig(num_microbatches=4))
+    step = make_train_step(program)
+    compiled = step.lower(batch_size, seq_len).compile(compiler_options=QUICK_TO_COMPILE)
+    memory = compiled.memory_analysis()
+
+    leaves = jax.tree.leaves((step.state_shapes, step.batch_shapes(batch_size, seq_len)))
+    stored = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    assert memory.argument_size_in_bytes == pytest.approx(stored, rel=1e-4)
+    # A weight and its two moments, and no device has more than its part: only norms and routers are stored twice.
+    whole = 3 * 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(step.state_shapes.params))
+    assert memory.argument_size_in_bytes == pytest.approx(whole / mesh.size, rel=2e-3)
+    # The new state takes the old one's place.
+    assert memory.output_size_in_bytes == pytest.approx(memory.argument_size_in_bytes, rel=2e-3)
+    assert memory.alias_size_in_bytes == pytest.approx(memory.output_size_in_bytes, rel=1e-3)
+    assert memory.temp_size_in_bytes > 0

@@ -1,0 +1,99 @@
+"""Loss and every gradient equal the dense oracle's, however the model is spread over the mesh.
+
+A handful of layouts that together cover every option run by default. The full grid is every factorisation of 16 into
+expert × pipeline × tensor, with folded and split experts, one and two repeats, each rematerialisation policy and both
+ways to gather:
+
+    python -m pytest tests/test_equivalence.py -m slow
+
+It prints its worst errors at the end. Compiled programs are cached on disk, so that a grid that was stopped goes on
+quickly.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from layouts import CI_LAYOUTS, Layout, relative_error, variant
+
+from moejax.config import ConfigError
+
+TOLERANCE = 1e-5  # of a parameter's largest gradient; float32 against float64
+
+
+GRID_MODEL = variant(num_layers=16, num_heads=16, num_kv_heads=16, head_dim=4)
+SIZES = (1, 2, 4, 8, 16)
+OPTIONS = [
+    {
+        "folded": folded, "repeats": repeats, "remat": remat, "gather": gather,
+        # CPUs skip the bubble and accelerators compute in it; of folded and split experts each one meets either.
+        "bubble": "compute" if folded == (gather == "step") else "skip",
+    }
+    for folded in (True, False)
+    for repeats in (1, 2)
+    for remat in ("none", "minimal", "collectives", "full")
+    for gather in ("step", "layer")
+]  # fmt: skip
+GRID = [
+    Layout(expert, pipeline, tensor, model=GRID_MODEL, num_microbatches=max(pipeline, min(2, 16 // expert)), **options)
+    for expert, pipeline, tensor in itertools.product(SIZES, repeat=3)
+    if expert * pipeline * tensor == 16
+    for options in OPTIONS
+]
+
+
+@pytest.fixture(scope="module")
+def report(request):
+    """Collects errors by layout and name; prints the worst when the module is through."""
+    found = {}
+    yield found
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    if not found or capture is None:
+        return
+    loss, at = max((errors["loss"], layout) for layout, errors in found.items())
+    gradients = [
+        (error, name, layout) for layout, errors in found.items() for name, error in errors.items() if "[" in name
+    ]
+    grad, name, grad_at = max(gradients)
+    with capture.global_and_fixture_disabled():
+        print(f"\n{len(found)} layouts against the oracle: loss within {loss:.1e} ({at}),")
+        print(f"{len(gradients)} gradients within {grad:.1e} ({name} on {grad_at})")
+
+
+def errors(layout):
+    """Relative error of the loss' parts and of every gradient, by name."""
+    metrics, grads = layout.result
+    expected, expected_grads = layout.oracle()
+    parts = {name: relative_error(metrics[name], getattr(expected, name)) for name in ("loss", "cross_entropy")}
+    parts |= {name: relative_error(metrics[name], getattr(expected, name)) for name in ("aux_loss", "z_loss")}
+    grads = jax.tree.map(relative_error, layout.unplace(grads), expected_grads)
+    return parts | {jax.tree_util.keystr(path): error for path, error in jax.tree.leaves_with_path(grads)}
+
+
+@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+def test_loss_and_gradients_equal_the_oracle(layout, report):
+    report[str(layout)] = found = errors(layout)
+    assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", GRID, ids=str)
+def test_every_layout_equals_the_oracle(layout, report):
+    layout = dataclasses.replace(layout)  # its programs and results go when this test does
+    if layout.pipeline * layout.repeats > GRID_MODEL.num_layers:
+        with pytest.raises(ConfigError, match="num_layers=16 must be a multiple of pipeline stages × repeats 32"):
+            _ = layout.program
+        return
+    report[str(layout)] = found = errors(layout)
+    assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+def test_loads_and_drops_are_the_oracles(layout):
+    metrics, _ = layout.result
+    expected, _ = layout.oracle()
+    np.testing.assert_array_equal(np.asarray(metrics["count_RPlE"]).reshape(expected.load_LE.shape), expected.load_LE)
+    np.testing.assert_array_equal(np.asarray(metrics["dropped_RPl"]).reshape(-1), expected.dropped_L)
+    assert (expected.dropped_L > 0).all() == layout.drops

@@ -1,0 +1,86 @@
+"""The pipeline is the sequence of its stages: values, sums and gradients, for any microbatches, stages and repeats."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from moejax.mesh import PIPELINE, MeshConfig, build_mesh
+from moejax.pipeline import num_ticks, run_pipeline
+
+B, S, D = 2, 3, 4
+SCHEDULES = [  # microbatches, stages, repeats
+    (1, 1, 1), (3, 1, 1), (2, 1, 3), (1, 2, 1), (4, 2, 1), (2, 2, 2), (3, 2, 2), (2, 4, 1), (4, 4, 1), (5, 4, 1),
+    (4, 4, 2), (5, 4, 3), (8, 8, 2), (2, 16, 1),
+]  # fmt: skip
+
+
+def layer(w_DD, bias_D, x_bsD):
+    """A stage whose order matters, which is not the same for two microbatches, and which is not zero at zero."""
+    return jnp.tanh(x_bsD @ w_DD + bias_D[None, None] + 0.1)
+
+
+def in_pipeline(num_stages, repeats, skip_bubble):
+    """(w [R, P, D, D], bias [M, D], x [M, b, s, D]) -> (outputs, sums and calls of each repeat and stage)."""
+    mesh = build_mesh(MeshConfig(pipeline=num_stages), jax.devices()[:num_stages])
+
+    def device(w_RpDD, bias_MD, x_MbsD):
+        def stage(x_bsD, repeat, microbatch):
+            y_bsD = layer(w_RpDD[repeat, 0], bias_MD[microbatch], x_bsD)
+            return y_bsD, {"sum": y_bsD.sum(), "calls": jnp.ones_like(y_bsD[0, 0, 0])}
+
+        x_MbsD = lax.pcast(x_MbsD, (PIPELINE,), to="varying")
+        y_MbsD, sums_R = run_pipeline(stage, x_MbsD, repeats, skip_bubble=skip_bubble)
+        y_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, y_MbsD, 0.0), PIPELINE)
+        return y_MbsD, jax.tree.map(lambda s: s[:, None], sums_R)
+
+    stages = P(None, PIPELINE)
+    return jax.shard_map(device, mesh=mesh, in_specs=(stages, P(), P()), out_specs=(P(), stages))
+
+
+def in_sequence(w_RPDD, bias_MD, x_MbsD):
+    outputs, sums = [], jnp.zeros(w_RPDD.shape[:2])
+    for x_bsD, bias_D in zip(x_MbsD, bias_MD, strict=True):
+        for r, stages in enumerate(w_RPDD):
+            for p, w_DD in enumerate(stages):
+                x_bsD = layer(w_DD, bias_D, x_bsD)
+                sums = sums.at[r, p].add(x_bsD.sum())
+        outputs.append(x_bsD)
+    return jnp.stack(outputs), {"sum": sums, "calls": jnp.full_like(sums, len(x_MbsD))}
+
+
+@pytest.mark.parametrize(("num_microbatches", "num_stages", "repeats"), SCHEDULES)
+@pytest.mark.parametrize("skip_bubble", [True, False], ids=["skip", "compute"])
+def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, repeats, skip_bubble):
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((repeats, num_stages, D, D)).astype(np.float32)
+    bias = rng.standard_normal((num_microbatches, D)).astype(np.float32)
+    x = rng.standard_normal((num_microbatches, B, S, D)).astype(np.float32)
+    weight_of_output, weight_of_sum = rng.standard_normal(x.shape).astype(np.float32), rng.random(w.shape[:2])
+
+    def scalar(run, *args):
+        y, sums = run(*args)
+        total = (y * weight_of_output).sum() + (sums["sum"] * weight_of_sum.astype(np.float32)).sum()
+        return total, (y, sums)
+
+    grad = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+    actual = jax.jit(grad(functools.partial(scalar, in_pipeline(num_stages, repeats))))(w, bias, x)
+    expected = grad(functools.partial(scalar, in_sequence))(w, bias, x)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize(("num_microbatches", "num_stages", "repeats"), SCHEDULES)
+def test_the_schedule_is_as_long_as_it_says(num_microbatches, num_stages, repeats):
+    shapes = (
+        jax.ShapeDtypeStruct((repeats, num_stages, D, D), jnp.float32),
+        jax.ShapeDtypeStruct((num_microbatches, D), jnp.float32),
+        jax.ShapeDtypeStruct((num_microbatches, B, S, D), jnp.float32),
+    )
+    jaxpr = jax.make_jaxpr(in_pipeline(num_stages, repeats, True))(*shapes)
+    (loop,) = [e for e in jaxpr.eqns[0].params["jaxpr"].eqns if e.primitive.name == "scan"]
+    assert loop.params["length"] == num_ticks(num_microbatches, num_stages, repeats)
+    assert loop.params["length"] == repeats * num_microbatches + num_stages - 1

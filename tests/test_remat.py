@@ -1,0 +1,115 @@
+"""What a rematerialisation policy saves and repeats, read off the traced gradient.
+
+That no policy changes a gradient is in test_equivalence.py.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+
+import pytest
+from jax.extend.core import jaxprs_in_params
+from layouts import Layout, variant
+
+from moejax.mesh import EXPERT
+from moejax.pipeline import num_ticks
+
+COLLECTIVES = ("all_gather", "all_to_all", "pmax", "ppermute", "psum", "psum_invariant", "psum2", "reduce_scatter")
+POLICIES = ("none", "minimal", "collectives", "full")
+EVERYTHING = variant(num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16)
+LAYOUTS = [
+    Layout(4, 2, 2, gather="layer", repeats=2, capacity_factor=1.5, bubble="compute"),
+    Layout(4, 2, 2, gather="layer", repeats=2, capacity_factor=1.5),
+    Layout(2, 2, 4, folded=False, model=EVERYTHING, capacity_factor=1.5),
+]
+
+
+def count_collectives(jaxpr, times=1):
+    """(name, mesh axes) -> number of executions of the collectives in a jaxpr."""
+    counts = collections.Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in COLLECTIVES:
+            counts[name, equation.params.get("axis_name") or equation.params["axes"]] += times
+        trips = equation.params["length"] if name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            counts += count_collectives(inner, times * trips)
+    return counts
+
+
+def saved_bytes(jaxpr):
+    """What the per-device program's loops stack up for later, which in a gradient is what they save."""
+    (program,) = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name == "shard_map"]
+    stacked = [v.aval for e in program.eqns if e.primitive.name == "scan" for v in e.outvars[e.params["num_carry"] :]]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in stacked)
+
+
+def gathers_weights(name, axes):
+    return name == "all_gather" and EXPERT in axes
+
+
+def split(counts):
+    """The counts of activations' collectives, and the number of gathered weights."""
+    weights = sum(count for key, count in counts.items() if gathers_weights(*key))
+    return {key: count for key, count in counts.items() if not gathers_weights(*key)}, weights
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def traces(layout):
+    return {policy: dataclasses.replace(layout, remat=policy).trace() for policy in POLICIES}
+
+
+@pytest.mark.parametrize("policy", ["minimal", "collectives"])
+def test_what_crossed_the_network_is_not_sent_again(traces, policy):
+    activations, _ = split(count_collectives(traces[policy]))
+    saving_all, _ = split(count_collectives(traces["none"]))
+    assert saving_all["ppermute", ("pipeline",)] > 0
+    assert activations == saving_all
+
+
+def test_full_sends_everything_again(traces):
+    repeating, _ = split(count_collectives(traces["full"]))
+    saving_all, _ = split(count_collectives(traces["none"]))
+    exchanges = [key for key in saving_all if key[0] == "all_to_all"]
+    assert len(exchanges) == 1
+    assert 2 * repeating[exchanges[0]] == 3 * saving_all[exchanges[0]]
+    assert sum(repeating.values()) > sum(saving_all.values())
+
+
+def test_no_policy_gathers_a_weight_more_than_twice(traces):
+    counts = {policy: count_collectives(trace) for policy, trace in traces.items()}
+    # Each gather has one scatter of its gradient.
+    once = sum(n for (name, axes), n in counts["none"].items() if name == "reduce_scatter" and EXPERT in axes)
+    assert once > 0
+    assert all(split(of_policy)[1] <= 2 * once for of_policy in counts.values())
+
+
+def test_each_policy_saves_less_than_the_one_before(traces):
+    saved = [saved_bytes(traces[policy]) for policy in POLICIES]
+    assert all(more > less > 0 for more, less in itertools.pairwise(saved)), saved
+
+
+def test_full_saves_the_layers_inputs_alone(traces, layout):
+    """And no weight: the pipeline's loop has them as constants, but what it saves is stacked, once a tick."""
+    m, stages = layout.model, layout.pipeline
+    row = layout.seq_len // layout.tensor * m.d_model * 4
+    sequences = layout.batch_size // layout.expert
+    ticks = num_ticks(layout.num_microbatches, stages, layout.repeats)
+    inputs = ticks * m.num_moe_layers // (stages * layout.repeats) * sequences // layout.num_microbatches * row
+    inputs += m.num_dense_layers * sequences // stages * row + sequences * row  # the last: inputs of the logits
+    assert saved_bytes(traces["full"]) == pytest.approx(inputs, rel=0.2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_skipping_the_bubble_saves_nothing_more(policy):
+    skip, compute = (
+        saved_bytes(dataclasses.replace(LAYOUTS[0], remat=policy, bubble=bubble).trace())
+        for bubble in ("skip", "compute")
+    )
+    assert skip == pytest.approx(compute, rel=0.02)

@@ -1,0 +1,113 @@
+"""One train step is what optax does to the whole model with the oracle's gradient, on every layout."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from layouts import CI_LAYOUTS, MODEL, QUICK_TO_COMPILE, Layout, make_batch, per_device_values, relative_error
+
+from moejax.config import OptimizerConfig
+from moejax.train.step import TrainState, make_train_step
+
+STEPS = 20
+# An epsilon that a gradient's rounding does not reach: Adam's first step is otherwise the sign of it.
+OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=3, eps=1e-3, weight_decay=0.2, clip_norm=0.5)
+
+
+def first_state(layout, step):
+    params = layout.place(layout.logical_params)
+    moments = jax.jit(step.optimizer.init, out_shardings=step.state_shardings.opt_state)(params)
+    return TrainState(jax.device_put(np.int32(0), step.state_shardings.step), params, moments)
+
+
+def run_step(layout, accumulate=1, batch=None):
+    """The state and the metrics after one step."""
+    batch = batch or layout.batch
+    step = make_train_step(layout.program, OPTIMIZER, steps=STEPS, accumulate=accumulate)
+    compiled = step.lower(*batch["tokens"].shape).compile(compiler_options=QUICK_TO_COMPILE)
+    return compiled(first_state(layout, step), step.put_batch(batch))
+
+
+@functools.cache
+def stepped(layout):
+    return run_step(layout)
+
+
+def by_hand(params, grads):
+    """Clipping and AdamW by optax, on one device in float64."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        OPTIMIZER.learning_rate / 4, OPTIMIZER.learning_rate, 3, STEPS, OPTIMIZER.learning_rate * 0.1
+    )
+    no_norms = functools.partial(jax.tree.map_with_path, lambda path, _: "norm" not in path[-1].key)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(OPTIMIZER.clip_norm),
+        optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.2, mask=no_norms),
+    )
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        params, grads = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float64), (params, grads))
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return jax.tree.map(np.asarray, optax.apply_updates(params, updates)), float(optax.tree.norm(grads))
+
+
+def assert_close(actual, expected):
+    errors = jax.tree.map(relative_error, actual, expected)
+    worst = max(jax.tree.leaves_with_path(errors), key=lambda path_and_error: path_and_error[1])
+    assert worst[1] < 1e-5, worst
+
+
+@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+def test_one_step_is_optax_on_the_whole_model(layout):
+    state, metrics = stepped(layout)
+    result, grads = layout.oracle()
+    params, norm = by_hand(layout.logical_params, grads)
+    assert norm > 2 * OPTIMIZER.clip_norm  # so that a wrong norm is a wrong step
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(result.loss), rel=1e-5)
+    assert float(metrics["learning_rate"]) == pytest.approx(0.1 / 4)
+    np.testing.assert_array_equal(metrics["load_LE"], result.load_LE)
+    assert float(metrics["dropped_fraction"]) == pytest.approx(result.dropped_L.sum() / result.load_LE.sum())
+    assert_close(layout.unplace(state.params), params)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+def test_no_device_disagrees_after_a_step(layout):
+    for path, x in jax.tree.leaves_with_path(stepped(layout)):
+        for values in per_device_values(x):
+            assert all(value.tobytes() == values[0].tobytes() for value in values), jax.tree_util.keystr(path)
+
+
+def test_two_accumulated_halves_are_the_mean_of_their_gradients():
+    layout = Layout(4, 2, 2, gather="layer", remat="full")
+    batch = make_batch(MODEL.vocab_size, 32, layout.seq_len, seed=1)
+    # Each device cuts its own part of the batch, so a half has the front or the rear of every part.
+    parts = {name: x.reshape(4, 2, -1, layout.seq_len) for name, x in batch.items()}
+    halves = [{name: x[:, i].reshape(16, -1) for name, x in parts.items()} for i in range(2)]
+    params = layout.place(layout.logical_params)
+    results = [layout.value_and_grad(params, layout.place_batch(half)) for half in halves]
+    (losses, metrics), grads = zip(*[loss for loss, _ in results], strict=True), [layout.unplace(g) for _, g in results]
+    expected, norm = by_hand(layout.logical_params, jax.tree.map(lambda a, b: (a + b) / 2, *grads))
+
+    state, figures = run_step(layout, accumulate=2, batch=batch)
+    assert_close(layout.unplace(state.params), expected)
+    assert float(figures["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert float(figures["loss"]) == pytest.approx(float(sum(losses)) / 2, rel=1e-6)
+    loads = [np.asarray(m["count_RPlE"]).reshape(figures["load_LE"].shape) for m in metrics]
+    np.testing.assert_array_equal(figures["load_LE"], sum(loads))
+
+
+def test_evaluation_is_the_loss_of_the_oracle():
+    layout = CI_LAYOUTS[1]
+    step = make_train_step(layout.program, OPTIMIZER, steps=STEPS)
+    metrics = step.evaluate(layout.place(layout.logical_params), step.put_batch(layout.batch))
+    assert float(metrics["loss"]) == pytest.approx(float(layout.oracle()[0].loss), rel=1e-6)
+
+
+def test_a_state_can_be_described_without_making_it():
+    layout = CI_LAYOUTS[2]
+    step = make_train_step(layout.program, OPTIMIZER, steps=STEPS)
+    described, made = step.state_shapes, first_state(layout, step)
+    same = jax.tree.map(lambda d, m: (d.shape, d.dtype, d.sharding) == (m.shape, m.dtype, m.sharding), described, made)
+    assert all(jax.tree.leaves(same))
