@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -108,13 +109,19 @@ class Trainer:
             _Signals(self._request_stop),
         ):
             state, first = self._restore_or_init(checkpointer, batches)
-            (self.workdir / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
-            with MetricsWriter(self.workdir, resume_step=first) as writer:
+            with self._open_writer(first) as writer:
                 state, last, timing = self._steps(state, first, batches, checkpointer, writer)
             step = int(state.step)
             if step > first:
                 checkpointer.save(step, state, batches, metadata=self._metadata())
         return self._summarise(state, first, last, timing)
+
+    def _open_writer(self, first: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+        """The writer of metrics.jsonl, and config.json beside it; None in all processes but the first."""
+        if jax.process_index() > 0:
+            return contextlib.nullcontext()
+        (self.workdir / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+        return MetricsWriter(self.workdir, resume_step=first)
 
     def _request_stop(self) -> None:
         self._stop = True
@@ -149,7 +156,7 @@ class Trainer:
         return state, step
 
     def _steps(
-        self, state: TrainState, first: int, batches: Any, checkpointer: Checkpointer, writer: MetricsWriter
+        self, state: TrainState, first: int, batches: Any, checkpointer: Checkpointer, writer: MetricsWriter | None
     ) -> tuple[TrainState, dict[str, float], Timing]:
         """Runs the steps after `first`; returns the state, the last step's line of metrics and the times taken."""
         config, line = self.config, {}
@@ -162,12 +169,13 @@ class Trainer:
                 began = time.perf_counter()
                 batch = next(batches)
                 state, metrics = compiled(state, self.train_step.put_batch(batch))
-                line = self._line(jax.device_get(metrics), batch)
+                line = self._line(metrics, batch)
                 timing.add(time.perf_counter() - began, since=self._start)
                 line |= {"step_seconds": timing.steps[-1], "tokens_per_second": self.tokens_per_step / timing.steps[-1]}
                 if step % config.eval_every == 0 or step == config.steps:
                     line |= evaluate(state.params)
-                writer.write(step, line)
+                if writer is not None:
+                    writer.write(step, line)
                 progress.step(step, line)
                 self._check_finite(step, line, checkpointer)
                 if checkpointer.due(step):
@@ -187,8 +195,8 @@ class Trainer:
         )
 
     def _line(self, metrics: dict[str, Any], batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """One line of metrics.jsonl, but for what it took."""
-        scalars = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
+        """One line of metrics.jsonl, but for the time it took; waits for the step to end."""
+        scalars = {k: float(v) for k, v in jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0}).items()}
         bits = scalars["cross_entropy"] * self.tokens_per_step / math.log(2)
         num_bytes = self.data.tokenizer.num_bytes(batch["targets"])
         return scalars | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": self.tokens_per_step}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -20,7 +21,7 @@ class Progress:
     """
 
     def __init__(self, steps: int, first: int) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=jax.process_index() > 0)
         self._steps = steps
         self._bar = RichProgress(
             BarColumn(bar_width=24),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import check
@@ -75,4 +76,5 @@ def generate(
         batch *= program.mesh.shape[PIPELINE]
     tokens_BS = np.zeros((batch, window), np.int32)
     tokens_BS[:, : len(prompt)] = prompt
-    return np.asarray(jax.jit(extend)(params, tokens_BS, jax.random.key(seed)))[:, :length]
+    everywhere = NamedSharding(program.mesh, P())
+    return np.asarray(jax.jit(extend, out_shardings=everywhere)(params, tokens_BS, jax.random.key(seed)))[:, :length]
