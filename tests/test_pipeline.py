@@ -33,7 +33,7 @@ def in_pipeline(num_stages, repeats, skip_bubble):
             y_bsD = layer(w_RpDD[repeat, 0], bias_MD[microbatch], x_bsD)
             return y_bsD, {"sum": y_bsD.sum(), "calls": jnp.ones_like(y_bsD[0, 0, 0])}
 
-        x_MbsD = lax.pcast(x_MbsD, (PIPELINE,), to="varying")
+        bias_MD, x_MbsD = lax.pcast((bias_MD, x_MbsD), (PIPELINE,), to="varying")
         y_MbsD, sums_R = run_pipeline(stage, x_MbsD, repeats, skip_bubble=skip_bubble)
         y_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, y_MbsD, 0.0), PIPELINE)
         return y_MbsD, jax.tree.map(lambda s: s[:, None], sums_R)
@@ -68,7 +68,7 @@ def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, re
         return total, (y, sums)
 
     grad = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-    actual = jax.jit(grad(functools.partial(scalar, in_pipeline(num_stages, repeats))))(w, bias, x)
+    actual = jax.jit(grad(functools.partial(scalar, in_pipeline(num_stages, repeats, skip_bubble))))(w, bias, x)
     expected = grad(functools.partial(scalar, in_sequence))(w, bias, x)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), actual, expected)
 
