@@ -24,7 +24,7 @@ def tiny() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """15 M parameters over bytes: half an hour on a CPU; float32."""
+    """15 M parameters over bytes: a quarter of an hour on a CPU; float32."""
     return ModelConfig(
         num_layers=6,
         d_model=192,

@@ -1,4 +1,4 @@
-"""The `small` model on a CPU: half an hour on two cores."""
+"""The `small` model on a CPU: about a quarter of an hour on two cores."""
 
 from moejax.config import BalanceConfig, DataConfig, OptimizerConfig, TrainConfig
 from moejax.presets import small
@@ -10,5 +10,5 @@ def get_config() -> TrainConfig:
         balance=BalanceConfig(aux_loss_weight=0.05),
         data=DataConfig(seq_len=256, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
-        steps=900,
+        steps=500,
     )
