@@ -10,7 +10,7 @@ next repeat, and in the end the outputs. (A slot must be read before it is repla
 Dimensions: M microbatches, b sequences, s local sequence, D model, R repeats.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,17 @@ Stage = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 def num_ticks(num_microbatches: int, num_stages: int, repeats: int) -> int:
     """Length of the schedule in ticks, of which `num_stages - 1` are bubble on every stage."""
     return repeats * num_microbatches + num_stages - 1
+
+
+def _check_closure(closed_over: Sequence[Any]) -> None:
+    """Raises where a gradient would be summed over stages inside the branch that some of them skip: they would hang."""
+    for x in closed_over:
+        differentiable = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+        if differentiable and PIPELINE not in jax.typeof(x).manual_axis_type.varying:
+            raise ValueError(
+                f"a stage closes over {jax.typeof(x)}, the same on every stage; give it vary(x, ({PIPELINE!r},)): "
+                "the sum of its gradient over stages cannot stand where some of them skip"
+            )
 
 
 def run_pipeline(
@@ -55,9 +66,11 @@ def run_pipeline(
     to_next = [(i, (i + 1) % num_stages) for i in range(num_stages)]
 
     nothing_bsD, first = jnp.zeros_like(x_MbsD[0]), jnp.zeros((), jnp.int32)
+    jaxpr, (_, sums) = jax.make_jaxpr(stage, return_shape=True)(nothing_bsD, first, first)
+    if skip_bubble:
+        _check_closure(jaxpr.consts)
     no_sums = jax.tree.map(
-        lambda s: vary(jnp.zeros(s.shape, s.dtype), tuple(jax.typeof(x_MbsD).manual_axis_type.varying)),
-        jax.eval_shape(stage, nothing_bsD, first, first)[1],
+        lambda s: vary(jnp.zeros(s.shape, s.dtype), tuple(jax.typeof(x_MbsD).manual_axis_type.varying)), sums
     )
 
     def idle(x_bsD: jax.Array, *_: jax.Array) -> tuple[jax.Array, Any]:

@@ -84,3 +84,17 @@ def test_the_schedule_is_as_long_as_it_says(num_microbatches, num_stages, repeat
     (loop,) = [e for e in jaxpr.eqns[0].params["jaxpr"].eqns if e.primitive.name == "scan"]
     assert loop.params["length"] == num_ticks(num_microbatches, num_stages, repeats)
     assert loop.params["length"] == repeats * num_microbatches + num_stages - 1
+
+
+def test_a_skipped_stage_cannot_hold_a_sum_over_stages():
+    """Its gradient would wait for stages that are not there."""
+    mesh = build_mesh(MeshConfig(pipeline=2), jax.devices()[:2])
+
+    def device(scale, x_MbsD):
+        x_MbsD = lax.pcast(x_MbsD, (PIPELINE,), to="varying")
+        stage = lambda x_bsD, repeat, microbatch: (x_bsD * scale, {})  # noqa: E731
+        return lax.psum(run_pipeline(stage, x_MbsD, 1, skip_bubble=True)[0], PIPELINE)
+
+    function = jax.shard_map(device, mesh=mesh, in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match=r"a stage closes over .*; give it vary\(x, \('pipeline',\)\)"):
+        jax.eval_shape(function, jnp.ones(()), jnp.ones((2, B, S, D)))
