@@ -30,8 +30,6 @@ MODEL = ModelConfig(
     dtype="float32",
 )
 BALANCE = BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01)  # heavy enough that their gradients are seen
-# Four times less of the compiler's time, which is most of these tests' time; the mathematics is the same.
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 FOLDED, SPLIT = ("expert", "tensor"), ("expert",)
 NO_DROPS = MODEL.num_experts / MODEL.experts_per_token  # room for every token of a sender in one expert
 
@@ -132,7 +130,7 @@ class Layout:
             (program.param_specs, program.batch_spec),
             (loss_specs, program.param_specs),
         )
-        return jax.jit(function, compiler_options=QUICK_TO_COMPILE)
+        return jax.jit(function)
 
     def trace(self) -> Any:
         """The jaxpr of `value_and_grad`."""

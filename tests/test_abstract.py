@@ -7,7 +7,6 @@ import math
 
 import jax
 import pytest
-from layouts import QUICK_TO_COMPILE
 
 from moejax import MeshConfig, ParallelConfig, Program, build_mesh, make_train_step
 from moejax.presets import moe_16x10b
@@ -27,7 +26,7 @@ def test_the_reference_model_compiles_on_16_devices(seq_len, batch_size, expert,
     mesh = build_mesh(MeshConfig(expert, pipeline, tensor))
     program = Program(moe_16x10b(), mesh, parallel=ParallelConfig(num_microbatches=4))
     step = make_train_step(program)
-    compiled = step.lower(batch_size, seq_len).compile(compiler_options=QUICK_TO_COMPILE)
+    compiled = step.lower(batch_size, seq_len).compile()
     memory = compiled.memory_analysis()
 
     leaves = jax.tree.leaves((step.state_shapes, step.batch_shapes(batch_size, seq_len)))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from layouts import CI_LAYOUTS, QUICK_TO_COMPILE, Layout, per_device_values, relative_error
+from layouts import CI_LAYOUTS, Layout, per_device_values, relative_error
 from reference import oracle
 
 from moejax.mesh import TENSOR
@@ -32,7 +32,7 @@ def hidden(layout):
     specs = (program.param_specs, program.batch_spec, program.batch_spec)
     function = program.sharded(device, specs, P(program.batch_axes, TENSOR))
     params = layout.place(layout.logical_params)
-    compiled = jax.jit(function, compiler_options=QUICK_TO_COMPILE)
+    compiled = jax.jit(function)
     return lambda batch: np.asarray(compiled(params, *layout.place_batch((batch["tokens"], batch["segment_ids"]))))
 
 
@@ -99,5 +99,5 @@ def test_next_token_logits_are_the_oracles(layout):
     batch = layout.batch | {"segment_ids": np.ones_like(layout.batch["tokens"])}
     expected = oracle.logits(layout.logical_params, batch, layout.model)[:, position]
     params, tokens = layout.place(layout.logical_params), layout.place_batch(batch["tokens"])
-    actual = jax.jit(function, compiler_options=QUICK_TO_COMPILE)(params, tokens, np.int32(position))
+    actual = jax.jit(function)(params, tokens, np.int32(position))
     assert relative_error(actual, expected) < 1e-5

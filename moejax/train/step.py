@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import OptimizerConfig
 from moejax.model import Batch, Metrics, Program, summarise
+from moejax.sharding import make_params, run_once
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
 
 
@@ -76,10 +77,10 @@ class TrainStep:
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state, made where it is stored; the same key gives the same one on every mesh."""
-        return jax.jit(self._init, out_shardings=self.state_shardings)(key)
+        return run_once(self._init, self.state_shardings, key)
 
     def _init(self, key: jax.Array) -> TrainState:
-        params = self.program.init(key)
+        params = make_params(self.program.table, key)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
     def put_batch(self, batch: Any) -> Batch:
