@@ -29,6 +29,7 @@ from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig, use_virtual_devices
 from moejax.overrides import apply_overrides, load_config_file, split_overrides
 from moejax.presets import PRESETS
+from moejax.train.checkpoint import CheckpointError
 
 T = TypeVar("T")
 
@@ -204,9 +205,12 @@ def default_cache_dir() -> str:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs `main(sys.argv)` and exits; a `ConfigError` is one line on stderr and status 2, without a traceback."""
+    """Runs `main(sys.argv)` and exits. What the user can mend is one line on stderr, without a traceback.
+
+    The status is 2 for a `ConfigError`, 1 for checkpoints that cannot be used and for a loss that is not finite.
+    """
     try:
         sys.exit(main(sys.argv))
-    except ConfigError as error:
+    except (ConfigError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
