@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import common
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from moejax.config import ConfigError
 from moejax.data import load_corpus
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import apply_overrides
-from moejax.presets import tiny
 from moejax.train.checkpoint import CheckpointError
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
@@ -57,9 +57,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(corpus):
-    from moejax.config import TrainConfig
-
-    return apply_overrides(TrainConfig(model=tiny()), OVERRIDES | {"data.paths": str(corpus)})
+    return apply_overrides(common.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
 
 
 def mesh(*shape):
