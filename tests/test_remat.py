@@ -41,8 +41,10 @@ def count_collectives(jaxpr, times=1):
 def saved_bytes(jaxpr):
     """What the per-device program's loops stack up for later, which in a gradient is what they save."""
     (program,) = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name == "shard_map"]
-    stacked = [v.aval for e in program.eqns if e.primitive.name == "scan" for v in e.outvars[e.params["num_carry"] :]]
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in stacked)
+    loops = [e for e in program.eqns if e.primitive.name == "scan"]
+    # What is stacked has a dim more outside of the loop's body than inside; what is carried has not.
+    results = [(out.aval, v.aval) for e in loops for out, v in zip(e.outvars, e.params["jaxpr"].outvars, strict=True)]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x, inside in results if x.ndim > inside.ndim)
 
 
 def gathers_weights(name, axes):
