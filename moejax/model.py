@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import balance, remat, sharding
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
+from moejax.kernels.manual import vary
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.attention import attention
-from moejax.nn.collectives import all_gather, vary
+from moejax.nn.collectives import all_gather
 from moejax.nn.embedding import cross_entropy, embed, logits
 from moejax.nn.feed_forward import swiglu
 from moejax.nn.norm import rms_norm

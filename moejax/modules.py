@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import balance, sharding
 from moejax.config import DispatchConfig, ModelConfig, check
+from moejax.kernels.manual import varying
 from moejax.mesh import EXPERT, TENSOR
 from moejax.model import Batch, Metrics, Program, summarise
 from moejax.moe import global_stats, mixture_of_experts
@@ -133,7 +134,7 @@ class MoELayer(nnx.Module):
             expected = NamedSharding(self.mesh, p.spec).shard_shape(p.shape)
             axes = {axis for axes in p.stored for axis in axes}
             check(
-                w.shape == expected and axes <= jax.typeof(w).manual_axis_type.varying,
+                w.shape == expected and axes <= varying(w),
                 f"{'.'.join(path)} has shape {w.shape} and must be this device's part {expected} by {p.spec}: pass the "
                 f"layer's state to the shard_map with in_specs=layer.specs(), and check_vma=True",
             )

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.kernels.manual import vary, varying
 from moejax.mesh import PIPELINE
-from moejax.nn.collectives import vary
 
 # (x_bsD, repeat, microbatch) -> (y_bsD, sums of this stage's chunk of layers)
 Stage = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -33,7 +33,7 @@ def _check_closure(closed_over: Sequence[Any]) -> None:
     """Raises where a gradient would be summed over stages inside the branch that some of them skip: they would hang."""
     for x in closed_over:
         differentiable = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
-        if differentiable and PIPELINE not in jax.typeof(x).manual_axis_type.varying:
+        if differentiable and PIPELINE not in varying(x):
             raise ValueError(
                 f"a stage closes over {jax.typeof(x)}, the same on every stage; give it vary(x, ({PIPELINE!r},)): "
                 "the sum of its gradient over stages cannot stand where some of them skip"
@@ -69,9 +69,7 @@ def run_pipeline(
     jaxpr, (_, sums) = jax.make_jaxpr(stage, return_shape=True)(nothing_bsD, first, first)
     if skip_bubble:
         _check_closure(jaxpr.consts)
-    no_sums = jax.tree.map(
-        lambda s: vary(jnp.zeros(s.shape, s.dtype), tuple(jax.typeof(x_MbsD).manual_axis_type.varying)), sums
-    )
+    no_sums = jax.tree.map(lambda s: vary(jnp.zeros(s.shape, s.dtype), varying(x_MbsD)), sums)
 
     def idle(x_bsD: jax.Array, *_: jax.Array) -> tuple[jax.Array, Any]:
         return x_bsD, no_sums

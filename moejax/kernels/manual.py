@@ -9,7 +9,7 @@ forward and backward pass are an island each, joined by a `custom_vjp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,10 +23,10 @@ def varying(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """`x`, typed as varying over `axes` as well as over those it already varies over."""
-    missing = axes - varying(x)
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """`x`, typed as varying over `axes` as well as over those it already varies over; no data moves."""
+    missing = tuple(axis for axis in axes if axis not in varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -19,9 +19,3 @@ def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Arr
 def all_to_all(x: jax.Array, axes: str | tuple[str, ...], split_dim: int, concat_dim: int) -> jax.Array:
     """Sends the i-th part of `split_dim` to the i-th device of the axes; what arrives is joined along `concat_dim`."""
     return named(lax.all_to_all(x, axes, split_dim, concat_dim, tiled=True), NETWORK)
-
-
-def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Types `x` as varying over `axes` as well; no data moves. Needed where a carry starts out replicated."""
-    missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x

@@ -35,8 +35,9 @@ from grain import checkpoint as grain_checkpoint
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from moejax.sharding import NUM_STACK_DIMS
+
 STATE, DATA, METADATA, CHECKSUMS = "state", "data", "metadata", "checksums.json"
-_NUM_STACKED_DIMS = 3  # repeats, stages, layers_per_chunk
 _NOT_SUMMED = (
     "_CHECKPOINT_METADATA",
     "commit_success.txt",
@@ -333,7 +334,7 @@ def _check_same_leaves(directory: pathlib.Path, stored: Mapping[str, Any], wante
 
 
 def _same_layers(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    n = _NUM_STACKED_DIMS
+    n = NUM_STACK_DIMS
     return len(have) == len(want) >= n and math.prod(have[:n]) == math.prod(want[:n]) and have[n:] == want[n:]
 
 
@@ -344,17 +345,15 @@ def stored_sharding(shape: tuple[int, ...], wanted: NamedSharding) -> NamedShard
     they do, or are dropped: the leaf is then replicated over them until it has been reshaped.
     """
     spec = list(wanted.spec) + [None] * (len(shape) - len(wanted.spec))
-    leading: list[Any] = [None] * _NUM_STACKED_DIMS
-    for dim, axes in enumerate(spec[:_NUM_STACKED_DIMS]):
+    leading: list[Any] = [None] * NUM_STACK_DIMS
+    for dim, axes in enumerate(spec[:NUM_STACK_DIMS]):
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes
         size = math.prod(wanted.mesh.shape[name] for name in names)
-        candidates = [dim, *(other for other in range(_NUM_STACKED_DIMS) if spec[other] is None)]
+        candidates = [dim, *(other for other in range(NUM_STACK_DIMS) if spec[other] is None)]
         fits = [d for d in candidates if leading[d] is None and shape[d] % size == 0]
         if names and fits:
             leading[fits[0]] = axes
-    return NamedSharding(
-        wanted.mesh, PartitionSpec(*leading, *spec[_NUM_STACKED_DIMS:]), memory_kind=wanted.memory_kind
-    )
+    return NamedSharding(wanted.mesh, PartitionSpec(*leading, *spec[NUM_STACK_DIMS:]), memory_kind=wanted.memory_kind)
 
 
 def _reshape(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:

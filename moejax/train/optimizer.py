@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from moejax.config import OptimizerConfig
+from moejax.kernels.manual import varying
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -45,7 +46,7 @@ def global_norm(tree: Any) -> jax.Array:
     """
     by_axes: dict[tuple[str, ...], jax.Array] = {}
     for leaf in jax.tree.leaves(tree):
-        axes = tuple(sorted(jax.typeof(leaf).manual_axis_type.varying))
+        axes = tuple(sorted(varying(leaf)))
         square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
         by_axes[axes] = by_axes[axes] + square if axes in by_axes else square
     return jnp.sqrt(sum(lax.psum(square, axes) if axes else square for axes, square in by_axes.items()))
