@@ -1,14 +1,37 @@
 """Expert load: the router's losses and what is reported of its balance, all from global sums.
 
-Dimensions: L mixture-of-experts layers, E experts.
+Dimensions: L mixture-of-experts layers, E experts, b sequences of one device.
 """
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from moejax.nn.router import RouterStats
+from moejax.mesh import TENSOR
+from moejax.nn.router import RoutingSums
 
 
-def load_balance_loss(stats: RouterStats, num_tokens: int) -> jax.Array:
+class LayerStats(NamedTuple):
+    """Sums over one device's tokens in one layer, float32; added up over devices and microbatches, the global figures.
+
+    `invalid` counts tokens whose router logits are not finite, `dropped` assignments that reached no expert. `rounds`
+    over `dispatches` is the mean number of rounds that a dispatch took.
+    """
+
+    count_E: jax.Array
+    prob_E: jax.Array
+    z: jax.Array
+    entropy: jax.Array
+    invalid: jax.Array
+    sequence_balance: jax.Array
+    dropped: jax.Array
+    rounds: jax.Array
+    dispatches: jax.Array
+
+
+def load_balance_loss(stats: LayerStats, num_tokens: int) -> jax.Array:
     """Mean over layers of E Σ_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced.
 
     f is the share of assignments an expert gets, P its mean probability, both over every token of the batch on every
@@ -19,16 +42,35 @@ def load_balance_loss(stats: RouterStats, num_tokens: int) -> jax.Array:
     return share_LE.shape[-1] * (share_LE * prob_LE).sum(-1).mean()
 
 
-def router_z_loss(stats: RouterStats, num_tokens: int) -> jax.Array:
+def sequence_balance(sums: RoutingSums, local_seq_len: int) -> jax.Array:
+    """This device's part of Σ_sequences E Σ_e f_e P_e, with f and P over one sequence (DeepSeek-V3, eq. 17).
+
+    A sequence is spread over `tensor`, so its sums are added up over that axis, and each of its devices takes an equal
+    part of the result.
+    """
+    num_devices = lax.axis_size(TENSOR)
+    count_bE, prob_bE = lax.psum((lax.stop_gradient(sums.count_bE), sums.prob_bE), TENSOR)
+    share_bE = count_bE / count_bE.sum(-1, keepdims=True)
+    prob_bE = prob_bE / (local_seq_len * num_devices)
+    return share_bE.shape[-1] * (share_bE * prob_bE).sum() / num_devices
+
+
+def sequence_balance_loss(stats: LayerStats, num_sequences: int) -> jax.Array:
+    """Mean over layers and sequences of the balance inside a sequence: 1 when balanced."""
+    return (stats.sequence_balance / num_sequences).mean()
+
+
+def router_z_loss(stats: LayerStats, num_tokens: int) -> jax.Array:
     """Mean over layers and tokens of the squared log-sum-exp of the router's logits (ST-MoE, 2202.08906, eq. 5)."""
     return (stats.z / num_tokens).mean()
 
 
-def load_statistics(count_LE: jax.Array, dropped_L: jax.Array) -> dict[str, jax.Array]:
+def load_statistics(count_LE: jax.Array, dropped_L: jax.Array, rounds_L: jax.Array) -> dict[str, jax.Array]:
     """Balance over the window that the counts were taken in, here one optimizer step.
 
     `load_cv` is the coefficient of variation over experts, averaged over layers; hold it against `load_cv_floor`.
-    `load_max_over_mean` is that of the worst layer; `dropped_fraction` is over all assignments.
+    `load_max_over_mean` is that of the worst layer; `dropped_fraction` is over all assignments; `rounds` is the mean
+    number of rounds that a dispatch took.
     """
     mean_L = count_LE.mean(-1)
     cv = (count_LE.std(-1) / mean_L).mean()
@@ -36,6 +78,7 @@ def load_statistics(count_LE: jax.Array, dropped_L: jax.Array) -> dict[str, jax.
         "load_cv": cv,
         "load_max_over_mean": (count_LE.max(-1) / mean_L).max(),
         "dropped_fraction": dropped_L.sum() / count_LE.sum(),
+        "rounds": jnp.mean(rounds_L),
     }
 
 

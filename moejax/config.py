@@ -15,7 +15,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Gather = Literal["step", "layer"]
 Remat = Literal["auto", "none", "minimal", "collectives", "full"]
 Bubble = Literal["auto", "skip", "compute"]
-Strategy = Literal["capacity"]
+RouterScore = Literal["softmax", "sigmoid"]
+Strategy = Literal["capacity", "dropless"]
+Payload = Literal["full", "float8"]
 ExpertAxis = Literal["expert", "tensor"]
 
 
@@ -52,6 +54,11 @@ class ModelConfig:
 
     Sizes are in elements. `num_layers` counts every layer, the `num_dense_layers` leading ones (plain SwiGLU of width
     `dense_d_ff`) included. `shared_d_ff` is the width of an expert that every token visits, 0 for none.
+
+    The router scores experts by a softmax over them (Mixtral, arXiv 2401.04088) or by a sigmoid each (DeepSeek-V3,
+    2412.19437); a chosen expert's gate is its score, divided by the sum over the chosen with `router_renormalize`. With
+    `router_bias`, a bias for each expert is added to the scores when experts are chosen, and only then: the means of
+    loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate`.
     """
 
     num_layers: int = 4
@@ -62,6 +69,9 @@ class ModelConfig:
     d_ff: int = 256
     num_experts: int = 16
     experts_per_token: int = 2
+    router_score: RouterScore = "softmax"
+    router_renormalize: bool = True
+    router_bias: bool = False
     shared_d_ff: int = 0
     num_dense_layers: int = 0
     dense_d_ff: int = 0
@@ -79,6 +89,7 @@ class ModelConfig:
         )  # fmt: skip
         _check_not_negative(self, "shared_d_ff", "num_dense_layers", "dense_d_ff")
         _check_choice(self, "dtype", Dtype)
+        _check_choice(self, "router_score", RouterScore)
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -106,38 +117,58 @@ class ModelConfig:
 class DispatchConfig:
     """How tokens reach their experts.
 
+    `strategy` is "dropless": every assignment arrives, in as many rounds of bounded buffers as that takes; or
+    "capacity": an expert takes `capacity_factor` times its balanced load, the assignments of the highest gates among
+    all senders', and drops the others. In both a sender's buffer has room for `capacity_factor` times the balanced load
+    of each expert.
+
     `expert_axes` are the mesh axes that the experts are spread over: `("expert",)` splits each expert's width over
-    `tensor`; `("expert", "tensor")` (folded) keeps experts whole. `capacity_factor` is the room in a dispatch buffer
-    over a perfectly balanced load; an assignment beyond it is dropped.
+    `tensor`; `("expert", "tensor")` (folded) keeps experts whole. With `hosts` > 1, the number of hosts that those axes
+    span, tokens travel in two hops: inside the host, then across (the first axis must be the one that crosses hosts).
+    `chunks` cuts each round's buffers into parts that travel and compute by themselves, so that one part's exchange can
+    run during another's matrix products. `payload` "float8" sends tokens to their experts as float8_e4m3fn, with a
+    scale each; results travel as they are (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
     """
 
-    strategy: Strategy = "capacity"
+    strategy: Strategy = "dropless"
     capacity_factor: float = 1.5
     expert_axes: tuple[ExpertAxis, ...] = ("expert", "tensor")
+    hosts: int = 1
+    chunks: int = 1
+    payload: Payload = "full"
 
     def __post_init__(self) -> None:
         _check_choice(self, "strategy", Strategy)
-        _check_positive(self, "capacity_factor")
+        _check_choice(self, "payload", Payload)
+        _check_positive(self, "capacity_factor", "hosts", "chunks")
         check(
             self.expert_axes in (("expert",), ("expert", "tensor")),
             f"expert_axes={self.expert_axes!r} must be ('expert',) or ('expert', 'tensor')",
         )
 
     def capacity(self, num_tokens: int, model: ModelConfig) -> int:
-        """Rows that one device reserves for one expert when it sends `num_tokens` tokens."""
+        """Rows that one device reserves for one expert when it sends `num_tokens` tokens: a multiple of `chunks`."""
         balanced = num_tokens * model.experts_per_token / model.num_experts
-        return min(num_tokens, math.ceil(self.capacity_factor * balanced))
+        rows = min(num_tokens, math.ceil(self.capacity_factor * balanced))
+        return math.ceil(rows / self.chunks) * self.chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """Weights of the router losses: load balance (Switch, arXiv 2101.03961, eq. 4), z (ST-MoE, 2202.08906, eq. 5)."""
+    """What keeps the experts evenly loaded.
+
+    Losses, by weight (0: off): load balance over the global batch (Switch, arXiv 2101.03961, eq. 4), the same inside
+    each sequence (DeepSeek-V3, 2412.19437, eq. 17), and z (ST-MoE, 2202.08906, eq. 5). `bias_update_rate` is the step
+    of the selection bias (loss-free balancing, 2408.15664; needs `ModelConfig.router_bias`).
+    """
 
     aux_loss_weight: float = 0.01
+    sequence_loss_weight: float = 0.0
     z_loss_weight: float = 0.001
+    bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "aux_loss_weight", "z_loss_weight")
+        _check_not_negative(self, "aux_loss_weight", "sequence_loss_weight", "z_loss_weight", "bias_update_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +279,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "accumulate", "eval_every", "eval_batches")
+        check(
+            self.model.router_bias == (self.balance.bias_update_rate > 0),
+            f"model.router_bias={self.model.router_bias} must be "
+            f"{self.balance.bias_update_rate > 0} with balance.bias_update_rate={self.balance.bias_update_rate}: "
+            "the bias is what the rate moves",
+        )
         _check_not_negative(self, "sample_tokens")
         check(
             self.data.seq_len <= self.model.max_seq_len,

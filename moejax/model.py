@@ -32,7 +32,6 @@ from moejax.nn.collectives import all_gather
 from moejax.nn.embedding import cross_entropy, embed, logits
 from moejax.nn.feed_forward import swiglu
 from moejax.nn.norm import rms_norm
-from moejax.nn.router import RouterStats
 from moejax.pipeline import run_pipeline
 
 Batch = dict[str, jax.Array]  # "tokens", "targets", "segment_ids": int32 [B, S]
@@ -62,11 +61,10 @@ class Program:
         return cls(config.model, mesh, config.dispatch, config.balance, config.parallel)
 
     def without_drops(self) -> Program:
-        """This program with room for every assignment: what it computes then depends on no device's share of tokens."""
-        roomy = dataclasses.replace(
-            self.dispatch, capacity_factor=self.model.num_experts / self.model.experts_per_token
-        )
-        return dataclasses.replace(self, dispatch=roomy)
+        """This program with a dispatch that drops nothing: what it computes then depends on no other sequence."""
+        if self.dispatch.strategy != "capacity":
+            return self
+        return dataclasses.replace(self, dispatch=dataclasses.replace(self.dispatch, strategy="dropless"))
 
     @functools.cached_property
     def table(self) -> dict[str, Any]:
@@ -124,25 +122,24 @@ class Program:
         total, _ = lax.scan(remat.checkpoint(microbatch, policy), zero, (h_MbsD, targets_MbS))
         cross_entropy_mean = lax.psum(total, self.batch_axes) / num_tokens
         aux_loss = lax.pmean(balance.load_balance_loss(stats, num_tokens), PIPELINE)
+        sequence_loss = lax.pmean(balance.sequence_balance_loss(stats, num_tokens // targets_MbS.shape[-1]), PIPELINE)
         z_loss = lax.pmean(balance.router_z_loss(stats, num_tokens), PIPELINE)
-        loss = cross_entropy_mean + self.balance.aux_loss_weight * aux_loss + self.balance.z_loss_weight * z_loss
-        count_RlE, dropped_Rl = lax.stop_gradient((stats.count_E, stats.dropped))
-        metrics = {
-            "loss": loss,
-            "cross_entropy": cross_entropy_mean,
-            "aux_loss": aux_loss,
-            "z_loss": z_loss,
-            "count_RPlE": count_RlE[:, None],
-            "dropped_RPl": dropped_Rl[:, None],
-        }
-        return loss, metrics
+        losses = {"aux_loss": aux_loss, "sequence_loss": sequence_loss, "z_loss": z_loss}
+        weights = self.balance
+        loss = (
+            cross_entropy_mean
+            + weights.aux_loss_weight * aux_loss
+            + weights.sequence_loss_weight * sequence_loss
+            + weights.z_loss_weight * z_loss
+        )
+        by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)
+        return loss, {"loss": loss, "cross_entropy": cross_entropy_mean, "router": by_layer} | losses
 
     @property
     def metric_specs(self) -> dict[str, P]:
-        """How the figures that `loss` returns lie on the mesh: scalars everywhere, loads with their layers."""
-        by_layer = P(None, PIPELINE)
-        scalars = dict.fromkeys(("loss", "cross_entropy", "aux_loss", "z_loss"), P())
-        return scalars | {"count_RPlE": by_layer, "dropped_RPl": by_layer}
+        """How the figures that `loss` returns lie on the mesh: scalars everywhere, the router's with their layers."""
+        scalars = dict.fromkeys(("loss", "cross_entropy", "aux_loss", "sequence_loss", "z_loss"), P())
+        return scalars | {"router": P(None, PIPELINE)}
 
     def logits(self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         """Logits of the token after every position of this device's sequences [B, S]: its columns, float32 [B, S, v].
@@ -168,7 +165,7 @@ class Program:
 
     def hidden(
         self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array
-    ) -> tuple[jax.Array, RouterStats]:
+    ) -> tuple[jax.Array, balance.LayerStats]:
         """Final hidden states [M, b, s, D], after the last norm, on every stage; and global sums of the router.
 
         The sums are of this stage's layers, [R, layers per chunk, ...], over every token of the batch.
@@ -186,7 +183,7 @@ class Program:
         if m.num_dense_layers:
             x_BsD = self._dense_layers(params["dense_layers"], x_BsD, segment_ids_BS, policy)
 
-        def stage(x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, RouterStats]:
+        def stage(x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, balance.LayerStats]:
             chunk = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w[:, 0], repeat, keepdims=False), layers)
             segment_ids_bS = lax.dynamic_index_in_dim(segment_ids_MbS, microbatch, keepdims=False)
             layer = remat.layerwise(functools.partial(self._layer, segment_ids_bS=segment_ids_bS), policy)
@@ -208,14 +205,15 @@ class Program:
 
     def _layer(
         self, x_bsD: jax.Array, p: dict[str, Any], *, segment_ids_bS: jax.Array
-    ) -> tuple[jax.Array, RouterStats]:
+    ) -> tuple[jax.Array, balance.LayerStats]:
         """One layer of the pipeline."""
         if self.parallel.gather == "layer":
             p = sharding.gather(p, self.table["layers"], unstacked=True)
         x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
         x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
         h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
-        y_bsD, stats = mixture_of_experts(p["moe"], h_bsD, self.model, self.dispatch)
+        by_sequence = self.balance.sequence_loss_weight > 0
+        y_bsD, stats = mixture_of_experts(p["moe"], h_bsD, self.model, self.dispatch, by_sequence=by_sequence)
         return x_bsD + y_bsD, stats
 
     def _dense_layers(
@@ -243,11 +241,11 @@ class Program:
 
 
 def summarise(metrics: Metrics) -> Metrics:
-    """The figures of `Program.loss`, as global arrays, with the loads of all layers told in a few numbers.
+    """The figures of `Program.loss`, as global arrays, with those of the router's layers told in a few numbers.
 
     The counts become `load_LE`, the assignments that each expert got, and `moejax.balance.load_statistics` of them.
     """
-    metrics = dict(metrics)
-    count_RPlE, dropped_RPl = metrics.pop("count_RPlE"), metrics.pop("dropped_RPl")
-    load_LE = count_RPlE.reshape(-1, count_RPlE.shape[-1])
-    return metrics | balance.load_statistics(load_LE, dropped_RPl.reshape(-1)) | {"load_LE": load_LE}
+    router = metrics["router"]
+    load_LE = router.count_E.reshape(-1, router.count_E.shape[-1])
+    statistics = balance.load_statistics(load_LE, router.dropped, router.rounds / router.dispatches)
+    return {k: v for k, v in metrics.items() if k != "router"} | statistics | {"load_LE": load_LE}

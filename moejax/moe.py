@@ -3,39 +3,49 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from moejax.balance import LayerStats, sequence_balance
 from moejax.config import DispatchConfig, ModelConfig
 from moejax.dispatch import get_dispatcher
+from moejax.kernels.manual import vary, varying
 from moejax.mesh import TENSOR
 from moejax.nn.experts import split_experts, whole_experts
 from moejax.nn.feed_forward import swiglu
-from moejax.nn.router import RouterStats, route
+from moejax.nn.router import route
 
 
 def mixture_of_experts(
-    p: dict[str, Any], x_bsD: jax.Array, m: ModelConfig, dispatch: DispatchConfig
-) -> tuple[jax.Array, RouterStats]:
+    p: dict[str, Any], x_bsD: jax.Array, m: ModelConfig, dispatch: DispatchConfig, *, by_sequence: bool = False
+) -> tuple[jax.Array, LayerStats]:
     """Sends each token of [b, s, D] to its experts and returns the weighted results, and sums over these tokens.
 
-    Runs inside `shard_map`; `p` is one layer of `moejax.sharding.moe_params`, gathered.
+    Runs inside `shard_map`; `p` is one layer of `moejax.sharding.moe_params`, gathered. `by_sequence` says that the
+    balance inside each sequence is asked for as well.
     """
     x_TD = x_bsD.reshape(-1, x_bsD.shape[-1])
-    routing, stats = route(x_TD, p["w_router_DE"], m.experts_per_token)
-    y_TD, dropped = get_dispatcher(dispatch)(
+    routing, sums = route(x_TD, p, m, num_sequences=x_bsD.shape[0])
+    count_E = sums.count_bE.sum(0)
+    y_TD, done = get_dispatcher(dispatch)(
         x_TD,
         routing,
+        count_E.astype(jnp.int32),
         whole_experts if TENSOR in dispatch.expert_axes else split_experts,
         p["experts"],
-        num_experts=m.num_experts,
         capacity=dispatch.capacity(x_TD.shape[0], m),
-        expert_axes=dispatch.expert_axes,
+        config=dispatch,
     )
     if m.shared_d_ff:
         y_TD = y_TD + swiglu(p["shared"], x_TD)
-    return y_TD.reshape(x_bsD.shape), stats._replace(dropped=dropped)
+    of_sequences = sequence_balance(sums, x_bsD.shape[1]) if by_sequence else jnp.zeros_like(sums.z)
+    stats = LayerStats(
+        count_E, sums.prob_bE.sum(0), sums.z, sums.entropy, sums.invalid, of_sequences, done.dropped, done.rounds,
+        dispatches=jnp.ones_like(done.rounds),
+    )  # fmt: skip
+    return y_TD.reshape(x_bsD.shape), jax.tree.map(lambda s: vary(s, varying(x_bsD)), stats)
 
 
-def global_stats(stats: RouterStats, token_axes: tuple[str, ...]) -> RouterStats:
+def global_stats(stats: LayerStats, token_axes: tuple[str, ...]) -> LayerStats:
     """Adds the sums up over every device that holds other tokens, so that no two devices disagree on them."""
     return jax.tree.map(lambda s: lax.psum(s, token_axes), stats)

@@ -40,9 +40,10 @@ def batch_axes(mesh: Mesh) -> Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One parameter: global shape, initial standard deviation (None: ones), stored axes per dim, what to gather.
+    """One parameter: global shape, initial standard deviation, stored axes per dim, what to gather.
 
-    `gather` is the dim to gather before use and the mesh axes to gather it over, or None for what is used as stored.
+    `std` None means ones, 0 zeros. `gather` is the dim to gather before use and the mesh axes to gather it over, or
+    None for what is used as stored.
     """
 
     shape: tuple[int, ...]
@@ -115,6 +116,8 @@ def moe_params(m: ModelConfig, dispatch: DispatchConfig) -> dict[str, Any]:
         "w_router_DE": _dense((m.d_model, m.num_experts), m.d_model, 0, (EXPERT,)),
         "experts": _experts(m, dispatch.expert_axes),
     }
+    if m.router_bias:
+        table["router_bias_E"] = Param((m.num_experts,), 0.0, ((),))
     if m.shared_d_ff:
         table["shared"] = _feed_forward(m, m.shared_d_ff, (EXPERT, TENSOR))
     return table
@@ -220,6 +223,10 @@ def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: Mesh) -> No
     experts_over = math.prod(mesh.shape[a] for a in dispatch.expert_axes)
     _check_divides("num_experts", m.num_experts, f"expert axes {'×'.join(dispatch.expert_axes)} =", experts_over)
     _check_divides("d_model", m.d_model, "expert axis", expert)
+    check(
+        expert % dispatch.hosts == 0,
+        f"dispatch.hosts={dispatch.hosts} must divide the expert axis {expert}, the one that crosses hosts",
+    )
     if TENSOR not in dispatch.expert_axes:
         _check_divides("d_ff", m.d_ff, "tensor axis", tensor)
     if m.shared_d_ff:

@@ -31,7 +31,6 @@ MODEL = ModelConfig(
 )
 BALANCE = BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01)  # heavy enough that their gradients are seen
 FOLDED, SPLIT = ("expert", "tensor"), ("expert",)
-NO_DROPS = MODEL.num_experts / MODEL.experts_per_token  # room for every token of a sender in one expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,10 @@ class Layout:
     tensor: int
     replica: int = 1
     folded: bool = True
-    capacity_factor: float = NO_DROPS
+    strategy: str = "dropless"
+    capacity_factor: float = 1.5
+    hosts: int = 1
+    chunks: int = 1
     num_microbatches: int = 2
     repeats: int = 1
     remat: str = "none"
@@ -63,12 +65,17 @@ class Layout:
     @property
     def drops(self) -> bool:
         """Whether an expert can have more assignments than room."""
-        return self.capacity_factor < NO_DROPS
+        return self.strategy == "capacity"
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         config = MeshConfig(self.expert, self.pipeline, self.tensor, self.replica)
         return build_mesh(config, jax.devices()[: config.num_devices])
+
+    @property
+    def dispatch(self) -> DispatchConfig:
+        axes = FOLDED if self.folded else SPLIT
+        return DispatchConfig(self.strategy, self.capacity_factor, axes, self.hosts, self.chunks)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -76,7 +83,7 @@ class Layout:
         return Program(
             self.model,
             self.mesh,
-            DispatchConfig(capacity_factor=self.capacity_factor, expert_axes=FOLDED if self.folded else SPLIT),
+            self.dispatch,
             BALANCE,
             ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat, self.bubble),
         )
@@ -108,12 +115,13 @@ class Layout:
 
     @functools.cached_property
     def capacity_rule(self) -> oracle.CapacityRule:
-        """The tokens that a device routes at a time: one microbatch of a batch shard, one part of the sequence."""
-        index = np.arange(self.batch_size * self.seq_len).reshape(
-            self.replica * self.expert * self.num_microbatches, -1, self.tensor, self.seq_len // self.tensor
-        )
-        tokens_Gn = index.swapaxes(1, 2).reshape(index.shape[0] * self.tensor, -1)
-        return oracle.CapacityRule(tokens_Gn, oracle.capacity(tokens_Gn.shape[1], self.capacity_factor, self.model))
+        """The tokens that meet at an expert: a microbatch of one replica, sender by sender."""
+        sizes = (self.replica, self.expert, self.num_microbatches, -1, self.tensor, self.seq_len // self.tensor)
+        index = np.arange(self.batch_size * self.seq_len).reshape(sizes)
+        tokens_Gn = index.transpose(0, 2, 1, 4, 3, 5).reshape(self.replica * self.num_microbatches, -1)
+        senders = self.expert * self.tensor
+        rows = senders * oracle.capacity(tokens_Gn.shape[1] // senders, self.capacity_factor, self.model)
+        return oracle.CapacityRule(tokens_Gn, rows)
 
     def oracle(self) -> tuple[oracle.Result, Any]:
         """The oracle's loss and gradients for this layout's weights and batch."""
@@ -222,14 +230,20 @@ def variant(**fields: Any) -> ModelConfig:
 # one and two repeats, as many microbatches as stages and more, idle and busy bubbles, drops, packed documents, grouped
 # queries, tied tables, a shared expert, leading dense layers.
 CI_LAYOUTS = (
-    Layout(1, 1, 1, model=variant(num_kv_heads=2), capacity_factor=1.5, repeats=2),
-    Layout(16, 1, 1, num_microbatches=1, remat="minimal", gather="layer", capacity_factor=1.0),
-    Layout(4, 2, 2, model=variant(num_kv_heads=2), packed=True, repeats=2, remat="collectives", gather="layer"),
+    Layout(1, 1, 1, model=variant(num_kv_heads=2), strategy="capacity", repeats=2),
+    Layout(
+        16, 1, 1, num_microbatches=1, remat="minimal", gather="layer",
+        strategy="capacity", capacity_factor=1.0, hosts=4,
+    ),
+    Layout(
+        4, 2, 2, packed=True, repeats=2, remat="collectives", gather="layer", chunks=2, hosts=2,
+        model=variant(num_kv_heads=2),
+    ),
     Layout(
         2, 2, 4, folded=False, packed=True, remat="full", bubble="compute",
         model=variant(num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, tie_embeddings=True),
     ),
-    Layout(2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", capacity_factor=1.5, bubble="compute"),
+    Layout(2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", strategy="capacity", bubble="compute"),
     Layout(1, 4, 4, num_microbatches=8, remat="minimal"),
     Layout(
         2, 4, 2, folded=False, repeats=2, num_microbatches=4, remat="collectives", bubble="compute", batch_size=32,

@@ -94,6 +94,7 @@ def test_every_layout_equals_the_oracle(layout, report):
 def test_loads_and_drops_are_the_oracles(layout):
     metrics, _ = layout.result
     expected, _ = layout.oracle()
-    np.testing.assert_array_equal(np.asarray(metrics["count_RPlE"]).reshape(expected.load_LE.shape), expected.load_LE)
-    np.testing.assert_array_equal(np.asarray(metrics["dropped_RPl"]).reshape(-1), expected.dropped_L)
+    router = metrics["router"]
+    np.testing.assert_array_equal(np.asarray(router.count_E).reshape(expected.load_LE.shape), expected.load_LE)
+    np.testing.assert_array_equal(np.asarray(router.dropped).reshape(-1), expected.dropped_L)
     assert (expected.dropped_L > 0).all() == layout.drops

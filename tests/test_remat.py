@@ -19,9 +19,9 @@ COLLECTIVES = ("all_gather", "all_to_all", "pmax", "ppermute", "psum", "psum_inv
 POLICIES = ("none", "minimal", "collectives", "full")
 EVERYTHING = variant(num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16)
 LAYOUTS = [
-    Layout(4, 2, 2, gather="layer", repeats=2, capacity_factor=1.5, bubble="compute"),
-    Layout(4, 2, 2, gather="layer", repeats=2, capacity_factor=1.5),
-    Layout(2, 2, 4, folded=False, model=EVERYTHING, capacity_factor=1.5),
+    Layout(4, 2, 2, gather="layer", repeats=2, bubble="compute"),
+    Layout(4, 2, 2, gather="layer", repeats=2),
+    Layout(2, 2, 4, folded=False, model=EVERYTHING),
 ]
 
 

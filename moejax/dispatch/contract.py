@@ -1,13 +1,21 @@
 """The contract that every dispatch strategy fulfils."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from moejax.config import DispatchConfig
 from moejax.nn.router import Routing
 
 ExpertsFn = Callable[[Any, jax.Array], jax.Array]  # (weights, [e, C, D]) -> [e, C, D], row by row
+
+
+class DispatchStats(NamedTuple):
+    """What a dispatch came to, float32 scalars."""
+
+    dropped: jax.Array  # this device's assignments that reached no expert
+    rounds: jax.Array  # exchanges of buffers; the same on all devices that exchange with each other
 
 
 class Dispatcher(Protocol):
@@ -21,22 +29,22 @@ class Dispatcher(Protocol):
         self,
         x_TD: jax.Array,
         routing: Routing,
+        count_E: jax.Array,
         experts: ExpertsFn,
         weights: Any,
         *,
-        num_experts: int,
         capacity: int,
-        expert_axes: tuple[str, ...],
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the gate-weighted sum of the experts' results [T, D] and the number of assignments dropped.
+        config: DispatchConfig,
+    ) -> tuple[jax.Array, DispatchStats]:
+        """Returns the gate-weighted sum of the experts' results [T, D] in x's dtype, and what it came to.
 
         Args:
             x_TD: this device's tokens.
-            routing: the experts and gates of each.
+            routing: the experts and gates of each, and the assignments' positions.
+            count_E: int32, this device's assignments to each expert of the model.
             experts: applies this device's experts to a buffer [e, C, D].
             weights: what `experts` takes first; differentiated through.
-            num_experts: E, over all devices.
-            capacity: rows that this device sends to one expert at a time.
-            expert_axes: the mesh axes the experts are spread over, major first.
+            capacity: rows that this device sends to one expert at a time; a multiple of `config.chunks`.
+            config: which mesh axes the experts are spread over, and how the exchange is done.
         """
         ...

@@ -1,18 +1,125 @@
-"""The exchange: buffers to the devices that hold their experts, and back.
+"""The exchange: buffers to the devices that hold their experts, and back; in one hop or two, whole or in float8.
 
-Dimensions: E experts, e this device's experts, n = E / e devices, C rows a sender reserves for an expert, D model.
+Two hops (arXiv 2201.05596, section 5.2; Tutel, 2206.03382): devices of one host first exchange what each will send to
+the others' counterparts in all hosts, then counterparts exchange across hosts. The bytes that cross are the same, in as
+many messages as there are hosts instead of devices. Rows arrive where the one-hop exchange puts them.
+
+Dimensions: E experts, e this device's experts, n = E / e devices, h hosts, i = n / h devices of one, C rows a sender
+reserves for an expert, D model.
 """
 
-import jax
+from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moejax.config import DispatchConfig
 from moejax.nn.collectives import all_to_all
 
-
-def to_experts(buffer_ECD: jax.Array, expert_axes: tuple[str, ...]) -> jax.Array:
-    """[E, C, D] of this device's tokens -> [e, n * C, D] of every device's tokens for this device's experts."""
-    return all_to_all(buffer_ECD, expert_axes, 0, 1)
+_FLOAT8 = jnp.float8_e4m3fn
+_SCALE_BYTES = 4
 
 
-def to_senders(buffer_eCD: jax.Array, expert_axes: tuple[str, ...]) -> jax.Array:
-    """The way back: [e, n * C, D] -> [E, C, D]."""
-    return all_to_all(buffer_eCD, expert_axes, 1, 0)
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """The exchange that a configuration asks for."""
+
+    axes: tuple[str, ...]
+    hosts: int
+    payload: str
+
+    @classmethod
+    def from_config(cls, config: DispatchConfig) -> Exchange:
+        return cls(config.expert_axes, config.hosts, config.payload)
+
+    def to_experts(self, buffer_ECD: jax.Array) -> jax.Array:
+        """[E, C, D] of this device's tokens -> [e, n * C, D] of every device's tokens for this device's experts."""
+        if self.payload == "float8":
+            return _to_experts_float8(self, buffer_ECD)
+        return self._to_experts(buffer_ECD)
+
+    def to_senders(self, buffer_eCD: jax.Array) -> jax.Array:
+        """The way back: [e, n * C, D] -> [E, C, D]."""
+        if self.payload == "float8":
+            return _to_senders_float8(self, buffer_eCD)
+        return self._to_senders(buffer_eCD)
+
+    def _to_experts(self, buffer_ECD: jax.Array) -> jax.Array:
+        if self.hosts == 1:
+            return all_to_all(buffer_ECD, self.axes, 0, 1)
+        E, C, D = buffer_ECD.shape
+        inside, across = self._groups()
+        h, i = self.hosts, len(inside[0])
+        # [destination host, destination inside it, e, C, D]; each hop puts a sender in the place of its destination.
+        buffer_hieCD = buffer_ECD.reshape(h, i, E // (h * i), C, D)
+        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 1, 1, inside)
+        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 0, 0, across)
+        return jnp.moveaxis(buffer_hieCD, 2, 0).reshape(E // (h * i), h * i * C, D)
+
+    def _to_senders(self, buffer_eCD: jax.Array) -> jax.Array:
+        if self.hosts == 1:
+            return all_to_all(buffer_eCD, self.axes, 1, 0)
+        e, rows, D = buffer_eCD.shape
+        inside, across = self._groups()
+        h, i = self.hosts, len(inside[0])
+        buffer_hieCD = jnp.moveaxis(buffer_eCD.reshape(e, h, i, rows // (h * i), D), 0, 2)
+        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 0, 0, across)
+        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 1, 1, inside)
+        return buffer_hieCD.reshape(h * i * e, rows // (h * i), D)
+
+    def _groups(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Device numbers along `axes`, major first: those of each host, and counterparts in all hosts."""
+        i = lax.axis_size(self.axes) // self.hosts
+        inside = [[host * i + j for j in range(i)] for host in range(self.hosts)]
+        return inside, [list(counterparts) for counterparts in zip(*inside, strict=True)]
+
+
+def _quantize(x_NCD: jax.Array) -> jax.Array:
+    """Each row in float8 with the float32 scale that its largest entry asks for behind it: uint8 [..., D + 4]."""
+    x_NCD = x_NCD.astype(jnp.float32)
+    largest = jnp.abs(x_NCD).max(-1, keepdims=True)
+    scale_NC1 = jnp.where(largest > 0, largest / float(jnp.finfo(_FLOAT8).max), 1.0)
+    payload = lax.bitcast_convert_type((x_NCD / scale_NC1).astype(_FLOAT8), jnp.uint8)
+    scale = lax.bitcast_convert_type(scale_NC1, jnp.uint8)  # [..., 1, 4]
+    return jnp.concatenate([payload, scale.reshape(*payload.shape[:-1], _SCALE_BYTES)], axis=-1)
+
+
+def _dequantize(packed: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    payload, scale = packed[..., :-_SCALE_BYTES], packed[..., -_SCALE_BYTES:]
+    scale_NC = lax.bitcast_convert_type(scale, jnp.float32)
+    values = lax.bitcast_convert_type(payload, _FLOAT8).astype(jnp.float32)
+    return (values * scale_NC[..., None]).astype(dtype)
+
+
+def _send_float8(exchange: Exchange, buffer_ECD: jax.Array) -> jax.Array:
+    return _dequantize(exchange._to_experts(_quantize(buffer_ECD)), buffer_ECD.dtype)
+
+
+# What travels towards the experts is float8: tokens forward, gradients of results backward. What travels away from
+# them is summed into tokens or their gradients, and stays as it is. Rounding has the gradient of the identity.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _to_experts_float8(exchange: Exchange, buffer_ECD: jax.Array) -> jax.Array:
+    return _send_float8(exchange, buffer_ECD)
+
+
+_to_experts_float8.defvjp(
+    lambda exchange, buffer_ECD: (_send_float8(exchange, buffer_ECD), None),
+    lambda exchange, _, d_eCD: (exchange._to_senders(d_eCD),),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _to_senders_float8(exchange: Exchange, buffer_eCD: jax.Array) -> jax.Array:
+    return exchange._to_senders(buffer_eCD)
+
+
+_to_senders_float8.defvjp(
+    lambda exchange, buffer_eCD: (exchange._to_senders(buffer_eCD), None),
+    lambda exchange, _, d_ECD: (_send_float8(exchange, d_ECD),),
+)

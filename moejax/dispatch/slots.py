@@ -8,36 +8,58 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from moejax.nn.router import Routing
+
+class Queue(NamedTuple):
+    """This device's assignments in line for their experts, int32: by expert, and in each line by position.
+
+    `expert_TK` is E, and `order_N` ends with, what stands in no line.
+    """
+
+    expert_TK: jax.Array
+    position_TK: jax.Array
+    count_E: jax.Array
+    start_E: jax.Array  # where each expert's line starts in `order_N`
+    order_N: jax.Array  # assignments, N = T * K
 
 
 class Slots(NamedTuple):
-    """The two directions of one partial matching, int32. E * C stands for "dropped", T * K for "empty"."""
+    """The two directions of one partial matching, int32. E * C stands for "not here", T * K for "empty"."""
 
     slot_TK: jax.Array
     assignment_EC: jax.Array
 
 
-def assign_slots(routing: Routing, num_experts: int, capacity: int) -> Slots:
-    """Gives each expert's rows to its assignments of the highest gate; ties go to the earlier token."""
-    gate, expert = routing.gate_TK.reshape(-1), routing.expert_TK.reshape(-1)
-    num_assignments = expert.shape[0]
-    index = jnp.arange(num_assignments, dtype=jnp.int32)
-    expert_sorted, _, order = lax.sort((expert, -lax.stop_gradient(gate), index), num_keys=2, is_stable=True)
-    count_E = (expert[:, None] == jnp.arange(num_experts, dtype=expert.dtype)[None]).sum(0, dtype=jnp.int32)
-    end_E = jnp.cumsum(count_E)
-    start_E = end_E - count_E
+def positions(expert_TK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """Each assignment's position in its expert's line, token by token and choice by choice; and the lines' lengths."""
+    one_NE = (expert_TK.reshape(-1, 1) == jnp.arange(num_experts, dtype=jnp.int32)[None]).astype(jnp.int32)
+    after_NE = jnp.cumsum(one_NE, axis=0)
+    position_TK = ((after_NE - 1) * one_NE).sum(-1).reshape(expert_TK.shape)
+    return position_TK, after_NE[-1]
 
-    row_sorted = index - start_E[expert_sorted]
-    slot_sorted = jnp.where(row_sorted < capacity, expert_sorted * capacity + row_sorted, num_experts * capacity)
-    _, slot = lax.sort((order, slot_sorted), num_keys=1)  # a sort inverts a permutation without a scatter
 
-    position_EC = start_E[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
-    taken_EC = position_EC < end_E[:, None]
-    assignment_EC = jnp.where(taken_EC, order[jnp.minimum(position_EC, num_assignments - 1)], num_assignments)
-    return Slots(slot.reshape(routing.expert_TK.shape), assignment_EC)
+def line_up(expert_TK: jax.Array, position_TK: jax.Array, count_E: jax.Array) -> Queue:
+    """The queue of assignments with these positions, which count from 0 without gaps in each expert's line."""
+    num_assignments = expert_TK.size
+    start_E = jnp.cumsum(count_E) - count_E
+    place_TK = start_E.at[expert_TK].get(mode="fill", fill_value=num_assignments) + position_TK
+    index_N = jnp.arange(num_assignments, dtype=jnp.int32)
+    order_N = jnp.full_like(index_N, num_assignments)
+    order_N = order_N.at[place_TK.reshape(-1)].set(index_N, mode="drop", unique_indices=True)
+    return Queue(expert_TK, position_TK, count_E, start_E, order_N)
+
+
+def assign_slots(queue: Queue, first: jax.Array | int, capacity: int) -> Slots:
+    """Gives each expert's `capacity` rows to the assignments from position `first` on."""
+    num_experts, num_assignments = queue.count_E.shape[0], queue.order_N.shape[0]
+    row_TK = queue.position_TK - first
+    here_TK = (queue.expert_TK < num_experts) & (row_TK >= 0) & (row_TK < capacity)
+    slot_TK = jnp.where(here_TK, queue.expert_TK * capacity + row_TK, num_experts * capacity)
+
+    position_C = first + jnp.arange(capacity, dtype=jnp.int32)
+    place_EC = jnp.minimum(queue.start_E[:, None] + position_C[None], num_assignments - 1)
+    taken_EC = position_C[None] < queue.count_E[:, None]
+    return Slots(slot_TK, jnp.where(taken_EC, queue.order_N[place_EC], num_assignments))
 
 
 def _rows(x_ND: jax.Array, index: jax.Array) -> jax.Array:

@@ -16,6 +16,11 @@ def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Arr
     return named(lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True), NETWORK)
 
 
-def all_to_all(x: jax.Array, axes: str | tuple[str, ...], split_dim: int, concat_dim: int) -> jax.Array:
-    """Sends the i-th part of `split_dim` to the i-th device of the axes; what arrives is joined along `concat_dim`."""
-    return named(lax.all_to_all(x, axes, split_dim, concat_dim, tiled=True), NETWORK)
+def all_to_all(
+    x: jax.Array, axes: str | tuple[str, ...], split_dim: int, concat_dim: int, groups: list[list[int]] | None = None
+) -> jax.Array:
+    """Sends the i-th part of `split_dim` to the i-th device of the axes; what arrives is joined along `concat_dim`.
+
+    With `groups`, lists of device numbers along the axes, each group does so by itself.
+    """
+    return named(lax.all_to_all(x, axes, split_dim, concat_dim, axis_index_groups=groups, tiled=True), NETWORK)

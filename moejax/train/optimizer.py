@@ -24,10 +24,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) with decoupled decay on everything but norm scales; elementwise, so it shards freely."""
+    """AdamW (arXiv 1711.05101) with decoupled decay on matrices, not on norm scales and biases; elementwise, so it
+    shards freely.
+    """
 
     def decayed(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith("norm_D"), params)
+        return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("norm_D", "bias_E")), params)
 
     return optax.adamw(
         learning_rate_schedule(config, steps),

@@ -128,7 +128,7 @@ class TrainStep:
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, Metrics]:
-        """Mean gradients, and metrics, over the accumulation slices: scalars averaged, loads added up."""
+        """Mean gradients, and metrics, over the accumulation slices: scalars averaged, the router's sums added up."""
         value_and_grad = jax.value_and_grad(self.program.loss, has_aux=True)
         if self.accumulate == 1:
             (_, metrics), grads = value_and_grad(params, batch)
@@ -145,8 +145,8 @@ class TrainStep:
         (_, metrics), grads = value_and_grad(params, first)
         (grads, metrics), _ = lax.scan(add, (grads, metrics), rest)
         mean = functools.partial(jax.tree.map, lambda x: x / self.accumulate)
-        loads = {k: metrics.pop(k) for k in ("count_RPlE", "dropped_RPl")}
-        return mean(grads), mean(metrics) | loads
+        router = metrics.pop("router")
+        return mean(grads), mean(metrics) | {"router": router}
 
 
 def _is_spec(x: object) -> bool:

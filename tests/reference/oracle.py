@@ -5,7 +5,7 @@ visits every expert (with gate 0 where it was not routed), every pair of positio
 complex numbers. Parameters are those of moejax with the layers in one leading dim [L, ...] (`moejax.sharding`).
 
 Dimensions: B batch, S sequence, T = B * S tokens, D model, N query heads, K key/value heads, H head, E experts, F
-feed-forward, V vocabulary, L layers, G senders, n tokens of one sender.
+feed-forward, V vocabulary, L layers, G groups of tokens that meet, n tokens of one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from moejax.config import BalanceConfig, ModelConfig
 
 
 class CapacityRule(NamedTuple):
-    """Drops: of the tokens that one sender holds, an expert takes those of the highest gates, `capacity` at most."""
+    """Drops: of the tokens that meet at a time, an expert takes those of the highest gates, `capacity` at most."""
 
-    tokens_Gn: np.ndarray  # indices into the flattened [B * S] tokens, one row a sender
+    tokens_Gn: np.ndarray  # indices into the flattened [B * S] tokens, one row for those that meet
     capacity: int
 
 
@@ -79,7 +79,7 @@ def _attention(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
 
 
 def _kept(gate_TE: Any, tokens_Gn: Any, rows: int) -> Any:
-    """Which of the positive gates are within capacity: fewer than `rows` rivals of the sender come before them."""
+    """Which of the positive gates are within capacity: fewer than `rows` rivals of the group come before them."""
     gate_GnE = gate_TE[tokens_Gn]
     mine, rival = gate_GnE[:, :, None], gate_GnE[:, None, :]
     n = tokens_Gn.shape[1]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from layouts import CI_LAYOUTS, MODEL, NO_DROPS, Layout, make_batch, per_device_values, relative_error
+from layouts import CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error
 
 from moejax.config import OptimizerConfig
 from moejax.train.step import TrainState, make_train_step
@@ -95,17 +95,17 @@ def test_two_accumulated_halves_are_the_mean_of_their_gradients():
     assert_close(layout.unplace(state.params), expected)
     assert float(figures["grad_norm"]) == pytest.approx(norm, rel=1e-5)
     assert float(figures["loss"]) == pytest.approx(float(sum(losses)) / 2, rel=1e-6)
-    loads = [np.asarray(m["count_RPlE"]).reshape(figures["load_LE"].shape) for m in metrics]
+    loads = [np.asarray(m["router"].count_E).reshape(figures["load_LE"].shape) for m in metrics]
     np.testing.assert_array_equal(figures["load_LE"], sum(loads))
 
 
 def test_evaluation_is_the_loss_of_the_oracle_without_drops():
     layout = CI_LAYOUTS[1]
-    assert layout.capacity_factor < NO_DROPS
+    assert layout.strategy == "capacity"
     step = make_train_step(layout.program, OPTIMIZER, steps=STEPS)
     metrics = step.evaluate(layout.place(layout.logical_params), step.put_batch(layout.batch))
     assert float(metrics["loss"]) == pytest.approx(
-        float(dataclasses.replace(layout, capacity_factor=NO_DROPS).oracle()[0].loss), rel=1e-6
+        float(dataclasses.replace(layout, strategy="dropless").oracle()[0].loss), rel=1e-6
     )
 
 

@@ -1,0 +1,34 @@
+"""Dropless dispatch: every assignment reaches its expert, in as many rounds of bounded buffers as that takes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import DispatchConfig
+from moejax.dispatch import slots
+from moejax.dispatch.contract import DispatchStats, ExpertsFn
+from moejax.dispatch.exchange import Exchange
+from moejax.dispatch.rounds import run_rounds
+from moejax.nn.router import Routing
+
+
+def run(
+    x_TD: jax.Array,
+    routing: Routing,
+    count_E: jax.Array,
+    experts: ExpertsFn,
+    weights: Any,
+    *,
+    capacity: int,
+    config: DispatchConfig,
+) -> tuple[jax.Array, DispatchStats]:
+    """See `moejax.dispatch.contract.Dispatcher`. Only tokens that the router could not place count as dropped."""
+    with jax.named_scope("dispatch"):
+        queue = slots.line_up(routing.expert_TK, routing.position_TK, count_E)
+        dropped = (routing.expert_TK == count_E.shape[0]).sum(dtype=jnp.float32)
+    y_TD, rounds = run_rounds(
+        x_TD, routing.gate_TK, queue, experts, weights,
+        capacity=capacity, chunks=config.chunks, exchange=Exchange.from_config(config),
+    )  # fmt: skip
+    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32))
