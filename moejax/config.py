@@ -16,7 +16,7 @@ Gather = Literal["step", "layer"]
 Remat = Literal["auto", "none", "minimal", "collectives", "full"]
 Bubble = Literal["auto", "skip", "compute"]
 RouterScore = Literal["softmax", "sigmoid"]
-Strategy = Literal["capacity", "dropless"]
+Strategy = Literal["capacity", "dropless", "ragged"]
 Payload = Literal["full", "float8"]
 ExpertAxis = Literal["expert", "tensor"]
 

@@ -8,10 +8,10 @@ from jax import lax
 
 from moejax.balance import LayerStats, sequence_balance
 from moejax.config import DispatchConfig, ModelConfig
-from moejax.dispatch import get_dispatcher
+from moejax.dispatch import Experts, get_dispatcher
 from moejax.kernels.manual import vary, varying
 from moejax.mesh import TENSOR
-from moejax.nn.experts import split_experts, whole_experts
+from moejax.nn.experts import grouped_experts, split_experts, whole_experts
 from moejax.nn.feed_forward import swiglu
 from moejax.nn.router import route
 
@@ -31,7 +31,7 @@ def mixture_of_experts(
         x_TD,
         routing,
         count_E.astype(jnp.int32),
-        whole_experts if TENSOR in dispatch.expert_axes else split_experts,
+        Experts(whole_experts if TENSOR in dispatch.expert_axes else split_experts, grouped_experts),
         p["experts"],
         capacity=dispatch.capacity(x_TD.shape[0], m),
         config=dispatch,

@@ -1,10 +1,10 @@
 """How tokens reach their experts: one strategy a file, all behind `Dispatcher`."""
 
 from moejax.config import DispatchConfig
-from moejax.dispatch import capacity, dropless
-from moejax.dispatch.contract import Dispatcher, DispatchStats
+from moejax.dispatch import capacity, dropless, ragged
+from moejax.dispatch.contract import Dispatcher, DispatchStats, Experts
 
-STRATEGIES: dict[str, Dispatcher] = {"capacity": capacity.run, "dropless": dropless.run}
+STRATEGIES: dict[str, Dispatcher] = {"capacity": capacity.run, "dropless": dropless.run, "ragged": ragged.run}
 
 
 def get_dispatcher(config: DispatchConfig) -> Dispatcher:
@@ -12,4 +12,4 @@ def get_dispatcher(config: DispatchConfig) -> Dispatcher:
     return STRATEGIES[config.strategy]
 
 
-__all__ = ["STRATEGIES", "DispatchStats", "Dispatcher", "get_dispatcher"]
+__all__ = ["STRATEGIES", "DispatchStats", "Dispatcher", "Experts", "get_dispatcher"]

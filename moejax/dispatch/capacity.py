@@ -15,7 +15,7 @@ from jax import lax
 
 from moejax.config import DispatchConfig
 from moejax.dispatch import slots
-from moejax.dispatch.contract import DispatchStats, ExpertsFn
+from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
 from moejax.mesh import EXPERT, TENSOR
@@ -28,7 +28,7 @@ def run(
     x_TD: jax.Array,
     routing: Routing,
     count_E: jax.Array,
-    experts: ExpertsFn,
+    experts: Experts,
     weights: Any,
     *,
     capacity: int,

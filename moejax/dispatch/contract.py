@@ -8,7 +8,17 @@ import jax
 from moejax.config import DispatchConfig
 from moejax.nn.router import Routing
 
-ExpertsFn = Callable[[Any, jax.Array], jax.Array]  # (weights, [e, C, D]) -> [e, C, D], row by row
+
+class Experts(NamedTuple):
+    """This device's experts, each applied to its own rows: two forms of one function, for dispatchers to choose from.
+
+    `on_buffers(weights, [e, C, D]) -> [e, C, D]` adds up over `tensor` where an expert's width is split over it.
+    `on_groups(weights, [R, D], sizes [e]) -> [R, D]` takes rows sorted by expert, int32 sizes of each expert's, and
+    zeros behind them; a split width is left to the dispatcher, who knows whose rows they are.
+    """
+
+    on_buffers: Callable[[Any, jax.Array], jax.Array]
+    on_groups: Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class DispatchStats(NamedTuple):
@@ -21,8 +31,8 @@ class DispatchStats(NamedTuple):
 class Dispatcher(Protocol):
     """Sends each token to its experts, applies them, and brings the results back.
 
-    Runs inside `shard_map`, on one device's arrays. The experts work row by row on buffers [e, C, D] of this device's
-    experts; what a strategy does about the number of rows (drop, repeat in rounds, ragged buffers) is its own business.
+    Runs inside `shard_map`, on one device's arrays. What a strategy does about the number of rows that an expert gets
+    (drop, repeat in rounds, ragged buffers) is its own business.
     """
 
     def __call__(
@@ -30,7 +40,7 @@ class Dispatcher(Protocol):
         x_TD: jax.Array,
         routing: Routing,
         count_E: jax.Array,
-        experts: ExpertsFn,
+        experts: Experts,
         weights: Any,
         *,
         capacity: int,
@@ -42,7 +52,7 @@ class Dispatcher(Protocol):
             x_TD: this device's tokens.
             routing: the experts and gates of each, and the assignments' positions.
             count_E: int32, this device's assignments to each expert of the model.
-            experts: applies this device's experts to a buffer [e, C, D].
+            experts: this device's.
             weights: what `experts` takes first; differentiated through.
             capacity: rows that this device sends to one expert at a time; a multiple of `config.chunks`.
             config: which mesh axes the experts are spread over, and how the exchange is done.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moejax.config import DispatchConfig
 from moejax.dispatch import slots
-from moejax.dispatch.contract import DispatchStats, ExpertsFn
+from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
 from moejax.nn.router import Routing
@@ -17,7 +17,7 @@ def run(
     x_TD: jax.Array,
     routing: Routing,
     count_E: jax.Array,
-    experts: ExpertsFn,
+    experts: Experts,
     weights: Any,
     *,
     capacity: int,

@@ -18,10 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moejax.config import DispatchConfig
+from moejax.dispatch import payload
 from moejax.nn.collectives import all_to_all
-
-_FLOAT8 = jnp.float8_e4m3fn
-_SCALE_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Exchange:
         if self.hosts == 1:
             return all_to_all(buffer_ECD, self.axes, 0, 1)
         E, C, D = buffer_ECD.shape
-        inside, across = self._groups()
+        inside, across = host_groups(self.axes, self.hosts)
         h, i = self.hosts, len(inside[0])
         # [destination host, destination inside it, e, C, D]; each hop puts a sender in the place of its destination.
         buffer_hieCD = buffer_ECD.reshape(h, i, E // (h * i), C, D)
@@ -64,39 +62,23 @@ class Exchange:
         if self.hosts == 1:
             return all_to_all(buffer_eCD, self.axes, 1, 0)
         e, rows, D = buffer_eCD.shape
-        inside, across = self._groups()
+        inside, across = host_groups(self.axes, self.hosts)
         h, i = self.hosts, len(inside[0])
         buffer_hieCD = jnp.moveaxis(buffer_eCD.reshape(e, h, i, rows // (h * i), D), 0, 2)
         buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 0, 0, across)
         buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 1, 1, inside)
         return buffer_hieCD.reshape(h * i * e, rows // (h * i), D)
 
-    def _groups(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Device numbers along `axes`, major first: those of each host, and counterparts in all hosts."""
-        i = lax.axis_size(self.axes) // self.hosts
-        inside = [[host * i + j for j in range(i)] for host in range(self.hosts)]
-        return inside, [list(counterparts) for counterparts in zip(*inside, strict=True)]
 
-
-def _quantize(x_NCD: jax.Array) -> jax.Array:
-    """Each row in float8 with the float32 scale that its largest entry asks for behind it: uint8 [..., D + 4]."""
-    x_NCD = x_NCD.astype(jnp.float32)
-    largest = jnp.abs(x_NCD).max(-1, keepdims=True)
-    scale_NC1 = jnp.where(largest > 0, largest / float(jnp.finfo(_FLOAT8).max), 1.0)
-    payload = lax.bitcast_convert_type((x_NCD / scale_NC1).astype(_FLOAT8), jnp.uint8)
-    scale = lax.bitcast_convert_type(scale_NC1, jnp.uint8)  # [..., 1, 4]
-    return jnp.concatenate([payload, scale.reshape(*payload.shape[:-1], _SCALE_BYTES)], axis=-1)
-
-
-def _dequantize(packed: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    payload, scale = packed[..., :-_SCALE_BYTES], packed[..., -_SCALE_BYTES:]
-    scale_NC = lax.bitcast_convert_type(scale, jnp.float32)
-    values = lax.bitcast_convert_type(payload, _FLOAT8).astype(jnp.float32)
-    return (values * scale_NC[..., None]).astype(dtype)
+def host_groups(axes: tuple[str, ...], hosts: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Device numbers along `axes`, major first: those of each host, and the counterparts in all hosts."""
+    i = lax.axis_size(axes) // hosts
+    inside = [[host * i + j for j in range(i)] for host in range(hosts)]
+    return inside, [list(counterparts) for counterparts in zip(*inside, strict=True)]
 
 
 def _send_float8(exchange: Exchange, buffer_ECD: jax.Array) -> jax.Array:
-    return _dequantize(exchange._to_experts(_quantize(buffer_ECD)), buffer_ECD.dtype)
+    return payload.unpack(exchange._to_experts(payload.pack(buffer_ECD)), buffer_ECD.dtype)
 
 
 # What travels towards the experts is float8: tokens forward, gradients of results backward. What travels away from

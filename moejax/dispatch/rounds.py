@@ -17,21 +17,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from moejax.dispatch import slots
-from moejax.dispatch.contract import ExpertsFn
+from moejax.dispatch.contract import Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.slots import Queue
 from moejax.kernels.manual import vary, vary_alike, varying
 from moejax.mesh import EXPERT, TENSOR
 
-# (round, queue, x [T, D], gates [T, K], weights) -> this round's part of the result [T, D]
-Round = Callable[[jax.Array | int, Queue, jax.Array, jax.Array, Any], jax.Array]
+# (round, plan, x [T, D], gates [T, K], weights) -> this round's part of the result [T, D]; the plan is integers
+Round = Callable[[jax.Array | int, Any, jax.Array, jax.Array, Any], jax.Array]
 
 
 def run_rounds(
     x_TD: jax.Array,
     gate_TK: jax.Array,
     queue: Queue,
-    experts: ExpertsFn,
+    experts: Experts,
     weights: Any,
     *,
     capacity: int,
@@ -42,9 +42,18 @@ def run_rounds(
     rounds = lax.pmax((queue.count_E.max() + capacity - 1) // capacity, (EXPERT, TENSOR))
     rounds = jnp.maximum(rounds, 1)
     one_round = partial(_one_round, experts=experts, capacity=capacity, chunks=chunks, exchange=exchange)
+    return in_rounds(one_round, rounds, queue, x_TD, gate_TK, weights), rounds
+
+
+def in_rounds(
+    one_round: Round, rounds: jax.Array, plan: Any, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
+) -> jax.Array:
+    """The sum of `one_round(i, plan, x, gate, weights)` over `rounds` >= 1 rounds, differentiable in the last three.
+
+    Devices that communicate in a round must agree on their number.
+    """
     leaves, treedef = jax.tree.flatten((x_TD, gate_TK, weights))
-    x_TD, gate_TK, weights = treedef.unflatten(vary_alike(*leaves))
-    return _in_rounds(one_round, rounds, queue, x_TD, gate_TK, weights), rounds
+    return _in_rounds(one_round, rounds, plan, *treedef.unflatten(vary_alike(*leaves)))
 
 
 def _one_round(
@@ -54,7 +63,7 @@ def _one_round(
     gate_TK: jax.Array,
     weights: Any,
     *,
-    experts: ExpertsFn,
+    experts: Experts,
     capacity: int,
     chunks: int,
     exchange: Exchange,
@@ -66,7 +75,7 @@ def _one_round(
     for part_ECD in jnp.split(buffer_ECD, chunks, axis=1):
         with jax.named_scope("dispatch"):
             part_eCD = exchange.to_experts(part_ECD)
-        part_eCD = experts(weights, part_eCD)
+        part_eCD = experts.on_buffers(weights, part_eCD)
         with jax.named_scope("combine"):
             parts.append(exchange.to_senders(part_eCD))
     with jax.named_scope("combine"):
@@ -75,24 +84,24 @@ def _one_round(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_rounds(
-    one_round: Round, rounds: jax.Array, queue: Queue, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
+    one_round: Round, rounds: jax.Array, plan: Any, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
 ) -> jax.Array:
-    return _forward(one_round, rounds, queue, x_TD, gate_TK, weights)[0]
+    return _forward(one_round, rounds, plan, x_TD, gate_TK, weights)[0]
 
 
 def _forward(
-    one_round: Round, rounds: jax.Array, queue: Queue, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
+    one_round: Round, rounds: jax.Array, plan: Any, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
 ) -> tuple[jax.Array, Any]:
     args = (x_TD, gate_TK, weights)
-    y_TD, first_vjp = jax.vjp(partial(one_round, 0, queue), *args)
-    y_TD = _further(rounds, y_TD, lambda index: one_round(index, queue, *args))
-    return y_TD, (first_vjp, rounds, queue, args)
+    y_TD, first_vjp = jax.vjp(partial(one_round, 0, plan), *args)
+    y_TD = _further(rounds, y_TD, lambda index: one_round(index, plan, *args))
+    return y_TD, (first_vjp, rounds, plan, args)
 
 
 def _backward(one_round: Round, residuals: Any, dy_TD: jax.Array) -> tuple[None, None, jax.Array, jax.Array, Any]:
-    first_vjp, rounds, queue, args = residuals
+    first_vjp, rounds, plan, args = residuals
     gradients = _further(
-        rounds, first_vjp(dy_TD), lambda index: jax.vjp(partial(one_round, index, queue), *args)[1](dy_TD)
+        rounds, first_vjp(dy_TD), lambda index: jax.vjp(partial(one_round, index, plan), *args)[1](dy_TD)
     )
     return None, None, *gradients
 

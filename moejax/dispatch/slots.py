@@ -24,7 +24,7 @@ class Queue(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The two directions of one partial matching, int32. E * C stands for "not here", T * K for "empty"."""
+    """The two directions of one partial matching, int32. E * C (as many as slots) is "not here", T * K "empty"."""
 
     slot_TK: jax.Array
     assignment_EC: jax.Array
@@ -36,6 +36,13 @@ def positions(expert_TK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Ar
     after_NE = jnp.cumsum(one_NE, axis=0)
     position_TK = ((after_NE - 1) * one_NE).sum(-1).reshape(expert_TK.shape)
     return position_TK, after_NE[-1]
+
+
+def in_line(queue: Queue) -> Slots:
+    """Every assignment at its place in `order_N`: one buffer [N] for all experts."""
+    num_assignments = queue.order_N.shape[0]
+    start_TK = queue.start_E.at[queue.expert_TK].get(mode="fill", fill_value=num_assignments)
+    return Slots(jnp.minimum(start_TK + queue.position_TK, num_assignments), queue.order_N)
 
 
 def line_up(expert_TK: jax.Array, position_TK: jax.Array, count_E: jax.Array) -> Queue:

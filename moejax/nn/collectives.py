@@ -24,3 +24,14 @@ def all_to_all(
     With `groups`, lists of device numbers along the axes, each group does so by itself.
     """
     return named(lax.all_to_all(x, axes, split_dim, concat_dim, axis_index_groups=groups, tiled=True), NETWORK)
+
+
+def ragged_all_to_all(
+    x: jax.Array,
+    into: jax.Array,
+    sizes: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    axes: str | tuple[str, ...],
+    groups: list[list[int]] | None = None,
+) -> jax.Array:
+    """Writes slices of rows of each device's `x` into the others' `into`; `sizes` are those of `lax`' function."""
+    return named(lax.ragged_all_to_all(x, into, *sizes, axis_name=axes, axis_index_groups=groups), NETWORK)

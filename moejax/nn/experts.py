@@ -25,3 +25,12 @@ def split_experts(p: dict[str, Any], x_eCD: jax.Array) -> jax.Array:
     """Every expert's width is split over `tensor`: rows are gathered over it, partial results summed and scattered."""
     y_eCD = whole_experts(p, all_gather(x_eCD, TENSOR, dim=1))
     return psum_scatter(y_eCD, TENSOR, dim=1)
+
+
+def grouped_experts(p: dict[str, Any], x_ND: jax.Array, size_e: jax.Array) -> jax.Array:
+    """Rows sorted by expert, so many of each: [N, D] -> [N, D]; zeros behind the last."""
+    with jax.named_scope("expert"):
+        w_in = p["w_in_EDGF"].astype(x_ND.dtype).reshape(*p["w_in_EDGF"].shape[:2], -1)
+        h_NGf = jax.lax.ragged_dot(x_ND, w_in, size_e).reshape(x_ND.shape[0], 2, -1)
+        h_Nf = jax.nn.silu(h_NGf[:, 0]) * h_NGf[:, 1]
+        return jax.lax.ragged_dot(h_Nf, p["w_out_EFD"].astype(x_ND.dtype), size_e)
