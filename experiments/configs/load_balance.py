@@ -1,0 +1,18 @@
+"""A small model for the table of load balance: 20 runs of it take under an hour on two cores."""
+
+import dataclasses
+
+from moejax.config import CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from moejax.presets import tiny
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model=dataclasses.replace(tiny(), d_model=64, d_ff=128, num_heads=4, num_kv_heads=4, head_dim=16),
+        data=DataConfig(seq_len=256, batch_size=16),
+        parallel=ParallelConfig(num_microbatches=1),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),
+        checkpoint=CheckpointConfig(every=1000, keep=1),
+        steps=250,
+        eval_every=250,
+    )

@@ -1,0 +1,190 @@
+"""What each way of balancing experts comes to: load, drops and held-out loss, by method and capacity, on real text.
+
+    python experiments/load_balance.py --mesh=cpu_16_expert --out=experiments/results/load_balance
+
+Trains one model for every method (none, aux, aux+z, loss-free) at every capacity (fixed buffers that drop, and
+dropless), all from the same seed, on the same batches, for as many steps. Writes OUT.csv, OUT.md and OUT.png, and ends
+with one line of JSON. A run that has ended is not repeated when the script is started again with the same --workdir.
+
+Figures are over the window of the last steps (`balance.window`), so that sampling noise is small; its floor stands
+beside the CV. MaxVio is the busiest expert's load over the mean, less 1 (arXiv 2408.15664), averaged over layers.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from absl import flags
+from rich.console import Console
+
+from moejax.config import BalanceConfig, TrainConfig, check
+from moejax.mesh import build_mesh
+from moejax.train.loop import Trainer
+from moejax.train.metrics import read_metrics
+
+METHODS = ("none", "aux", "aux+z", "loss-free")
+CAPACITIES = ("1.0", "1.25", "1.5", "2.0", "dropless")
+
+_METHODS = flags.DEFINE_list("methods", list(METHODS), "Ways of balancing.")
+_CAPACITIES = flags.DEFINE_list("capacities", list(CAPACITIES), "Capacity factors, and dropless.")
+_AUX = flags.DEFINE_float("aux_weight", 0.01, "balance.aux_loss_weight of aux and aux+z.", lower_bound=0)
+_Z = flags.DEFINE_float("z_weight", 0.001, "balance.z_loss_weight of aux+z.", lower_bound=0)
+_RATE = flags.DEFINE_float("bias_rate", 0.01, "balance.bias_update_rate of loss-free.", lower_bound=0)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/load_balance", "One folder a run.")
+_OUT = flags.DEFINE_string("out", None, "Where the table goes, without suffix. Default: `table` in the workdir.")
+
+COLUMNS = {
+    "method": "method",
+    "capacity": "capacity",
+    "load_cv": "CV",
+    "load_cv_floor": "CV floor",
+    "max_vio": "MaxVio",
+    "dropped_percent": "dropped %",
+    "eval_bits_per_byte": "bits per byte",
+    "rounds": "rounds",
+    "window_tokens": "window, tokens",
+    "seconds": "seconds",
+}
+
+
+def main(argv: list[str]) -> None:
+    base, mesh_config, rest = common.parse_configs(argv)
+    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    for name, values, allowed in (
+        ("methods", _METHODS.value, METHODS),
+        ("capacities", _CAPACITIES.value, CAPACITIES),
+    ):
+        unknown = [value for value in values if value not in allowed]
+        check(not unknown, f"--{name} has {', '.join(unknown)}; it takes {', '.join(allowed)}")
+    runs = [(method, capacity) for method in _METHODS.value for capacity in _CAPACITIES.value]
+    configs = {run: variant(base, *run) for run in runs}
+    common.setup_jax(mesh_config)
+    mesh = build_mesh(mesh_config)
+    console = Console(stderr=True)
+    rows = []
+    for number, (method, capacity) in enumerate(runs, start=1):
+        console.rule(f"{number} of {len(runs)}: {method}, {capacity}")
+        workdir = Path(_WORKDIR.value).expanduser() / f"{method}-{capacity}"
+        rows.append({"method": method, "capacity": capacity} | train(configs[method, capacity], mesh, workdir))
+    out = Path(_OUT.value or Path(_WORKDIR.value) / "table").expanduser()
+    write(rows, base, dict(mesh_config.shape), out)
+    plot(rows, out.with_suffix(".png"))
+    console.print(f"written: {out}.csv, {out}.md, {out}.png", highlight=False)
+    print(json.dumps({"steps": base.steps, "seed": base.seed, "mesh": dict(mesh_config.shape), "rows": rows}))
+
+
+def variant(base: TrainConfig, method: str, capacity: str) -> TrainConfig:
+    """The configuration of one run: only the router's balance, and what is dropped, differ."""
+    off = dataclasses.replace(base.balance, aux_loss_weight=0, sequence_loss_weight=0, z_loss_weight=0)
+    off = dataclasses.replace(off, bias_update_rate=0.0)
+    balance: BalanceConfig = {
+        "none": off,
+        "aux": dataclasses.replace(off, aux_loss_weight=_AUX.value),
+        "aux+z": dataclasses.replace(off, aux_loss_weight=_AUX.value, z_loss_weight=_Z.value),
+        "loss-free": dataclasses.replace(off, bias_update_rate=_RATE.value),
+    }[method]
+    if capacity == "dropless":
+        dispatch = dataclasses.replace(base.dispatch, strategy="dropless")
+    else:
+        dispatch = dataclasses.replace(base.dispatch, strategy="capacity", capacity_factor=float(capacity))
+    model = dataclasses.replace(base.model, router_bias=method == "loss-free")
+    return dataclasses.replace(base, model=model, balance=balance, dispatch=dispatch, sample_tokens=0)
+
+
+def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
+    """Trains and returns the run's figures; those of a run that has ended are read."""
+    ended = workdir / "row.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if ended.exists():
+        kept = json.loads(ended.read_text())
+        check(kept["config"] == settings, f"{workdir} holds a run of another configuration; use another --workdir")
+        return kept["row"]
+    began = time.perf_counter()
+    summary = Trainer(config, mesh, workdir).run()
+    check(not summary.interrupted, f"stopped at step {summary.step}; start again to go on")
+    last = read_metrics(workdir)[-1]
+    row = {
+        "load_cv": last["window_load_cv"],
+        "load_cv_floor": last["window_load_cv_floor"],
+        "max_vio": last["window_load_max_over_mean"] - 1,
+        "dropped_percent": 100 * last["window_dropped_fraction"],
+        "eval_bits_per_byte": last["eval_bits_per_byte"],
+        "rounds": last["window_rounds"],
+        "window_tokens": int(last["window_tokens"]),
+        "seconds": time.perf_counter() - began,
+    }
+    ended.write_text(json.dumps({"config": settings, "row": row}))
+    return row
+
+
+def write(rows: list[dict[str, Any]], base: TrainConfig, mesh: dict[str, int], out: Path) -> None:
+    """OUT.csv for programs, OUT.md for people."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(COLUMNS))
+        writer.writeheader()
+        writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
+    m = base.model
+    tokens = base.data.batch_size * base.data.seq_len
+    lines = [
+        "# Load balance by method and capacity",
+        "",
+        f"{m.num_layers} layers of d_model {m.d_model}, {m.num_experts} experts of d_ff {m.d_ff}, top-"
+        f"{m.experts_per_token}, {m.router_score} router; {base.steps} steps of {tokens:,} tokens, seed {base.seed}, "
+        f"tokenizer {base.data.tokenizer}; mesh {mesh}. Weights: aux {_AUX.value}, z {_Z.value}; bias rate "
+        f"{_RATE.value}. CV, MaxVio, drops and rounds are over the last {base.balance.window} steps, means over layers; "
+        "bits per byte are of held-out text, evaluated without drops.",
+        "",
+        "| " + " | ".join(COLUMNS.values()) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    lines += ["| " + " | ".join(_cell(row[name]) for name in COLUMNS) + " |" for row in rows]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else f"{value:.3f}"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """CV, drops and bits per byte over capacity, a line a method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    capacities = [c for c in CAPACITIES if any(row["capacity"] == c for row in rows)]
+    figures = {
+        "load_cv": "load CV over the window",
+        "dropped_percent": "assignments dropped, %",
+        "eval_bits_per_byte": "held-out bits per byte",
+    }
+    fig, axes = plt.subplots(1, len(figures), figsize=(13, 4), layout="constrained")
+    for ax, (name, label) in zip(axes, figures.items(), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            by_capacity = {row["capacity"]: row[name] for row in rows if row["method"] == method}
+            values = [by_capacity.get(capacity, math.nan) for capacity in capacities]
+            ax.plot(range(len(capacities)), values, marker="o", label=method)
+        ax.set_xticks(range(len(capacities)), capacities)
+        ax.set(xlabel="capacity factor", title=label)
+        ax.grid(alpha=0.3)
+    if min(row["load_cv"] for row in rows) > 0:
+        axes[0].set_yscale("log")
+    axes[0].axhline(rows[0]["load_cv_floor"], color="gray", linestyle=":", label="sampling floor")
+    axes[0].axhline(0.06, color="gray", linestyle="--", label="aim, 0.06")
+    axes[0].legend()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    common.run(main)
