@@ -28,7 +28,7 @@ from absl import flags  # noqa: E402
 from moejax.config import check  # noqa: E402
 from moejax.mesh import build_mesh  # noqa: E402
 from moejax.model import Program  # noqa: E402
-from moejax.train.loop import device_memory_bytes  # noqa: E402
+from moejax.train.sizes import device_memory_bytes  # noqa: E402
 from moejax.train.step import make_train_step  # noqa: E402
 
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps that are timed.", lower_bound=1)

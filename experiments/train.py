@@ -51,10 +51,12 @@ def show(summary: Summary, steps: int, workdir: Path, console: Console) -> None:
         "step": f"{summary.step_seconds:.3f} s",
         "first step after": f"{summary.first_step_seconds:.1f} s",
         "in all": f"{summary.total_seconds:.0f} s",
-        "load CV": f"{summary.load_cv:.3f} over {summary.load_cv_window_tokens:,} tokens "
-        f"(sampling floor {summary.load_cv_floor:.3f})",
-        "busiest expert": f"{summary.load_max_over_mean:.2f} × mean",
-        "dropped": f"{summary.dropped_fraction:.2%} of assignments",
+        "load CV": f"{summary.window_load_cv:.3f} over {summary.window_tokens:,.0f} tokens "
+        f"(sampling floor {summary.window_load_cv_floor:.3f})",
+        "busiest expert": f"{summary.window_load_max_over_mean_worst:.2f} × mean",
+        "dropped": f"{summary.window_dropped_fraction:.2%} of assignments",
+        "rounds": f"{summary.window_rounds:.2f} of capacity {summary.capacity_factor:g}, "
+        f"{summary.capacity_switches} switches waited {summary.capacity_seconds_waited:.1f} s",
         "memory per device": f"{summary.device_memory_bytes / 2**20:.0f} MiB, as compiled",
     }
     for name, value in rows.items():

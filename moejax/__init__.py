@@ -1,5 +1,6 @@
 """moejax: train, plan and serve sparse Mixture-of-Experts transformers in JAX."""
 
+from moejax.balance import BalanceReport, BalanceState, ExpertLoadBalancer
 from moejax.config import (
     BalanceConfig,
     CheckpointConfig,
@@ -20,10 +21,13 @@ from moejax.train.step import TrainState, TrainStep, make_train_step
 
 __all__ = [
     "BalanceConfig",
+    "BalanceReport",
+    "BalanceState",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "DispatchConfig",
+    "ExpertLoadBalancer",
     "MeshConfig",
     "MoELayer",
     "MoEStats",

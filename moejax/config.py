@@ -155,20 +155,48 @@ class DispatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """What keeps the experts evenly loaded.
+    """What keeps the experts evenly loaded, and what is said when they are not.
 
     Losses, by weight (0: off): load balance over the global batch (Switch, arXiv 2101.03961, eq. 4), the same inside
     each sequence (DeepSeek-V3, 2412.19437, eq. 17), and z (ST-MoE, 2202.08906, eq. 5). `bias_update_rate` is the step
     of the selection bias (loss-free balancing, 2408.15664; needs `ModelConfig.router_bias`).
+
+    Loads are watched over the last `window` optimizer steps. At the end of each window, the dropless dispatch's buffers
+    get the next size of `capacity_factors`: the smallest that is `headroom` times the busiest expert's load over the
+    mean (see `moejax.balance.ExpertLoadBalancer`). The largest bounds the memory. With fewer than two sizes, and where
+    the strategy is "capacity", the size is `dispatch.capacity_factor` throughout; otherwise that is where it starts.
+
+    A warning names the layer when a figure of the window leaves its bound: `max_load_cv`, the coefficient of variation
+    over experts; `max_dropped_fraction` of assignments; `max_rounds`, mean, of a dispatch; `max_idle_experts`, those
+    that got nothing.
     """
 
     aux_loss_weight: float = 0.01
     sequence_loss_weight: float = 0.0
     z_loss_weight: float = 0.001
     bias_update_rate: float = 0.0
+    window: int = 32
+    headroom: float = 1.5
+    capacity_factors: tuple[float, ...] = (1.25, 1.5, 1.75, 2.0, 3.0, 4.0)
+    max_load_cv: float = 0.5
+    max_dropped_fraction: float = 0.05
+    max_rounds: float = 2.0
+    max_idle_experts: int = 0
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "aux_loss_weight", "sequence_loss_weight", "z_loss_weight", "bias_update_rate")
+        _check_positive(self, "window")
+        _check_not_negative(
+            self, "aux_loss_weight", "sequence_loss_weight", "z_loss_weight", "bias_update_rate",
+            "max_load_cv", "max_dropped_fraction", "max_idle_experts",
+        )  # fmt: skip
+        for name in ("headroom", "max_rounds"):
+            value = getattr(self, name)
+            check(value >= 1, f"{name}={value} must be 1 or more")
+        sizes = self.capacity_factors
+        check(
+            all(size > 0 for size in sizes) and list(sizes) == sorted(set(sizes)),
+            f"capacity_factors={sizes} must be positive and ascending",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

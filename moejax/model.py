@@ -66,6 +66,15 @@ class Program:
             return self
         return dataclasses.replace(self, dispatch=dataclasses.replace(self.dispatch, strategy="dropless"))
 
+    def with_capacity(self, factor: float) -> Program:
+        """This program with other buffers; where nothing is dropped, they change what it computes by rounding only."""
+        return dataclasses.replace(self, dispatch=dataclasses.replace(self.dispatch, capacity_factor=factor))
+
+    @functools.cached_property
+    def balancer(self) -> balance.ExpertLoadBalancer:
+        """What keeps this program's experts evenly loaded; its state is part of the train state."""
+        return balance.ExpertLoadBalancer(self.model, self.balance, self.dispatch)
+
     @functools.cached_property
     def table(self) -> dict[str, Any]:
         """Every parameter by path: `moejax.sharding.Param`."""
@@ -244,8 +253,10 @@ def summarise(metrics: Metrics) -> Metrics:
     """The figures of `Program.loss`, as global arrays, with those of the router's layers told in a few numbers.
 
     The counts become `load_LE`, the assignments that each expert got, and `moejax.balance.load_statistics` of them.
+    `invalid_tokens` is over layers: those whose router logits are not finite.
     """
     router = metrics["router"]
     load_LE = router.count_E.reshape(-1, router.count_E.shape[-1])
     statistics = balance.load_statistics(load_LE, router.dropped, router.rounds / router.dispatches)
-    return {k: v for k, v in metrics.items() if k != "router"} | statistics | {"load_LE": load_LE}
+    statistics |= {"invalid_tokens": router.invalid.sum(), "load_LE": load_LE}
+    return {k: v for k, v in metrics.items() if k != "router"} | statistics

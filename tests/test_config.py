@@ -20,7 +20,8 @@ from moejax.config import (
 POSITIVE = {
     ModelConfig: "num_layers d_model num_heads num_kv_heads head_dim d_ff num_experts experts_per_token vocab_size "
     "max_seq_len rope_theta norm_eps",
-    DispatchConfig: "capacity_factor",
+    DispatchConfig: "capacity_factor hosts chunks",
+    BalanceConfig: "window",
     ParallelConfig: "num_microbatches repeats",
     OptimizerConfig: "learning_rate eps clip_norm",
     DataConfig: "seq_len batch_size",
@@ -29,13 +30,14 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     ModelConfig: "shared_d_ff num_dense_layers dense_d_ff",
-    BalanceConfig: "aux_loss_weight z_loss_weight",
+    BalanceConfig: "aux_loss_weight sequence_loss_weight z_loss_weight bias_update_rate max_load_cv "
+    "max_dropped_fraction max_idle_experts",
     OptimizerConfig: "warmup_steps weight_decay",
     TrainConfig: "sample_tokens",
 }
 CHOICES = {
-    ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'"},
-    DispatchConfig: {"strategy": "'capacity'"},
+    ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'", "router_score": "'softmax', 'sigmoid'"},
+    DispatchConfig: {"strategy": "'capacity', 'dropless'", "payload": "'full', 'float8'"},
     ParallelConfig: {"gather": "'step', 'layer'", "remat": "'auto', 'none', 'minimal', 'collectives', 'full'"},
 }
 RELATIONS = [
@@ -62,6 +64,11 @@ RELATIONS = [
         {"expert_axes": ("tensor",)},
         "expert_axes=('tensor',) must be ('expert',) or ('expert', 'tensor')",
     ),
+    (BalanceConfig, {"headroom": 0.9}, "headroom=0.9 must be 1 or more"),
+    (BalanceConfig, {"max_rounds": 0.5}, "max_rounds=0.5 must be 1 or more"),
+    (BalanceConfig, {"capacity_factors": (2.0, 1.5)}, "capacity_factors=(2.0, 1.5) must be positive and ascending"),
+    (BalanceConfig, {"capacity_factors": (0.0, 1.5)}, "capacity_factors=(0.0, 1.5) must be positive and ascending"),
+    (BalanceConfig, {"capacity_factors": (1.5, 1.5)}, "capacity_factors=(1.5, 1.5) must be positive and ascending"),
     (OptimizerConfig, {"final_learning_rate_fraction": 2}, "final_learning_rate_fraction=2 must be between 0 and 1"),
     (OptimizerConfig, {"b1": -0.1}, "b1=-0.1 must be between 0 and 1"),
     (OptimizerConfig, {"b2": 1.1}, "b2=1.1 must be between 0 and 1"),
@@ -76,6 +83,16 @@ RELATIONS = [
         TrainConfig,
         {"data": DataConfig(seq_len=20_000)},
         "data.seq_len=20000 must be at most model.max_seq_len=10240",
+    ),
+    (
+        TrainConfig,
+        {"balance": BalanceConfig(bias_update_rate=0.1)},
+        "model.router_bias=False must be True with balance.bias_update_rate=0.1: the bias is what the rate moves",
+    ),
+    (
+        TrainConfig,
+        {"model": ModelConfig(router_bias=True)},
+        "model.router_bias=True must be False with balance.bias_update_rate=0.0: the bias is what the rate moves",
     ),
     (TrainConfig, {"steps": 50}, "optimizer.warmup_steps=50 must be less than steps=50"),
 ]

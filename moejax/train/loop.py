@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from moejax.balance import load_cv_floor
+from moejax.balance import BalanceReport
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import Data, load_data, make_loader
 from moejax.model import Program
@@ -29,16 +29,24 @@ from moejax.train.checkpoint import Checkpointer
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
 from moejax.train.sample import generate
+from moejax.train.sizes import StepSizes
 from moejax.train.step import TrainState, make_train_step
 
 PROMPT_TOKENS = 32
+FROM_METRICS = (  # of the last step, or of the window that ends with it: fields of `Summary`
+    "loss", "eval_loss", "eval_bits_per_byte", "window_tokens", "window_load_cv", "window_load_cv_worst",
+    "window_load_cv_floor", "window_load_max_over_mean_worst", "window_dropped_fraction", "window_rounds",
+    "window_idle_experts", "capacity_factor",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What a run came to. Seconds are wall clock; losses are nats a token, or bits a byte of text.
 
-    `load_cv` is over the last step's `load_cv_window_tokens` tokens, beside the floor that sampling noise sets.
+    The figures from `window_tokens` to `window_idle_experts` are over so many of the last tokens (see
+    `moejax.balance.BalanceReport`); `capacity_factor` is the size of the dispatch's buffers in the last step, and
+    `capacity_seconds_waited` what the switches to other sizes cost.
     """
 
     step: int
@@ -51,20 +59,26 @@ class Summary:
     step_seconds: float
     first_step_seconds: float
     total_seconds: float
-    load_cv: float
-    load_cv_floor: float
-    load_cv_window_tokens: int
-    load_max_over_mean: float
-    dropped_fraction: float
+    window_tokens: float
+    window_load_cv: float
+    window_load_cv_worst: float
+    window_load_cv_floor: float
+    window_load_max_over_mean_worst: float
+    window_dropped_fraction: float
+    window_rounds: float
+    window_idle_experts: float
+    capacity_factor: float
+    capacity_switches: int
+    capacity_seconds_waited: float
     device_memory_bytes: int
     sample: str | None
 
 
 class Timing:
-    """Seconds of each step, and of everything up to the end of the first."""
+    """Seconds of each step, and of everything up to the end of the first; and the sizes that they ran with."""
 
-    def __init__(self, memory_bytes: int) -> None:
-        self.memory_bytes, self.steps, self.first_step = memory_bytes, [], math.nan
+    def __init__(self, sizes: StepSizes) -> None:
+        self.sizes, self.steps, self.first_step = sizes, [], math.nan
 
     def add(self, seconds: float, since: float) -> None:
         if not self.steps:
@@ -98,6 +112,7 @@ class Trainer:
         )
         self.tokens_per_step = config.data.batch_size * config.data.seq_len
         self._stop = False
+        self._outside: dict[str, str] = {}  # figures of the balance that are out of their bounds
         self._start = time.perf_counter()
 
     def run(self) -> Summary:
@@ -161,15 +176,18 @@ class Trainer:
         """Runs the steps after `first`; returns the state, the last step's line of metrics and the times taken."""
         config, line = self.config, {}
         evaluate = self._make_evaluate()
-        with Progress(config.steps, first) as progress:
+        sizes = StepSizes(self.train_step, config.data.batch_size, config.data.seq_len)
+        timing = Timing(sizes)
+        with Progress(config.steps, first) as progress, sizes:
             progress.message("compiling the train step")
-            compiled = self.train_step.lower(config.data.batch_size, config.data.seq_len).compile()
-            timing = Timing(device_memory_bytes(compiled))
+            index = int(self.train_step.program.balancer.capacity_index(state.balance))
             for step in range(first + 1, config.steps + 1):
+                compiled = self._compiled(sizes, index, step)
                 began = time.perf_counter()
                 batch = next(batches)
                 state, metrics = compiled(state, self.train_step.put_batch(batch))
                 line = self._line(metrics, batch)
+                index = int(line.pop("next_capacity_index"))
                 timing.add(time.perf_counter() - began, since=self._start)
                 line |= {"step_seconds": timing.steps[-1], "tokens_per_second": self.tokens_per_step / timing.steps[-1]}
                 if step % config.eval_every == 0 or step == config.steps:
@@ -178,6 +196,7 @@ class Trainer:
                     writer.write(step, line)
                 progress.step(step, line)
                 self._check_finite(step, line, checkpointer)
+                self._warn(step, jax.device_get(metrics["balance"]))
                 if checkpointer.due(step):
                     checkpointer.save(step, state, batches, metadata=self._metadata())
                 if self._stop:
@@ -186,17 +205,33 @@ class Trainer:
                 line |= evaluate(state.params)
         return state, line, timing
 
+    def _compiled(self, sizes: StepSizes, index: int, step: int) -> Any:
+        """The step to run at `step`; others are made ready as long as a window ends before the last step."""
+        window = self.config.balance.window
+        return sizes.use(index, last=math.ceil(step / window) * window >= self.config.steps)
+
     def _check_finite(self, step: int, line: dict[str, float], checkpointer: Checkpointer) -> None:
-        if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
+        if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) and line["invalid_tokens"] == 0:
             return
         raise FloatingPointError(
-            f"loss={line['loss']} and grad_norm={line['grad_norm']} at step {step}: training has diverged; checkpoints "
+            f"loss={line['loss']} and grad_norm={line['grad_norm']} at step {step}, and router logits that are not "
+            f"finite for {line['invalid_tokens']:.0f} tokens, over layers: training has diverged; checkpoints "
             f"of steps {checkpointer.steps()} are whole; try a lower optimizer.learning_rate or more warmup_steps"
         )
 
+    def _warn(self, step: int, report: BalanceReport) -> None:
+        """Says which figures of the balance have left their bounds since the last step, and which have returned."""
+        outside = self.program.balancer.breaches(report)
+        for name in outside.keys() - self._outside.keys():
+            logging.warning("Step %d, %s.", step, outside[name])
+        for name in self._outside.keys() - outside.keys():
+            logging.warning("Step %d: every layer is within balance.%s again.", step, name)
+        self._outside = outside
+
     def _line(self, metrics: dict[str, Any], batch: dict[str, np.ndarray]) -> dict[str, float]:
         """One line of metrics.jsonl, but for the time it took; waits for the step to end."""
-        scalars = {k: float(v) for k, v in jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0}).items()}
+        scalars = {k: v for k, v in metrics.items() if isinstance(v, jax.Array) and v.ndim == 0}
+        scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
         bits = scalars["cross_entropy"] * self.tokens_per_step / math.log(2)
         num_bytes = self.data.tokenizer.num_bytes(batch["targets"])
         return scalars | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": self.tokens_per_step}
@@ -229,8 +264,7 @@ class Trainer:
         return tokenizer.decode(tokens_BS[0])
 
     def _summarise(self, state: TrainState, first: int, line: dict[str, float], timing: Timing) -> Summary:
-        model = self.config.model
-        names = ("loss", "eval_loss", "eval_bits_per_byte", "load_cv", "load_max_over_mean", "dropped_fraction")
+        figures = line | jax.device_get(self.program.balancer.report(state.balance).scalars())
         return Summary(
             step=int(state.step),
             resumed_from=first,
@@ -238,23 +272,13 @@ class Trainer:
             tokens_per_second=self.tokens_per_step / timing.median,
             step_seconds=timing.median,
             first_step_seconds=timing.first_step,
-            load_cv_floor=load_cv_floor(self.tokens_per_step, model.experts_per_token, model.num_experts),
-            load_cv_window_tokens=self.tokens_per_step,
-            device_memory_bytes=timing.memory_bytes,
+            capacity_switches=timing.sizes.switches,
+            capacity_seconds_waited=timing.sizes.seconds_waited,
+            device_memory_bytes=timing.sizes.device_memory_bytes,
             sample=None if self._stop else self._sample(state),
             total_seconds=time.perf_counter() - self._start,
-            **{name: line.get(name, math.nan) for name in names},
+            **{name: float(figures.get(name, math.nan)) for name in FROM_METRICS},
         )
-
-
-def device_memory_bytes(compiled: Any) -> int:
-    """What the compiled step takes on one device: arguments, outputs that are not arguments' memory, temporaries.
-
-    On CPU XLA's own peak figure leaves temporaries out, so the parts are added up.
-    """
-    m = compiled.memory_analysis()
-    total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return max(total, m.peak_memory_in_bytes)
 
 
 class _Signals:

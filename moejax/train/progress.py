@@ -51,7 +51,8 @@ class Progress:
         """Shows a step's line of metrics."""
         text = (
             f"loss {line['loss']:.3f}  {line['bits_per_byte']:.2f} bits/byte  {line['tokens_per_second']:,.0f} tokens/s"
-            f"  load CV {line['load_cv']:.3f}  dropped {line['dropped_fraction']:.2%}"
+            f"  load CV {line['window_load_cv']:.3f}  rounds {line['window_rounds']:.2f}"
+            f"  dropped {line['window_dropped_fraction']:.2%}"
         )
         if "eval_bits_per_byte" in line:
             text += f"  held out {line['eval_bits_per_byte']:.2f} bits/byte"

@@ -5,6 +5,7 @@ Dimensions: A gradient-accumulation slices, B sequences, S sequence, L mixture-o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,18 +16,22 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.balance.balancer import every_layer
 from moejax.config import OptimizerConfig
 from moejax.model import Batch, Metrics, Program, summarise
 from moejax.sharding import make_params, run_once
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes: its number (int32), the float32 parameters, the optimizer's moments. All stored sharded."""
+    """What a step changes. Parameters and moments are stored sharded, the rest is the same on every device."""
 
-    def __init__(self, step: Any, params: Any, opt_state: Any) -> None:
-        self.step, self.params, self.opt_state = step, params, opt_state
+    step: Any  # int32, optimizer steps done
+    params: Any  # float32
+    opt_state: Any  # the optimizer's moments
+    balance: Any  # `moejax.balance.BalanceState`
 
 
 class TrainStep:
@@ -35,15 +40,22 @@ class TrainStep:
     A batch is {"tokens", "targets", "segment_ids"}: int32 [B, S], of the whole mesh. The old state's memory is reused
     for the new one. Metrics are float32 scalars, the same on every device (see `moejax.model.Program.loss` and
     `moejax.balance.load_statistics`), `grad_norm` (before clipping), `learning_rate`, and `load_LE`, the assignments
-    each expert got in this step.
+    each expert got in this step. Of the balancer's window come the scalars of `moejax.balance.BalanceReport` and, by
+    layer, that report itself, as `balance`. `capacity_factor` is what this step was compiled with and
+    `next_capacity_index` which of `program.balancer.capacity_factors` the balancer wants next: `with_capacity` makes
+    the step that has it, for the same state.
     """
 
     def __init__(self, program: Program, optimizer: OptimizerConfig, steps: int, accumulate: int = 1) -> None:
-        self.program, self.config, self.accumulate = program, optimizer, accumulate
+        self.program, self.config, self.steps, self.accumulate = program, optimizer, steps, accumulate
         self.schedule = learning_rate_schedule(optimizer, steps)
         self.optimizer = make_optimizer(optimizer, steps)
         self._step = jax.jit(self._global_step, donate_argnums=0)
         self._evaluate = jax.jit(self._global_evaluate)
+
+    def with_capacity(self, factor: float) -> TrainStep:
+        """The same step with buffers of another size."""
+        return TrainStep(self.program.with_capacity(factor), self.config, self.steps, self.accumulate)
 
     @functools.cached_property
     def state_specs(self) -> TrainState:
@@ -54,7 +66,8 @@ class TrainStep:
         opt_specs = optax.tree.map_params(
             self.optimizer, lambda _, spec: spec, moments, specs, transform_non_params=lambda _: P(), is_leaf=_is_spec
         )
-        return TrainState(P(), specs, opt_specs)
+        balance_specs = jax.tree.map(lambda _: P(), jax.eval_shape(self.program.balancer.init))
+        return TrainState(P(), specs, opt_specs, balance_specs)
 
     @functools.cached_property
     def state_shardings(self) -> TrainState:
@@ -81,7 +94,7 @@ class TrainStep:
 
     def _init(self, key: jax.Array) -> TrainState:
         params = make_params(self.program.table, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), self.program.balancer.init())
 
     def put_batch(self, batch: Any) -> Batch:
         """Places a host's batch on the mesh."""
@@ -101,12 +114,13 @@ class TrainStep:
 
     def _global_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         program = self.program
-        metric_specs = program.metric_specs | {"grad_norm": P(), "learning_rate": P()}
+        names = ("grad_norm", "learning_rate", "balance", "capacity_factor", "next_capacity_index")
+        metric_specs = program.metric_specs | dict.fromkeys(names, P())
         step = program.sharded(
             self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
         )
         state, metrics = step(state, batch)
-        return state, summarise(metrics)
+        return state, summarise(metrics) | metrics["balance"].scalars()
 
     def _global_evaluate(self, params: Any, batch: Batch) -> Metrics:
         program = self.program.without_drops()
@@ -125,7 +139,23 @@ class TrainStep:
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             metrics |= {"grad_norm": grad_norm, "learning_rate": self.schedule(state.step)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        balancer, router = self.program.balancer, metrics["router"]
+        params = self._move_bias(params, router.count_E)
+        balance = balancer.update(state.balance, every_layer(router))
+        metrics |= {
+            "balance": balancer.report(balance),
+            "capacity_factor": jnp.float32(self.program.dispatch.capacity_factor),
+            "next_capacity_index": balancer.capacity_index(balance),
+        }
+        return TrainState(state.step + 1, params, opt_state, balance), metrics
+
+    def _move_bias(self, params: Any, count_E: jax.Array) -> Any:
+        """The parameters with this stage's selection biases moved; they lie as the counts do, [R, 1, l, E]."""
+        if not self.program.model.router_bias:
+            return params
+        layers = params["layers"]
+        bias_E = self.program.balancer.move_bias(layers["moe"]["router_bias_E"], count_E)
+        return params | {"layers": layers | {"moe": layers["moe"] | {"router_bias_E": bias_E}}}
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, Metrics]:
         """Mean gradients, and metrics, over the accumulation slices: scalars averaged, the router's sums added up."""

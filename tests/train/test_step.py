@@ -20,7 +20,9 @@ OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=3, eps=1e-3, weight_
 def first_state(layout, step):
     params = layout.place(layout.logical_params)
     moments = jax.jit(step.optimizer.init, out_shardings=step.state_shardings.opt_state)(params)
-    return TrainState(jax.device_put(np.int32(0), step.state_shardings.step), params, moments)
+    number, balance = np.int32(0), layout.program.balancer.init()
+    number, balance = jax.device_put((number, balance), (step.state_shardings.step, step.state_shardings.balance))
+    return TrainState(number, params, moments, balance)
 
 
 def run_step(layout, accumulate=1, batch=None):

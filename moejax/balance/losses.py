@@ -1,4 +1,4 @@
-"""Expert load: the router's losses and what is reported of its balance, all from global sums.
+"""The router's losses and the figures of one step, all from global sums.
 
 Dimensions: L mixture-of-experts layers, E experts, b sequences of one device.
 """
@@ -66,7 +66,7 @@ def router_z_loss(stats: LayerStats, num_tokens: int) -> jax.Array:
 
 
 def load_statistics(count_LE: jax.Array, dropped_L: jax.Array, rounds_L: jax.Array) -> dict[str, jax.Array]:
-    """Balance over the window that the counts were taken in, here one optimizer step.
+    """Balance of one step; `moejax.balance.BalanceReport` tells it over a window of many.
 
     `load_cv` is the coefficient of variation over experts, averaged over layers; hold it against `load_cv_floor`.
     `load_max_over_mean` is that of the worst layer; `dropped_fraction` is over all assignments; `rounds` is the mean

@@ -1,0 +1,183 @@
+"""The balancer: biases, the window and what is decided from it, against the same by hand."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moejax.balance import ExpertLoadBalancer, LayerStats, load_cv_floor
+from moejax.balance.balancer import every_layer
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig
+from moejax.mesh import MeshConfig, build_mesh
+
+MODEL = ModelConfig(num_layers=3, num_experts=8, experts_per_token=2, dtype="float32")
+LAYERS, EXPERTS, TOKENS = MODEL.num_moe_layers, MODEL.num_experts, 1024
+SIZES = (1.25, 1.5, 2.0, 3.0)
+
+
+def make_balancer(dispatch=None, **fields):
+    return ExpertLoadBalancer(MODEL, BalanceConfig(**({"window": 4, "capacity_factors": SIZES} | fields)), dispatch)
+
+
+def stats(load_LE, rounds=1.0, dropped=0.0, entropy=1.0):
+    """The global sums of a step with these loads, in which each layer dispatched twice."""
+    load_LE = np.asarray(load_LE, np.float32)
+    L = np.ones(len(load_LE), np.float32)
+    figures = dict.fromkeys(LayerStats._fields, 0 * L)
+    figures |= {"count_E": load_LE, "dropped": dropped * L, "rounds": 2 * rounds * L, "dispatches": 2 * L}
+    return LayerStats(**figures | {"entropy": entropy * load_LE.sum(-1) / 2})._replace(prob_E=load_LE)
+
+
+def loads(busiest, layer=0):
+    """Loads of TOKENS tokens, even but for one layer, whose first expert has `busiest` times the mean."""
+    load_LE = np.full((LAYERS, EXPERTS), TOKENS * 2 / EXPERTS)
+    load_LE[layer, 0] *= busiest
+    load_LE[layer, 1:] -= load_LE[layer, 1] * (busiest - 1) / (EXPERTS - 1)
+    return load_LE
+
+
+def run(balancer, steps, state=None):
+    """The state after each of these steps' global sums, and the first."""
+    states, update = [state or balancer.init()], jax.jit(balancer.update)
+    for step in steps:
+        states.append(update(states[-1], step))
+    return states
+
+
+def sizes(balancer, states):
+    return [balancer.capacity_factors[int(balancer.capacity_index(state))] for state in states]
+
+
+def test_the_window_is_the_last_steps_by_hand():
+    balancer = make_balancer(window=3)
+    rng = np.random.default_rng(0)
+    steps = [stats(rng.integers(1, 100, (LAYERS, EXPERTS)), rounds=1 + i, dropped=i, entropy=i / 10) for i in range(5)]
+    for n, state in enumerate(run(balancer, steps)[1:], start=1):
+        kept = steps[max(0, n - 3) : n]
+        load_LE = sum(step.count_E.astype(np.float64) for step in kept)
+        report = jax.device_get(balancer.report(state))
+        assert report.num_steps == len(kept)
+        assert report.num_tokens == pytest.approx(load_LE.sum() / LAYERS / 2)
+        floor = load_cv_floor(float(report.num_tokens), 2, EXPERTS)
+        assert report.load_cv_floor == pytest.approx(floor, rel=1e-5)
+        np.testing.assert_allclose(report.load_LE, load_LE)
+        np.testing.assert_allclose(report.cv_L, load_LE.std(1) / load_LE.mean(1), rtol=1e-5)
+        np.testing.assert_allclose(report.max_over_mean_L, load_LE.max(1) / load_LE.mean(1), rtol=1e-6)
+        np.testing.assert_allclose(report.rounds_L, np.mean([step.rounds / 2 for step in kept], axis=0))
+        dropped_L = sum(step.dropped for step in kept)
+        np.testing.assert_allclose(report.dropped_fraction_L, dropped_L / load_LE.sum(1), rtol=1e-6)
+        np.testing.assert_allclose(report.entropy_L, np.mean([i / 10 for i in range(5)][max(0, n - 3) : n]), rtol=1e-5)
+        scalars = report.scalars()
+        assert scalars["window_load_cv_worst"] == report.cv_L.max()
+        assert scalars["window_rounds"] == pytest.approx(report.rounds_L.mean())
+
+
+def test_a_bias_moves_towards_the_mean_load_and_does_not_drift():
+    balancer = make_balancer(bias_update_rate=0.1)
+    bias_LE = np.asarray([[0.0, 0.0, 0.0, 0.0], [0.3, -0.1, -0.1, -0.1]], np.float32)
+    count_LE = np.asarray([[10.0, 4.0, 4.0, 2.0], [5.0, 5.0, 5.0, 5.0]], np.float32)  # means 5 and 5
+    moved_LE = bias_LE + 0.1 * np.asarray([[-1, 1, 1, 1], [0, 0, 0, 0]])
+    expected_LE = moved_LE - moved_LE.mean(1, keepdims=True)
+    np.testing.assert_allclose(balancer.move_bias(jnp.asarray(bias_LE), jnp.asarray(count_LE)), expected_LE, atol=1e-7)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_skewed_router_becomes_balanced_by_its_biases_alone(score):
+    """The router and its tokens stay what they are; two experts are far ahead of the others."""
+    rng = np.random.default_rng(0)
+    logits_TE = rng.normal(size=(4096, EXPERTS)).astype(np.float32) + np.asarray([3, 2] + [0] * 6, np.float32)
+    score_TE = jax.nn.softmax(logits_TE) if score == "softmax" else jax.nn.sigmoid(logits_TE)
+    balancer = make_balancer(bias_update_rate=0.003)
+
+    def step(bias_E, _):
+        _, expert_TK = jax.lax.top_k(score_TE + bias_E[None], 2)
+        count_E = (expert_TK[..., None] == jnp.arange(EXPERTS)[None, None]).sum((0, 1), dtype=jnp.float32)
+        return balancer.move_bias(bias_E, count_E), count_E
+
+    _, count_SE = jax.lax.scan(step, jnp.zeros(EXPERTS), length=400)
+    cv = lambda count_E: count_E.std() / count_E.mean()  # noqa: E731
+    assert cv(count_SE[0]) > 0.8
+    assert cv(count_SE[-32:].sum(0)) < 0.05  # over a window; step by step a rate leaves a ripple
+    assert max(map(cv, count_SE[-32:])) < 0.1
+
+
+def test_the_size_follows_the_busiest_expert_and_returns():
+    balancer = make_balancer()
+    even, skewed, hopeless = (stats(loads(busiest)) for busiest in (1.0, 1.3, 5.0))
+    states = run(balancer, [even] * 4 + [skewed] * 4 + [hopeless] * 4 + [even] * 4)
+    chosen = sizes(balancer, states)
+    assert chosen[:8] == [1.5] * 8  # nothing changes inside a window
+    assert chosen[8:12] == [2.0] * 4  # 1.5 * 1.3 = 1.95
+    assert chosen[12:16] == [3.0] * 4  # the largest, though 7.5 is wanted: memory is bounded
+    assert chosen[16] == 1.5
+
+
+def test_any_layer_can_ask_for_more():
+    for layer in range(LAYERS):
+        balancer = make_balancer()
+        assert sizes(balancer, run(balancer, [stats(loads(1.9, layer))] * 4))[-1] == 3.0
+
+
+def test_a_load_at_a_boundary_does_not_switch_to_and_fro():
+    balancer = make_balancer()
+    noisy = [stats(loads(1.33 + 0.03 * (-1) ** window)) for window in range(12) for _ in range(4)]  # 1.95, 2.04
+    chosen = sizes(balancer, run(balancer, noisy))[4:]
+    assert sum(a != b for a, b in itertools.pairwise(chosen)) <= 1
+
+
+def test_rounds_that_cost_more_than_the_next_size_ask_for_it_until_the_loads_change():
+    balancer = make_balancer()
+    cheap, dear = stats(loads(1.0), rounds=1.3), stats(loads(1.0), rounds=1.4)  # 1.5 -> 2.0 pays from 4 / 3 on
+    assert sizes(balancer, run(balancer, [cheap] * 4))[-1] == 1.5
+    states = run(balancer, [dear] * 4 + [stats(loads(1.0))] * 8)
+    assert sizes(balancer, states)[4:] == [2.0] * 9
+    more = run(balancer, [stats(loads(1.0), rounds=9.0)] * 12, states[-1])
+    assert sizes(balancer, more)[-1] == 3.0  # never beyond the largest
+    calmer = run(balancer, [stats(loads(1.3))] * 4 + [stats(loads(1.0))] * 4, states[-1])
+    assert sizes(balancer, calmer)[-1] == 1.5
+
+
+def test_the_size_starts_nearest_to_the_dispatchs_and_stays_where_there_is_no_choice():
+    balancer = make_balancer(DispatchConfig(capacity_factor=2.6))
+    assert sizes(balancer, [balancer.init()]) == [3.0]
+    for fixed in (
+        make_balancer(DispatchConfig(strategy="capacity", capacity_factor=1.1)),
+        make_balancer(DispatchConfig(capacity_factor=1.1), capacity_factors=()),
+    ):
+        assert fixed.capacity_factors == (1.1,)
+        assert sizes(fixed, run(fixed, [stats(loads(4.0), rounds=3.0)] * 4)) == [1.1] * 5
+
+
+def test_breaches_name_layer_figure_bound_and_remedy():
+    balancer = make_balancer(max_load_cv=0.2, max_rounds=2.0, max_dropped_fraction=0.1, max_idle_experts=0)
+    idle = loads(1.0)
+    idle[1, 0] = 0
+    for step, expected in (
+        (stats(loads(1.1)), {}),
+        (stats(loads(2.0, layer=2)), {"max_load_cv": r"layer 2: load CV 0\.37\d over 4 steps is more than"}),
+        (stats(loads(1.0), rounds=2.5), {"max_rounds": "layer 0: rounds a dispatch 2.5 .* balance.max_rounds=2.0"}),
+        (stats(loads(1.0), dropped=400.0), {"max_dropped_fraction": "dropped fraction 0.195"}),
+        (stats(idle), {"max_idle_experts": "layer 1: experts without a token 1", "max_load_cv": "layer 1"}),
+    ):
+        states = run(balancer, [step] * 4)
+        found = balancer.breaches(jax.device_get(balancer.report(states[-1])))
+        assert found.keys() == expected.keys()
+        for name, text in expected.items():
+            assert re.search(text, found[name]), found[name]
+        assert balancer.breaches(jax.device_get(balancer.report(states[-2]))) == {}, "the window is not full yet"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 2)])
+def test_every_device_has_the_sums_of_every_layer_in_logical_order(shape):
+    mesh = build_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
+    repeats, stages, chunk = 2, shape[1], 3
+    load_RPlE = np.arange(repeats * stages * chunk * 4, dtype=np.float32).reshape(repeats, stages, chunk, 4)
+    per_layer = dict.fromkeys(LayerStats._fields, load_RPlE[..., 0]) | {"count_E": load_RPlE, "prob_E": load_RPlE}
+    gather = jax.shard_map(every_layer, mesh=mesh, in_specs=P(None, "pipeline"), out_specs=P())
+    gathered = jax.jit(gather)(LayerStats(**per_layer))
+    np.testing.assert_array_equal(gathered.count_E, load_RPlE.reshape(-1, 4))
+    np.testing.assert_array_equal(gathered.rounds, load_RPlE[..., 0].reshape(-1))
