@@ -47,7 +47,12 @@ def empty(num_tokens):
     return expert
 
 
-ROUTINGS = (balanced, skewed, single, empty)
+def nowhere(num_tokens):
+    """No token goes anywhere."""
+    return np.full((num_tokens, K), E)
+
+
+ROUTINGS = (balanced, skewed, single, empty, nowhere)
 # Room for all: nothing is dropped, so that the shared expectations hold.
 ROOM = {"capacity": T}
 
