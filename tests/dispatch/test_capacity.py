@@ -41,7 +41,7 @@ def routings(draw):
 
 
 def kept_by_hand(layer, gate_NK, expert_NK):
-    """Per replica, stage and expert the highest gates; among equals the earlier sender first, then the earlier token."""
+    """Per replica, stage and expert the highest gates; of equals the earlier sender first, then the earlier token."""
     room = layer.capacity * layer.expert * layer.tensor
     device_NK = np.broadcast_to(np.arange(len(gate_NK))[:, None] // T, gate_NK.shape)
     shape = (layer.replica, layer.expert, layer.pipeline, layer.tensor)
