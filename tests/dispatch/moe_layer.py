@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -22,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import remat
 from moejax.config import DispatchConfig, ModelConfig
-from moejax.dispatch import get_dispatcher
+from moejax.dispatch import Experts, get_dispatcher
 from moejax.kernels.manual import vary
-from moejax.mesh import PIPELINE, TENSOR, MeshConfig, build_mesh
-from moejax.nn.experts import split_experts, whole_experts
+from moejax.mesh import PIPELINE, MeshConfig, build_mesh
+from moejax.nn.experts import grouped_experts, split_experts, whole_experts
 from moejax.nn.router import Routing
 from moejax.sharding import moe_params, param_specs
 
@@ -93,7 +94,7 @@ class Layer:
                 x_TD,
                 Routing(gate_TK, expert_TK, position_TK),
                 count_1E[0],
-                whole_experts if TENSOR in self.config.expert_axes else split_experts,
+                Experts(whole_experts if self.folded else split_experts, grouped_experts),
                 weights["experts"],
                 capacity=self.capacity,
                 config=self.config,
@@ -156,9 +157,25 @@ def line_up_by_hand(expert_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def rounds_by_hand(layer: Layer, expert_NK: np.ndarray) -> np.ndarray:
     """Of each device: the rounds that the longest line among those it exchanges with takes."""
     _, count_dE = line_up_by_hand(expert_NK)
-    longest_d = count_dE.max(-1).reshape(layer.replica, layer.expert, layer.pipeline, layer.tensor)
-    longest_d = np.broadcast_to(longest_d.max(axis=(1, 3), keepdims=True), longest_d.shape).reshape(-1)
-    return np.maximum(-(-longest_d // layer.capacity), 1)
+    sizes = (layer.replica, layer.expert, layer.pipeline, layer.tensor)
+    if layer.strategy == "ragged":
+        longest, capacity = _most_received(layer, count_dE.reshape(*sizes, E))
+    else:
+        longest, capacity = count_dE.max(-1).reshape(sizes).max(axis=(1, 3), keepdims=True), layer.capacity
+    return np.broadcast_to(np.maximum(-(-longest // capacity), 1), sizes).reshape(-1)
+
+
+def _most_received(layer: Layer, count: np.ndarray) -> tuple[np.ndarray, int]:
+    """The most rows that a device gets in a chunk, by replica and stage, and the rows of its buffer."""
+    if layer.expert * layer.tensor == 1:
+        return np.zeros((1, 1, 1, 1), int), 1  # nothing travels
+    senders = (1, 3) if layer.folded else (1,)
+    n = layer.expert * (layer.tensor if layer.folded else 1)
+    ends = [count * chunk // layer.chunks for chunk in range(layer.chunks + 1)]
+    received = [(end - start).sum(senders, keepdims=True) for start, end in itertools.pairwise(ends)]
+    by_receiver = [x.reshape(*x.shape[:-1], n, E // n).sum(-1).max(-1) for x in received]
+    longest = np.max(by_receiver, axis=0).max(axis=(1, 3), keepdims=True)
+    return longest, min(layer.capacity * E // layer.chunks, n * T * K)
 
 
 def make_weights(seed: int = 0) -> Any:

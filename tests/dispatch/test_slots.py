@@ -29,9 +29,10 @@ def choices(draw):
     return expert_TK
 
 
-@jax.jit
 def lined_up(expert_TK):
-    return slots.line_up(expert_TK, *slots.positions(expert_TK, E))
+    """The queue; what stands nowhere has some position, which must not matter."""
+    position_TK, count_E = slots.positions(expert_TK, E)
+    return slots.line_up(expert_TK, jnp.where(expert_TK < E, position_TK, 1), count_E)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -49,16 +50,23 @@ def test_positions_count_an_experts_earlier_assignments(expert_TK):
     np.testing.assert_array_equal(count_E, np.bincount(flat, minlength=E + 1)[:E])
 
 
-@given(choices(), st.integers(0, 7))
-def test_the_queue_lists_each_line_by_position(expert_TK, anything):
-    """What stands nowhere is in no line, whatever its position says."""
-    position_TK, count_E = slots.positions(expert_TK, E)
-    position_TK = jnp.where(expert_TK < E, position_TK, anything)
-    queue = slots.line_up(jnp.asarray(expert_TK), position_TK, count_E)
+@given(choices())
+def test_the_queue_lists_each_line_by_position(expert_TK):
+    queue = jax.jit(lined_up)(expert_TK)
     flat = expert_TK.reshape(-1)
     in_line = np.argsort(flat, kind="stable")[: (flat < E).sum()]
     np.testing.assert_array_equal(queue.order_N, np.pad(in_line, (0, T * K - in_line.size), constant_values=T * K))
     np.testing.assert_array_equal(queue.start_E, np.searchsorted(flat[in_line], np.arange(E)))
+
+
+@given(choices())
+def test_one_buffer_in_line_holds_all_assignments(expert_TK):
+    queue, matching = jax.jit(lambda expert_TK: (lined_up(expert_TK), slots.in_line(lined_up(expert_TK))))(expert_TK)
+    slot_TK, assignment_N = map(np.asarray, matching)
+    somewhere_TK = expert_TK < E
+    assert (slot_TK[~somewhere_TK] == T * K).all()
+    np.testing.assert_array_equal(assignment_N[slot_TK[somewhere_TK]], np.flatnonzero(somewhere_TK))
+    assert (assignment_N < T * K).sum() == somewhere_TK.sum() == queue.count_E.sum()
 
 
 @given(choices(), st.sampled_from(CAPACITIES))
@@ -76,7 +84,7 @@ def test_every_assignment_has_one_slot_of_its_expert_in_one_round(expert_TK, cap
         assert (assignment_EC[assignment_EC >= T * K] == T * K).all()
         # Rows are filled from the first on.
         assert (np.diff((assignment_EC < T * K).astype(int), axis=1) <= 0).all()
-    np.testing.assert_array_equal(seen_TK, (expert_TK < E)[:, :K])
+    np.testing.assert_array_equal(seen_TK, expert_TK < E)
 
 
 @given(choices(), st.sampled_from(CAPACITIES), st.integers(0, 2))
