@@ -137,15 +137,14 @@ def test_inside_a_checkpointed_scan_over_a_cond(strategy, policy):
         check(layer, routing)
 
 
-@pytest.mark.parametrize("folded", [True, False])
-def test_float8_rounds_the_same_rows_whatever_the_strategy(folded):
+def test_float8_rounds_the_same_rows_whatever_the_strategy():
     """Buffers or ragged slices: what travels towards the experts is the same rows, each rounded by itself."""
     expert_NK = skewed(16 * T).astype(np.int32)
     x_ND, cotangent_ND = make_tokens(16 * T)
     results = [
         dataclasses.replace(layer, payload="float8").program(make_weights(), x_ND, expert_NK, cotangent_ND)
         for strategy in STRATEGIES
-        for layer in layouts(strategy, Layer(4, 2, 2, hosts=2, folded=folded))
+        for layer in layouts(strategy, Layer(4, 2, 2, hosts=2, folded=False))
     ]
     (expected, *_), expected_grads = results[0]
     for (y_ND, *_), grads in results[1:]:
