@@ -15,7 +15,8 @@ def pack(x: jax.Array) -> jax.Array:
     """Rows [..., D] of any floating dtype as uint8 [..., D + 4]: numbers, then their scale."""
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest / float(jnp.finfo(FLOAT8).max), 1.0)
+    # No smaller than a normal number: processors flush smaller ones to zero, and a row of tiny gradients would be NaN.
+    scale = jnp.maximum(largest / float(jnp.finfo(FLOAT8).max), float(jnp.finfo(jnp.float32).tiny))
     numbers = lax.bitcast_convert_type((x / scale).astype(FLOAT8), jnp.uint8)
     scale = lax.bitcast_convert_type(scale, jnp.uint8).reshape(*numbers.shape[:-1], SCALE_BYTES)
     return jnp.concatenate([numbers, scale], axis=-1)
