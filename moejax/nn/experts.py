@@ -1,6 +1,7 @@
-"""The experts: one SwiGLU each, batched over this device's experts.
+"""The experts: one SwiGLU each, over this device's experts: on buffers of equal size, or on rows sorted by expert.
 
-Dimensions: e this device's experts, C rows of an expert's buffer, D model, G=2 (gate, up), f this device's part of F.
+Dimensions: e this device's experts, C rows of an expert's buffer, N rows of all, D model, G=2 (gate, up), f this
+device's part of F.
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.mesh import TENSOR
 from moejax.nn.collectives import all_gather, psum_scatter
 from moejax.remat import MATMUL, named
@@ -28,9 +30,12 @@ def split_experts(p: dict[str, Any], x_eCD: jax.Array) -> jax.Array:
 
 
 def grouped_experts(p: dict[str, Any], x_ND: jax.Array, size_e: jax.Array) -> jax.Array:
-    """Rows sorted by expert, so many of each: [N, D] -> [N, D]; zeros behind the last."""
+    """Every expert lies on one device; the first `size_e[0]` rows are of the first, and so on: [N, D] -> [N, D].
+
+    Rows past `sum(size_e)` give zeros. No collective.
+    """
     with jax.named_scope("expert"):
-        w_in = p["w_in_EDGF"].astype(x_ND.dtype).reshape(*p["w_in_EDGF"].shape[:2], -1)
-        h_NGf = jax.lax.ragged_dot(x_ND, w_in, size_e).reshape(x_ND.shape[0], 2, -1)
-        h_Nf = jax.nn.silu(h_NGf[:, 0]) * h_NGf[:, 1]
-        return jax.lax.ragged_dot(h_Nf, p["w_out_EFD"].astype(x_ND.dtype), size_e)
+        w_in_EDGF, w_out_EFD = (p[name].astype(x_ND.dtype) for name in ("w_in_EDGF", "w_out_EFD"))
+        w_in_EDH = w_in_EDGF.reshape(*w_in_EDGF.shape[:2], -1)  # H = G F: gate, then up
+        gate_Nf, up_Nf = jnp.split(named(grouped_matmul(x_ND, w_in_EDH, size_e), MATMUL), 2, axis=1)
+        return grouped_matmul(jax.nn.silu(gate_Nf) * up_Nf, w_out_EFD, size_e)
