@@ -33,6 +33,7 @@ class MoEStats(NamedTuple):
     z_loss: jax.Array  # mean squared log-sum-exp of the router's logits (ST-MoE, 2202.08906, eq. 5); not weighted
     load_E: jax.Array  # assignments to each expert, dropped ones too; no gradient
     dropped_fraction: jax.Array  # of all assignments; no gradient
+    rounds: jax.Array  # that the dispatch took, mean over devices; no gradient
 
 
 class MoELayer(nnx.Module):
@@ -275,12 +276,13 @@ def _device_moe(
     token_axes = _token_axes(mesh)
     sums = global_stats(sums, token_axes)
     num_tokens = math.prod(x_bsD.shape[:2]) * math.prod(mesh.shape[axis] for axis in token_axes)
-    count_E, dropped = lax.stop_gradient((sums.count_E, sums.dropped))
+    count_E, dropped, rounds, dispatches = lax.stop_gradient((sums.count_E, sums.dropped, sums.rounds, sums.dispatches))
     stats = MoEStats(
         balance.load_balance_loss(sums, num_tokens),
         balance.router_z_loss(sums, num_tokens),
         count_E,
         dropped / count_E.sum(),
+        rounds / dispatches,
     )
     return y_bsD.astype(x_bsD.dtype), stats
 

@@ -29,7 +29,9 @@ MODEL = ModelConfig(
     vocab_size=256,
     dtype="float32",
 )
-BALANCE = BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01)  # heavy enough that their gradients are seen
+BALANCE = BalanceConfig(  # losses heavy enough that their gradients are seen
+    aux_loss_weight=0.1, sequence_loss_weight=0.05, z_loss_weight=0.01, bias_update_rate=0.01
+)
 FOLDED, SPLIT = ("expert", "tensor"), ("expert",)
 
 
@@ -228,7 +230,8 @@ def variant(**fields: Any) -> ModelConfig:
 
 # Together: each axis alone and all at once, replicas, both places for experts, both gathers, every rematerialisation,
 # one and two repeats, as many microbatches as stages and more, idle and busy bubbles, drops, packed documents, grouped
-# queries, tied tables, a shared expert, leading dense layers.
+# queries, tied tables, a shared expert, leading dense layers, both scores of the router, gates renormalised and not,
+# selection biases.
 CI_LAYOUTS = (
     Layout(1, 1, 1, model=variant(num_kv_heads=2), strategy="capacity", repeats=2),
     Layout(
@@ -237,17 +240,23 @@ CI_LAYOUTS = (
     ),
     Layout(
         4, 2, 2, packed=True, repeats=2, remat="collectives", gather="layer", chunks=2, hosts=2,
-        model=variant(num_kv_heads=2),
+        model=variant(num_kv_heads=2, router_score="sigmoid", router_bias=True),
     ),
     Layout(
         2, 2, 4, folded=False, packed=True, remat="full", bubble="compute",
         model=variant(num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, tie_embeddings=True),
     ),
-    Layout(2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", strategy="capacity", bubble="compute"),
+    Layout(
+        2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", strategy="capacity", bubble="compute",
+        model=variant(router_renormalize=False, router_bias=True),
+    ),
     Layout(1, 4, 4, num_microbatches=8, remat="minimal"),
     Layout(
         2, 4, 2, folded=False, repeats=2, num_microbatches=4, remat="collectives", bubble="compute", batch_size=32,
-        model=variant(num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, num_kv_heads=2),
+        model=variant(
+            num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, num_kv_heads=2,
+            router_score="sigmoid", router_renormalize=False,
+        ),
     ),
 )  # fmt: skip
 

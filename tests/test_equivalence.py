@@ -67,7 +67,9 @@ def errors(layout):
     metrics, grads = layout.result
     expected, expected_grads = layout.oracle()
     parts = {name: relative_error(metrics[name], getattr(expected, name)) for name in ("loss", "cross_entropy")}
-    parts |= {name: relative_error(metrics[name], getattr(expected, name)) for name in ("aux_loss", "z_loss")}
+    parts |= {
+        name: relative_error(metrics[name], getattr(expected, name)) for name in ("aux_loss", "sequence_loss", "z_loss")
+    }
     grads = jax.tree.map(relative_error, layout.unplace(grads), expected_grads)
     return parts | {jax.tree_util.keystr(path): error for path, error in jax.tree.leaves_with_path(grads)}
 

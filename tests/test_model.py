@@ -69,7 +69,8 @@ def test_no_device_disagrees_on_what_is_replicated(layout):
         for values in per_device_values(x):
             assert len(values) == copies
             assert all(value.tobytes() == values[0].tobytes() for value in values), jax.tree_util.keystr(path)
-    assert all(len(per_device_values(metrics[name])) == 1 for name in ("loss", "cross_entropy", "aux_loss", "z_loss"))
+    scalars = ("loss", "cross_entropy", "aux_loss", "sequence_loss", "z_loss")
+    assert all(len(per_device_values(metrics[name])) == 1 for name in scalars)
 
 
 def test_the_same_key_makes_the_same_model_on_every_mesh():

@@ -77,7 +77,7 @@ def dense_moe(params, x, k):
     load = chosen.sum((0, 1)).astype(jnp.float32)
     aux = num_experts * (load / load.sum() * probs.mean((0, 1))).sum()
     z = jnp.square(jax.nn.logsumexp(logits, -1)).mean()
-    return y, MoEStats(aux, z, load, jnp.zeros(()))
+    return y, MoEStats(aux, z, load, jnp.zeros(()), jnp.ones(()))
 
 
 def objective(y, stats, wanted, mean=jnp.mean):
@@ -174,12 +174,22 @@ def test_parameters_are_made_where_they_are_stored_and_equal_on_every_mesh():
 
 
 def test_what_exceeds_capacity_is_counted_over_all_devices():
-    layer = make_layer(dispatch=DispatchConfig(capacity_factor=4.0), config=UNSHARED)
+    layer = make_layer(dispatch=DispatchConfig("capacity", capacity_factor=4.0), config=UNSHARED)
     layer.w_router_DE.set_value(jnp.zeros_like(layer.w_router_DE.get_value()))  # ties: all choose experts 0 and 1
     _, stats = layer(X)
     np.testing.assert_allclose(stats.load_E, [B * S] * 2 + [0] * 14)
-    np.testing.assert_allclose(stats.dropped_fraction, 0.5)  # a device has 8 tokens and 4 * 8 * 2 / 16 = 4 rows
+    np.testing.assert_allclose(
+        stats.dropped_fraction, 0.5
+    )  # 8 devices of 8 tokens give an expert 8 * 4 * 8 * 2 / 16 = 32 rows
+    np.testing.assert_allclose(stats.rounds, 2)  # of 4 rows: all of its tokens are kept on the first four devices
     np.testing.assert_allclose(stats.aux_loss, 1, rtol=1e-6)
+
+
+def test_without_drops_what_exceeds_the_buffers_goes_in_further_rounds():
+    layer = make_layer(dispatch=DispatchConfig(capacity_factor=1.5), config=UNSHARED)
+    layer.w_router_DE.set_value(jnp.zeros_like(layer.w_router_DE.get_value()))
+    _, stats = layer(X)
+    assert (stats.dropped_fraction, stats.rounds) == (0, 4)  # 8 tokens in buffers of ceil(1.5 * 8 * 2 / 16) = 2 rows
 
 
 def test_tokens_may_differ_over_the_pipeline_axis_too():

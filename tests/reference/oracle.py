@@ -34,6 +34,7 @@ class Result(NamedTuple):
     loss: Any
     cross_entropy: Any
     aux_loss: Any
+    sequence_loss: Any
     z_loss: Any
     load_LE: Any
     dropped_L: Any
@@ -92,11 +93,13 @@ def _kept(gate_TE: Any, tokens_Gn: Any, rows: int) -> Any:
 def _mixture(p: Any, h_BSD: Any, m: ModelConfig, tokens_Gn: Any, rows: int | None) -> tuple[Any, Any]:
     h_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
     logits_TE = h_TD @ p["w_router_DE"]
-    prob_TE = jax.nn.softmax(logits_TE, axis=-1)
-    rank_TE = jnp.argsort(jnp.argsort(-prob_TE, axis=-1, stable=True), axis=-1)
+    score_TE = jax.nn.softmax(logits_TE, axis=-1) if m.router_score == "softmax" else 1 / (1 + jnp.exp(-logits_TE))
+    prob_TE = score_TE / score_TE.sum(-1, keepdims=True)
+    rank_TE = jnp.argsort(jnp.argsort(-(score_TE + p.get("router_bias_E", 0.0)), axis=-1, stable=True), axis=-1)
     chosen_TE = rank_TE < m.experts_per_token
-    gate_TE = jnp.where(chosen_TE, prob_TE, 0.0)
-    gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
+    gate_TE = jnp.where(chosen_TE, score_TE, 0.0)
+    if m.router_renormalize:
+        gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
     kept_TE = chosen_TE if rows is None else _kept(jax.lax.stop_gradient(gate_TE), tokens_Gn, rows)
     y_TD = jnp.zeros_like(h_TD)
     for e in range(m.num_experts):
@@ -109,7 +112,11 @@ def _mixture(p: Any, h_BSD: Any, m: ModelConfig, tokens_Gn: Any, rows: int | Non
     load_E = chosen_TE.sum(0)
     log_z_T = jnp.log(jnp.exp(logits_TE).sum(-1))
     aux_loss = m.num_experts * jnp.sum(load_E / load_E.sum() * prob_TE.mean(0))
-    return y_TD.reshape(h_BSD.shape), (aux_loss, jnp.mean(log_z_T**2), load_E, (chosen_TE & ~kept_TE).sum())
+    chosen_BSE, prob_BSE = (x_TE.reshape(*h_BSD.shape[:2], -1) for x_TE in (chosen_TE, prob_TE))
+    share_BE = chosen_BSE.mean(1) / m.experts_per_token
+    sequence_loss = m.num_experts * jnp.mean(jnp.sum(share_BE * prob_BSE.mean(1), axis=-1))
+    dropped = (chosen_TE & ~kept_TE).sum()
+    return y_TD.reshape(h_BSD.shape), (aux_loss, sequence_loss, jnp.mean(log_z_T**2), load_E, dropped)
 
 
 def _dense_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
@@ -145,10 +152,11 @@ def _loss(params: Any, batch: Any, m: ModelConfig, balance: BalanceConfig, rule:
     logits_BSV, figures = _logits(params, batch, m, rule)
     log_prob_BSV = jax.nn.log_softmax(logits_BSV, axis=-1)
     cross_entropy = -jnp.mean(jnp.take_along_axis(log_prob_BSV, batch["targets"][..., None], axis=-1))
-    aux_loss, z_loss = (jnp.mean(jnp.stack(of_layers)) for of_layers in list(zip(*figures, strict=True))[:2])
-    load_LE, dropped_L = (jnp.stack(of_layers) for of_layers in list(zip(*figures, strict=True))[2:])
+    *of_router, load_LE, dropped_L = (jnp.stack(of_layers) for of_layers in zip(*figures, strict=True))
+    aux_loss, sequence_loss, z_loss = map(jnp.mean, of_router)
     loss = cross_entropy + balance.aux_loss_weight * aux_loss + balance.z_loss_weight * z_loss
-    return loss, Result(loss, cross_entropy, aux_loss, z_loss, load_LE, dropped_L)
+    loss += balance.sequence_loss_weight * sequence_loss
+    return loss, Result(loss, cross_entropy, aux_loss, sequence_loss, z_loss, load_LE, dropped_L)
 
 
 def _in_float64(function: Any) -> Any:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from layouts import CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error
+from layouts import BALANCE, CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error
 
 from moejax.config import OptimizerConfig
 from moejax.train.step import TrainState, make_train_step
@@ -43,7 +43,9 @@ def by_hand(params, grads):
     schedule = optax.warmup_cosine_decay_schedule(
         OPTIMIZER.learning_rate / 4, OPTIMIZER.learning_rate, 3, STEPS, OPTIMIZER.learning_rate * 0.1
     )
-    no_norms = functools.partial(jax.tree.map_with_path, lambda path, _: "norm" not in path[-1].key)
+    no_norms = functools.partial(
+        jax.tree.map_with_path, lambda path, _: not any(name in path[-1].key for name in ("norm", "bias"))
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(OPTIMIZER.clip_norm),
         optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.2, mask=no_norms),
@@ -71,8 +73,15 @@ def test_one_step_is_optax_on_the_whole_model(layout):
     assert float(metrics["learning_rate"]) == pytest.approx(0.1 / 4)
     np.testing.assert_array_equal(metrics["load_LE"], result.load_LE)
     assert float(metrics["dropped_fraction"]) == pytest.approx(result.dropped_L.sum() / result.load_LE.sum())
+    if layout.model.router_bias:
+        moe = params["layers"]["moe"]
+        load_LE = np.asarray(result.load_LE, np.float64)
+        bias_LE = moe["router_bias_E"] + BALANCE.bias_update_rate * np.sign(load_LE.mean(1, keepdims=True) - load_LE)
+        moe["router_bias_E"] = bias_LE - bias_LE.mean(1, keepdims=True)
     assert_close(layout.unplace(state.params), params)
-    assert int(state.step) == 1
+    np.testing.assert_array_equal(state.balance.load_WLE[0], result.load_LE)
+    np.testing.assert_array_equal(state.balance.dropped_WL[0], result.dropped_L)
+    assert int(state.step) == int(state.balance.num_steps) == 1
 
 
 @pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
@@ -99,6 +108,12 @@ def test_two_accumulated_halves_are_the_mean_of_their_gradients():
     assert float(figures["loss"]) == pytest.approx(float(sum(losses)) / 2, rel=1e-6)
     loads = [np.asarray(m["router"].count_E).reshape(figures["load_LE"].shape) for m in metrics]
     np.testing.assert_array_equal(figures["load_LE"], sum(loads))
+    np.testing.assert_array_equal(state.balance.load_WLE[0], sum(loads))
+    rounds_L, dispatches_L = (
+        sum(np.asarray(getattr(m["router"], name)).reshape(-1) for m in metrics) for name in ("rounds", "dispatches")
+    )
+    np.testing.assert_array_equal(dispatches_L, 2 * layout.num_microbatches * 4 * 2)  # halves, microbatches, senders
+    np.testing.assert_allclose(state.balance.rounds_WL[0], rounds_L / dispatches_L, rtol=1e-6)
 
 
 def test_evaluation_is_the_loss_of_the_oracle_without_drops():
