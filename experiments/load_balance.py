@@ -139,8 +139,8 @@ def write(rows: list[dict[str, Any]], base: TrainConfig, mesh: dict[str, int], o
         f"{m.num_layers} layers of d_model {m.d_model}, {m.num_experts} experts of d_ff {m.d_ff}, top-"
         f"{m.experts_per_token}, {m.router_score} router; {base.steps} steps of {tokens:,} tokens, seed {base.seed}, "
         f"tokenizer {base.data.tokenizer}; mesh {mesh}. Weights: aux {_AUX.value}, z {_Z.value}; bias rate "
-        f"{_RATE.value}. CV, MaxVio, drops and rounds are over the last {base.balance.window} steps, means over layers; "
-        "bits per byte are of held-out text, evaluated without drops.",
+        f"{_RATE.value}. CV, MaxVio, drops and rounds are over the last {base.balance.window} steps, "
+        "means over layers; bits per byte are of held-out text, evaluated without drops.",
         "",
         "| " + " | ".join(COLUMNS.values()) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -4,12 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moejax.config import DispatchConfig
-from moejax.dispatch import slots
+from moejax.dispatch import ragged, slots
 from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
+from moejax.mesh import EXPERT, TENSOR
 from moejax.nn.router import Routing
 
 
@@ -24,6 +26,8 @@ def run(
     config: DispatchConfig,
 ) -> tuple[jax.Array, DispatchStats]:
     """See `moejax.dispatch.contract.Dispatcher`. Only tokens that the router could not place count as dropped."""
+    if lax.axis_size((EXPERT, TENSOR)) == 1:  # nobody to exchange with: no buffers and no rounds either
+        return ragged.run(x_TD, routing, count_E, experts, weights, capacity=capacity, config=config)
     with jax.named_scope("dispatch"):
         queue = slots.line_up(routing.expert_TK, routing.position_TK, count_E)
         dropped = (routing.expert_TK == count_E.shape[0]).sum(dtype=jnp.float32)
