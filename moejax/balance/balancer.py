@@ -104,14 +104,15 @@ class ExpertLoadBalancer:
     def init(self) -> BalanceState:
         """No steps yet, and the size nearest to `dispatch.capacity_factor`."""
         w, layers, experts = self.balance.window, self.model.num_moe_layers, self.model.num_experts
-        per_layer_WL = jnp.zeros((w, layers), jnp.float32)
+        # An array each, for a step donates them all.
+        dropped_WL, rounds_WL, entropy_WL = (jnp.zeros((w, layers), jnp.float32) for _ in range(3))
         nearest = np.argmin(np.abs(np.asarray(self.capacity_factors) - self.dispatch.capacity_factor))
         return BalanceState(
             num_steps=jnp.zeros((), jnp.int32),
             load_WLE=jnp.zeros((w, layers, experts), jnp.float32),
-            dropped_WL=per_layer_WL,
-            rounds_WL=per_layer_WL,
-            entropy_WL=per_layer_WL,
+            dropped_WL=dropped_WL,
+            rounds_WL=rounds_WL,
+            entropy_WL=entropy_WL,
             size_by_load=jnp.asarray(nearest, jnp.int32),
             sizes_for_rounds=jnp.zeros((), jnp.int32),
         )

@@ -19,9 +19,10 @@ from moejax.config import ConfigError
 from moejax.data import load_corpus
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import apply_overrides
-from moejax.train.checkpoint import CheckpointError
+from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
+from moejax.train.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = {
@@ -41,7 +42,9 @@ OVERRIDES = {
 }
 REQUIRED = {
     "step", "loss", "bits_per_byte", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens_per_second",
-    "step_seconds", "load_cv", "load_cv_window_tokens", "load_max_over_mean", "dropped_fraction",
+    "step_seconds", "load_cv", "load_cv_window_tokens", "load_max_over_mean", "dropped_fraction", "rounds",
+    "window_steps", "window_tokens", "window_load_cv", "window_load_cv_worst", "window_load_cv_floor", "window_rounds",
+    "window_dropped_fraction", "window_idle_experts", "window_router_entropy", "capacity_factor",
 }  # fmt: skip
 TIMES = {"step_seconds", "tokens_per_second"}
 
@@ -125,6 +128,8 @@ def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
     there = Trainer(config, mesh(*shape), workdir).run()
     assert there.resumed_from == config.steps
     assert there.eval_loss == pytest.approx(summary.eval_loss, rel=1e-5)
+    assert there.window_load_cv == pytest.approx(summary.window_load_cv, rel=1e-5)
+    assert there.window_tokens == summary.window_tokens == config.steps * config.data.batch_size * config.data.seq_len
     assert lines(workdir)[-1]["step"] == config.steps
 
 
@@ -164,6 +169,58 @@ def test_divergence_is_reported_not_saved(config, tmp_path):
     wild = apply_overrides(config, {"optimizer.learning_rate": "1e30", "steps": "6"})
     with pytest.raises(FloatingPointError, match="training has diverged"):
         Trainer(wild, mesh(4, 2, 2), tmp_path).run()
+
+
+def run_on_one_device(config, workdir, monkeypatch, **balance):
+    """Six steps with windows of two: (summary, metrics, sizes that were compiled)."""
+    compiled, lower = [], TrainStep.lower
+
+    def counting(step, *shape):
+        compiled.append(step.program.dispatch.capacity_factor)
+        return lower(step, *shape)
+
+    monkeypatch.setattr(TrainStep, "lower", counting)
+    balance = dataclasses.replace(config.balance, window=2, **balance)
+    summary = Trainer(dataclasses.replace(config, steps=6, balance=balance), mesh(1, 1, 1), workdir).run()
+    return summary, read_metrics(workdir), compiled
+
+
+def test_buffers_change_size_without_compiling_again_and_without_changing_the_loss(config, tmp_path, monkeypatch):
+    sizes = (1.0, 1.5, 2.0, 4.0)
+    fixed, lines_fixed, compiled = run_on_one_device(config, tmp_path / "fixed", monkeypatch, capacity_factors=())
+    assert compiled == [config.dispatch.capacity_factor]
+    assert fixed.capacity_switches == 0
+    sized, lines_sized, compiled = run_on_one_device(config, tmp_path / "sized", monkeypatch, capacity_factors=sizes)
+    ran = [line["capacity_factor"] for line in lines_sized]
+    assert ran[:2] == [1.5, 1.5]
+    assert ran[2] == ran[3] == 4.0, "text is skewed before anything is learned"
+    assert sized.capacity_switches >= 1
+    assert sorted(compiled) == sorted(set(compiled)), "no size twice"
+    assert lines_sized[2]["rounds"] < lines_fixed[2]["rounds"]
+    for one, other in zip(lines_fixed, lines_sized, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert other["dropped_fraction"] == 0
+
+
+def test_leaving_a_bound_and_returning_are_each_told_once(config, tmp_path, monkeypatch, caplog):
+    trainer = Trainer(config, mesh(1, 1, 1), tmp_path)
+    reports = iter([{}, {"max_load_cv": "layer 3: load CV 0.9"}, {"max_load_cv": "layer 3: load CV 0.8"}, {}, {}])
+    monkeypatch.setattr(type(trainer.program.balancer), "breaches", lambda *_: next(reports))
+    for step in range(5):
+        trainer._warn(step, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Step 1, layer 3: load CV 0.9.",
+        "Step 3: every layer is within balance.max_load_cv again.",
+    ]
+
+
+def test_router_logits_that_are_not_finite_are_named(config, tmp_path):
+    trainer = Trainer(config, mesh(1, 1, 1), tmp_path)
+    with (
+        Checkpointer(tmp_path, keep=1, every=1) as checkpointer,
+        pytest.raises(FloatingPointError, match="router logits that are not finite for 7 tokens"),
+    ):
+        trainer._check_finite(3, {"loss": 1.0, "grad_norm": 1.0, "invalid_tokens": 7.0}, checkpointer)
 
 
 # The script, as a user starts it.
