@@ -1,0 +1,204 @@
+"""What a dispatch's buffers take: memory of one mixture-of-experts block, forward and backward, and of the whole step.
+
+    python experiments/dispatch_memory.py                                         # 16 virtual CPU devices, and runs
+    python experiments/dispatch_memory.py --config=moe_16x10b --target=h100_2x8   # compiled for 16 H100s
+
+Compares designs that drop nothing: rounds of buffers with `--config.dispatch.capacity_factor` times the balanced load,
+and one round of buffers with room for the worst case, all of a sender's tokens for one expert. The block is that of one
+microbatch. Figures are the compiler's, for one device. A program's buffers do not depend on the routing, so one figure
+holds for every batch: on CPU one executable of the block is given a balanced batch and one whose tokens all pick the
+same experts, and what comes out is compared with the worst-case design's. Of `ragged`, CPU's figure for the block says
+nothing about accelerators: its exchange is a gather of all rows there. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax import sharding
+from moejax.config import DispatchConfig, ModelConfig, TrainConfig, check
+from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh
+from moejax.model import Program
+from moejax.moe import mixture_of_experts
+from moejax.topology import compile_only_devices, compiler_options
+from moejax.train.loop import device_memory_bytes
+from moejax.train.step import make_train_step
+
+_TARGET = flags.DEFINE_string(
+    "target", None, "What to compile for, see moejax.topology; by default CPUs that are there."
+)
+_OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
+
+TOKENS = P(EXPERT, TENSOR)  # [B, S, D]
+
+
+def main(argv: list[str]) -> None:
+    config, mesh_config, rest = common.parse_configs(argv)
+    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    target = _TARGET.value
+    if target is None:
+        common.setup_jax(mesh_config)
+        mesh = build_mesh(mesh_config)
+    else:
+        mesh_config = mesh_config if flags.FLAGS["mesh"].present else common.load_mesh_config(target)
+        mesh = build_mesh(mesh_config, compile_only_devices(target))
+    options = compiler_options(target) if target else None
+    rows, results = [], {}
+    for name, dispatch in designs(config).items():
+        block = Block(config, dispatch, mesh)
+        compiled = block.program.lower(*block.shapes).compile(options)
+        step = lower_step(dataclasses.replace(config, dispatch=dispatch), mesh).compile(options)
+        rows.append({"design": name, "block_bytes": memory(compiled), "step_bytes": memory(step)})
+        if target is None:
+            found = block.run(compiled)
+            results = results or found
+            rows[-1] |= {f"rounds_{batch}": rounds for batch, (rounds, _) in found.items()}
+            rows[-1]["relative_error"] = max(error(found[batch][1], results[batch][1]) for batch in found)
+    report = "\n".join([f"{flags.FLAGS['config'].value}: {setting(config, mesh_config)}", "", *table(rows), ""])
+    print(report)
+    if _OUT.value:
+        Path(_OUT.value).write_text(report)
+    print(json.dumps({"designs": rows, "mesh": dict(mesh_config.shape), "hardware": mesh_config.hardware}))
+
+
+def error(actual: Any, expected: Any) -> float:
+    """The largest error of results and gradients, each relative to its largest entry."""
+    errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), actual, expected)
+    return float(max(jax.tree.leaves(errors)))
+
+
+def setting(config: TrainConfig, mesh_config: MeshConfig) -> str:
+    """The batch and the mesh in words."""
+    mesh = " × ".join(f"{name} {size}" for name, size in mesh_config.shape.items())
+    batch = f"{config.data.batch_size} sequences of {config.data.seq_len} tokens"
+    return f"{batch} in {config.parallel.num_microbatches} microbatches on {mesh_config.hardware}, {mesh}."
+
+
+def designs(config: TrainConfig) -> dict[str, DispatchConfig]:
+    """What is compared, by name."""
+    m, factor = config.model, config.dispatch.capacity_factor
+    change = functools.partial(dataclasses.replace, config.dispatch)
+    return {
+        f"room for the worst case ({m.num_experts / m.experts_per_token:g} × balanced), one round": change(
+            strategy="dropless", capacity_factor=m.num_experts / m.experts_per_token
+        ),
+        f"dropless, rounds of {factor:g} × balanced": change(strategy="dropless"),
+        f"ragged, rounds of {factor:g} × balanced": change(strategy="ragged"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One mixture-of-experts feed-forward on one microbatch [B, S, D], forward and backward."""
+
+    config: TrainConfig
+    dispatch: DispatchConfig
+    mesh: Mesh
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The block's part of the table of parameters."""
+        return sharding.moe_params(self.model, self.dispatch)
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Of the arguments: parameters, tokens, the gradient of the results."""
+        batch_size = self.config.data.batch_size // self.config.parallel.num_microbatches
+        shape = (batch_size, self.config.data.seq_len, self.model.d_model)
+        x = jax.ShapeDtypeStruct(shape, self.model.dtype, sharding=NamedSharding(self.mesh, TOKENS))
+        return sharding.param_shapes(self.params, self.mesh), x, x
+
+    @functools.cached_property
+    def program(self) -> Any:
+        """(params, x_BSD, dy_BSD) -> (y_BSD, gradients of params and x, rounds)."""
+
+        def device(params: Any, x_bsD: jax.Array, dy_bsD: jax.Array) -> tuple[Any, ...]:
+            def forward(params: Any, x_bsD: jax.Array) -> tuple[jax.Array, jax.Array]:
+                p = sharding.gather(params, self.params)
+                y_bsD, stats = mixture_of_experts(p, x_bsD, self.model, self.dispatch)
+                return y_bsD, jax.lax.pmax(stats.rounds, (EXPERT, TENSOR))
+
+            y_bsD, vjp, rounds = jax.vjp(forward, params, x_bsD, has_aux=True)
+            return y_bsD, vjp(dy_bsD), rounds
+
+        specs = sharding.param_specs(self.params)
+        in_specs, out_specs = (specs, TOKENS, TOKENS), (TOKENS, (specs, TOKENS), P())
+        return jax.jit(jax.shard_map(device, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs))
+
+    def batches(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """Tokens and gradients of results. The d-th feature of a token sends it to the d-th group of experts."""
+        noise_BSD, dy_BSD = np.random.default_rng(0).standard_normal((2, *self.shapes[1].shape), np.float32)
+        seq_len = noise_BSD.shape[1]
+        found = {}
+        for name, feature_S in (("balanced", np.arange(seq_len) % self.num_groups), ("single", np.zeros(seq_len, int))):
+            x_BSD = 0.1 * noise_BSD
+            x_BSD[:, np.arange(seq_len), feature_S] += 1
+            found[name] = (x_BSD, dy_BSD)
+        return found
+
+    @property
+    def num_groups(self) -> int:
+        return self.model.num_experts // self.model.experts_per_token
+
+    def run(self, compiled: Any) -> dict[str, tuple[int, Any]]:
+        """By batch: the rounds it took, its results and every gradient."""
+        params = sharding.init_params(self.params, self.mesh, jax.random.key(0))
+        w_router_DE = np.zeros(params["w_router_DE"].shape, np.float32)
+        for group, experts in enumerate(np.split(np.arange(self.model.num_experts), self.num_groups)):
+            w_router_DE[group, experts] = 10
+        params["w_router_DE"] = jax.device_put(w_router_DE, params["w_router_DE"].sharding)
+        found = {}
+        for name, batch in self.batches().items():
+            args = [jax.device_put(a.astype(self.model.dtype), self.shapes[1].sharding) for a in batch]
+            y_BSD, grads, rounds = compiled(params, *args)
+            found[name] = (int(rounds), jax.tree.map(np.asarray, (y_BSD, grads)))
+        return found
+
+
+def lower_step(config: TrainConfig, mesh: Mesh) -> Any:
+    """The whole train step, for `compile`."""
+    train_step = make_train_step(Program.from_config(config, mesh), config.optimizer, accumulate=config.accumulate)
+    return train_step.lower(config.data.batch_size, config.data.seq_len)
+
+
+def memory(compiled: Any) -> int:
+    """Bytes at the peak on one device, arguments and results included."""
+    return compiled.memory_analysis().peak_memory_in_bytes if _TARGET.value else device_memory_bytes(compiled)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, with memory relative to the first design's, too."""
+    lines = ["| design | block, MB | step, MB |", "|---|---|---|"]
+    for row in rows:
+        cells = [f"{row[key] / 1e6:,.1f} ({row[key] / rows[0][key]:.0%})" for key in ("block_bytes", "step_bytes")]
+        lines.append(f"| {' | '.join([row['design'], *cells])} |")
+    if "rounds_single" not in rows[0]:
+        return lines
+    lines += [
+        "",
+        "| design | rounds of a balanced batch | of one pair of experts | largest error |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["design"], row["rounds_balanced"], row["rounds_single"], f"{row['relative_error']:.1e}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+if __name__ == "__main__":
+    common.run(main)
