@@ -1,4 +1,4 @@
-"""A compiled program as XLA prints it (`compiled.as_text()`), read back: computations, instructions, loops, FLOPs, bytes.
+"""A compiled program as XLA prints it (`compiled.as_text()`), read back: instructions, loops, FLOPs, bytes.
 
 Only what is needed to measure a program: instructions in the order in which they are printed, which is the order of
 execution in a scheduled module; how often each computation runs; the FLOPs of its matrix products; what its collectives
@@ -77,7 +77,7 @@ class Module:
     def flops(self, computation: str, instruction: Instruction) -> float:
         """FLOPs of the matrix products of one run of an instruction; 2 for a multiplication and an addition.
 
-        Counts dots, convolutions (a TPU's form of a dot), cuBLAS calls, and all of them inside fusions, calls and loops.
+        Counts dots, convolutions (a TPU's form of a dot), cuBLAS calls, and these inside fusions, calls and loops.
         A Pallas kernel is opaque; `kernel_flops` says what its custom call does.
         """
         x = instruction
@@ -96,7 +96,7 @@ class Module:
         return 0
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs its body; 1 where that depends on data.
+        """How often a `while` runs its body; 0 where that depends on data, as for further rounds of a dispatch.
 
         GPU and CPU compilers write it down. Of a TPU's loop the condition is read, `counter < constant`, with a counter
         from 0 in steps of 1, as those of `lax.scan` are.
@@ -107,7 +107,7 @@ class Module:
         condition = self.computations[re.search(r"condition=%?([\w.-]+)", loop.attributes)[1]]
         *_, root = condition.values()
         limit = condition.get(root.operands[-1]) if "direction=LT" in root.attributes else None
-        return int(limit.operands[0]) if limit and limit.opcode == "constant" else 1
+        return int(limit.operands[0]) if limit and limit.opcode == "constant" else 0
 
     def _dot_flops(self, computation: str, dot: Instruction, contracting: list[int]) -> float:
         (lhs,) = self.computations[computation][dot.operands[0]].arrays
@@ -120,7 +120,7 @@ class Module:
         return self._dot_flops(computation, call, [int(i) for i in json.loads(dims[1])])
 
     def _convolution_flops(self, computation: str, x: Instruction) -> float:
-        """Counts the products with what is neither padding nor a hole of a dilation, as XLA's own cost analysis does."""
+        """Counts the products with what is neither padding nor a hole of a dilation, as XLA's own analysis does."""
         lhs, rhs, out = (*(self.computations[computation][o].arrays[0] for o in x.operands), x.arrays[0])
         lhs_dims, rhs_dims, out_dims = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
         window = re.search(r"window=\{([^}]*)\}", x.attributes)
