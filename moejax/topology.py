@@ -51,11 +51,11 @@ class Target:
 
     platform: str
     topology: str
-    compiler_options: dict[str, str]
+    compiler_options: dict[str, str | bool]
     accelerator_type: str = ""  # of a TPU slice
 
 
-_TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}
+_TPU_OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": True}
 TARGETS = {
     "h100_2x8": Target("cuda", "2x1x8", {}),
     "tpu_v5p_16": Target("tpu", "v5p:2x2x4", _TPU_OPTIONS, "v5p-32"),  # counts cores, two a chip
@@ -64,7 +64,7 @@ TARGETS = {
 _PLUGINS = {"cuda": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
 
 
-def compiler_options(name: str) -> dict[str, str]:
+def compiler_options(name: str) -> dict[str, str | bool]:
     """What to compile with for the target of that name, as `lowered.compile` takes it."""
     return dict(_target(name).compiler_options)
 
