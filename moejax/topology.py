@@ -55,9 +55,12 @@ class Target:
     accelerator_type: str = ""  # of a TPU slice
 
 
+# Products with the same weights are made one product, which waits for all of them: it would undo `dispatch.chunks` and
+# `parallel.batch_split`.
+_GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_dot_merger_threshold_mb": "0"}
 _TPU_OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": True}
 TARGETS = {
-    "h100_2x8": Target("cuda", "2x1x8", {}),
+    "h100_2x8": Target("cuda", "2x1x8", _GPU_OPTIONS),
     "tpu_v5p_16": Target("tpu", "v5p:2x2x4", _TPU_OPTIONS, "v5p-32"),  # counts cores, two a chip
     "tpu_v5e_16": Target("tpu", "v5e:4x4", _TPU_OPTIONS, "v5litepod-16"),
 }
