@@ -208,6 +208,8 @@ class ParallelConfig:
     (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps activations up to 2,048 tokens and recomputes above.
     `bubble` says whether a stage without work skips it or computes what nobody uses; "auto" skips on CPUs, whose
     virtual devices share cores, and computes on accelerators, which would only wait (see `moejax.pipeline`).
+    A layer works on `batch_split` equal parts of a microbatch side by side, so that one part's tokens can be exchanged
+    while another's are computed; capacity is then counted in each part.
     """
 
     num_microbatches: int = 2
@@ -215,9 +217,10 @@ class ParallelConfig:
     gather: Gather = "step"
     remat: Remat = "auto"
     bubble: Bubble = "auto"
+    batch_split: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "num_microbatches", "repeats")
+        _check_positive(self, "num_microbatches", "repeats", "batch_split")
         _check_choice(self, "gather", Gather)
         _check_choice(self, "remat", Remat)
         _check_choice(self, "bubble", Bubble)

@@ -219,11 +219,18 @@ class Program:
         if self.parallel.gather == "layer":
             p = sharding.gather(p, self.table["layers"], unstacked=True)
         x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
-        x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
-        h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
-        by_sequence = self.balance.sequence_loss_weight > 0
-        y_bsD, stats = mixture_of_experts(p["moe"], h_bsD, self.model, self.dispatch, by_sequence=by_sequence)
-        return x_bsD + y_bsD, stats
+
+        def part(x_bsD: jax.Array, segment_ids_bS: jax.Array) -> tuple[jax.Array, balance.LayerStats]:
+            x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
+            h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
+            by_sequence = self.balance.sequence_loss_weight > 0
+            y_bsD, stats = mixture_of_experts(p["moe"], h_bsD, self.model, self.dispatch, by_sequence=by_sequence)
+            return x_bsD + y_bsD, stats
+
+        # No part waits for another, so the compiler can run one's products while it exchanges another's tokens.
+        split = functools.partial(jnp.split, indices_or_sections=self.parallel.batch_split)
+        parts, stats = zip(*map(part, split(x_bsD), split(segment_ids_bS)), strict=True)
+        return jnp.concatenate(parts), jax.tree.map(lambda *sums: sum(sums), *stats)
 
     def _dense_layers(
         self, stacked: dict[str, Any], x_bsD: jax.Array, segment_ids_BS: jax.Array, policy: str

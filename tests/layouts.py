@@ -53,6 +53,7 @@ class Layout:
     remat: str = "none"
     gather: str = "step"
     bubble: str = "skip"
+    batch_split: int = 1
     model: ModelConfig = MODEL
     batch_size: int = 16
     seq_len: int = 16
@@ -87,7 +88,7 @@ class Layout:
             self.mesh,
             self.dispatch,
             BALANCE,
-            ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat, self.bubble),
+            ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat, self.bubble, self.batch_split),
         )
 
     def place(self, logical: Any) -> Any:
@@ -117,10 +118,11 @@ class Layout:
 
     @functools.cached_property
     def capacity_rule(self) -> oracle.CapacityRule:
-        """The tokens that meet at an expert: a microbatch of one replica, sender by sender."""
-        sizes = (self.replica, self.expert, self.num_microbatches, -1, self.tensor, self.seq_len // self.tensor)
-        index = np.arange(self.batch_size * self.seq_len).reshape(sizes)
-        tokens_Gn = index.transpose(0, 2, 1, 4, 3, 5).reshape(self.replica * self.num_microbatches, -1)
+        """The tokens that meet at an expert: a part of a microbatch of one replica, sender by sender."""
+        sizes = (self.replica, self.expert, self.num_microbatches, self.batch_split, -1, self.tensor)
+        index = np.arange(self.batch_size * self.seq_len).reshape(*sizes, self.seq_len // self.tensor)
+        parts = self.replica * self.num_microbatches * self.batch_split
+        tokens_Gn = index.transpose(0, 2, 3, 1, 5, 4, 6).reshape(parts, -1)
         senders = self.expert * self.tensor
         rows = senders * oracle.capacity(tokens_Gn.shape[1] // senders, self.capacity_factor, self.model)
         return oracle.CapacityRule(tokens_Gn, rows)
@@ -158,7 +160,7 @@ class Layout:
 class _Hashable:
     def __init__(self, rule: oracle.CapacityRule) -> None:
         self.rule = rule
-        self.key = (rule.tokens_Gn.tobytes(), rule.capacity)
+        self.key = (rule.tokens_Gn.shape, rule.tokens_Gn.tobytes(), rule.capacity)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -229,17 +231,17 @@ def variant(**fields: Any) -> ModelConfig:
 
 
 # Together: each axis alone and all at once, replicas, both places for experts, both gathers, every rematerialisation,
-# one and two repeats, as many microbatches as stages and more, idle and busy bubbles, drops, packed documents, grouped
-# queries, tied tables, a shared expert, leading dense layers, both scores of the router, gates renormalised and not,
-# selection biases.
+# one and two repeats, as many microbatches as stages and more, microbatches in parts, idle and busy bubbles, drops,
+# packed documents, grouped queries, tied tables, a shared expert, leading dense layers, both scores of the router,
+# gates renormalised and not, selection biases.
 CI_LAYOUTS = (
-    Layout(1, 1, 1, model=variant(num_kv_heads=2), strategy="capacity", repeats=2),
+    Layout(1, 1, 1, model=variant(num_kv_heads=2), strategy="capacity", repeats=2, batch_split=4),
     Layout(
         16, 1, 1, num_microbatches=1, remat="minimal", gather="layer",
         strategy="capacity", capacity_factor=1.0, hosts=4,
     ),
     Layout(
-        4, 2, 2, packed=True, repeats=2, remat="collectives", gather="layer", chunks=2, hosts=2,
+        4, 2, 2, packed=True, repeats=2, remat="collectives", gather="layer", chunks=2, hosts=2, batch_split=2,
         model=variant(num_kv_heads=2, router_score="sigmoid", router_bias=True),
     ),
     Layout(
@@ -248,7 +250,7 @@ CI_LAYOUTS = (
     ),
     Layout(
         2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", strategy="capacity", bubble="compute",
-        model=variant(router_renormalize=False, router_bias=True),
+        batch_split=2, model=variant(router_renormalize=False, router_bias=True),
     ),
     Layout(1, 4, 4, num_microbatches=8, remat="minimal"),
     Layout(

@@ -22,7 +22,7 @@ POSITIVE = {
     "max_seq_len rope_theta norm_eps",
     DispatchConfig: "capacity_factor hosts chunks",
     BalanceConfig: "window",
-    ParallelConfig: "num_microbatches repeats",
+    ParallelConfig: "num_microbatches repeats batch_split",
     OptimizerConfig: "learning_rate eps clip_norm",
     DataConfig: "seq_len batch_size",
     CheckpointConfig: "every keep",

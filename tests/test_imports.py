@@ -17,7 +17,7 @@ PACKAGE = ROOT / "moejax"
 # Lowest first. A module imports from lower layers, and from itself if it is a package; not from its own layer.
 LAYERS = (
     {"config"},
-    {"mesh", "overrides"},
+    {"mesh", "overrides", "topology", "hlo"},
     {"presets", "remat"},
     {"sharding"},
     {"kernels"},

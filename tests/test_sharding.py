@@ -137,6 +137,10 @@ WRONG = [
         (2, 1, 1), batch_size=6, accumulate=2,
     ),
     wrong(
+        "batch_size=10 must be a multiple of 8 = expert 2 × num_microbatches 2 × batch_split 2; try 8",
+        (2, 1, 1), parallel={"batch_split": 2}, batch_size=10,
+    ),
+    wrong(
         "batch_size=20 must be a multiple of 8 = expert 2 × num_microbatches 2 × "
         "pipeline (leading dense layers run data-parallel over it) 2; try 16",
         (2, 2, 1), model={"num_layers": 5, "num_dense_layers": 1, "dense_d_ff": 8}, batch_size=20,

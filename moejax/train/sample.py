@@ -71,7 +71,9 @@ def generate(
 
         return lax.fori_loop(len(prompt) - 1, length - 1, one, tokens_BS)
 
-    batch = math.prod(program.mesh.shape[a] for a in program.batch_axes) * program.parallel.num_microbatches
+    parallel = program.parallel
+    batch = math.prod(program.mesh.shape[a] for a in program.batch_axes)
+    batch *= parallel.num_microbatches * parallel.batch_split
     if program.model.num_dense_layers:
         batch *= program.mesh.shape[PIPELINE]
     tokens_BS = np.zeros((batch, window), np.int32)

@@ -1,0 +1,114 @@
+"""Compiles the train step for accelerators that are not there and tells how much of its communication is overlapped.
+
+    python experiments/overlap.py --target=h100_2x8,tpu_v5p_16 --seq_len=1024 --batch_size=64 --chunks=1,2,4
+    python experiments/overlap.py --config.parallel.remat=full --options=xla_gpu_enable_latency_hiding_scheduler=false
+
+One row for each target, batch split and number of chunks, of the reference model on the mesh of the target's name; see
+`moejax.profiling.overlap` for what the figures mean. Needs the extra `aot`. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from absl import flags
+
+from moejax import hlo
+from moejax.config import TrainConfig, check
+from moejax.mesh import MeshConfig, build_mesh
+from moejax.model import Program
+from moejax.profiling import overlap
+from moejax.topology import compile_only_devices, compiler_options
+from moejax.train.step import make_train_step
+
+_TARGET = flags.DEFINE_list("target", ["h100_2x8", "tpu_v5p_16"], "What to compile for, see moejax.topology.")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens a sequence.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences a step.", lower_bound=1)
+_CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4"], "Values of dispatch.chunks.")
+_BATCH_SPLIT = flags.DEFINE_list("batch_split", ["1", "2"], "Values of parallel.batch_split.")
+_OPTIONS = flags.DEFINE_list("options", [], "Compiler options beside the target's own, name=value; + for a comma.")
+_OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
+_TEXT = flags.DEFINE_string("text", None, "A folder for the compiled programs' texts.")
+
+# Dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, both of them peaks of the data sheets.
+_PEAKS = {"h100": (989e12, 450e9), "tpu_v5p": (459e12, 600e9), "tpu_v5e": (197e12, 200e9)}
+
+_COLUMNS = (
+    "target", "batch split", "chunks", "all-to-all, GB", "asynchronous", "with matrix work", "hidden",
+    "everything, GB", "hidden", "TFLOP", "peak, GB", "compile, s",
+)  # fmt: skip
+HEADER = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
+
+
+def main(argv: list[str]) -> None:
+    flags.FLAGS.set_default("config", "moe_16x10b")
+    config, mesh_config, rest = common.parse_configs(argv)
+    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    print(HEADER)
+    rows = []
+    choices = itertools.product(_TARGET.value, map(int, _BATCH_SPLIT.value), map(int, _CHUNKS.value))
+    for target, batch_split, chunks in choices:
+        variant = dataclasses.replace(
+            config,
+            parallel=dataclasses.replace(config.parallel, batch_split=batch_split),
+            dispatch=dataclasses.replace(config.dispatch, chunks=chunks),
+            data=dataclasses.replace(config.data, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value),
+        )
+        mesh = mesh_config if flags.FLAGS["mesh"].present else common.load_mesh_config(target)
+        rows.append({"target": target, "batch_split": batch_split, "chunks": chunks} | measure(target, mesh, variant))
+        print(line(rows[-1]), flush=True)
+    if _OUT.value:
+        Path(_OUT.value).write_text("\n".join([HEADER, *map(line, rows)]) + "\n")
+    print(json.dumps(rows))
+
+
+def measure(target: str, mesh_config: MeshConfig, config: TrainConfig) -> dict[str, Any]:
+    """Figures of one compiled step."""
+    devices = compile_only_devices(target)
+    program = Program.from_config(config, build_mesh(mesh_config, devices))
+    options = compiler_options(target) | dict(parse_option(option) for option in _OPTIONS.value)
+    lowered = make_train_step(program, config.optimizer).lower(config.data.batch_size, config.data.seq_len)
+    began = time.perf_counter()
+    compiled = lowered.compile(options)
+    compile_s = time.perf_counter() - began
+    text = compiled.as_text()
+    if _TEXT.value:
+        Path(_TEXT.value, f"{target}_{config.parallel.batch_split}_{config.dispatch.chunks}.txt").write_text(text)
+    flops_per_s, bytes_per_s = _PEAKS[mesh_config.hardware]
+    module = hlo.parse(text, overlap.attention_flops(config.data.seq_len))
+    found = overlap.measure(module, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)
+    return {
+        "tflop": module.computation_flops(module.entry) / 1e12,
+        "peak_gb": compiled.memory_analysis().peak_memory_in_bytes / 1e9,
+        "compile_s": compile_s,
+        "collectives": {kind: dataclasses.asdict(o) for kind, o in found.items()},
+    }
+
+
+def parse_option(text: str) -> tuple[str, str | bool]:
+    """`name=value`, with truth as the GPU's compiler takes it."""
+    name, _, value = text.partition("=")
+    return name, {"true": True, "false": False}.get(value, value.replace("+", ","))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    exchange = row["collectives"]["all-to-all"]
+    sent = [(o["sent_bytes"], o["hidden"]) for o in row["collectives"].values()]
+    total = sum(size for size, _ in sent)
+    hidden = sum(size * part for size, part in sent) / total
+    cells = [row["target"], row["batch_split"], row["chunks"], f"{exchange['sent_bytes'] / 1e9:.2f}"]
+    cells += [f"{exchange[name]:.0%}" for name in ("asynchronous", "overlapped", "hidden")]
+    cells += [f"{total / 1e9:.2f}", f"{hidden:.0%}", f"{row['tflop']:.1f}"]
+    cells += [f"{row['peak_gb']:.1f}", f"{row['compile_s']:.0f}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    common.run(main)
