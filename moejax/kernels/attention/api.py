@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.kernels.attention import reference
+from moejax.kernels.platform import implementation_for
 
 Implementation = Literal["reference", "gpu", "tpu"]
 
@@ -19,16 +20,9 @@ _BY_PLATFORM: dict[str, Implementation] = {"cpu": "reference", "cuda": "gpu", "g
 def attention_implementation(platform: str | None = None) -> Implementation:
     """The implementation that `attention` uses on `platform`: "cpu", "cuda" (or "gpu") or "tpu".
 
-    None means the platform that the surrounding program is for: the devices of the mesh in context, which is the mesh
-    of the enclosing `shard_map`, else the default backend. The mesh comes first because a program compiled ahead of
-    time is traced where its devices are not: on a CPU-only machine, under a mesh of H100s.
+    None means the platform that the surrounding program is for, see `moejax.kernels.platform`.
     """
-    if platform is None:
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        platform = device.platform if device is not None else jax.default_backend()
-    if platform not in _BY_PLATFORM:
-        raise ValueError(f"platform={platform!r} has no attention; use {', '.join(map(repr, _BY_PLATFORM))}")
-    return _BY_PLATFORM[platform]
+    return implementation_for("attention", _BY_PLATFORM, platform)
 
 
 def attention(
