@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.kernels.top_k_routing import RoutingSums
 from moejax.mesh import TENSOR
-from moejax.nn.router import RoutingSums
 
 
 class LayerStats(NamedTuple):

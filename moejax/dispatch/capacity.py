@@ -18,8 +18,8 @@ from moejax.dispatch import slots
 from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
+from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import EXPERT, TENSOR
-from moejax.nn.router import Routing
 
 SENDERS = (EXPERT, TENSOR)  # whose tokens meet at an expert, also where its width is split over `tensor`
 

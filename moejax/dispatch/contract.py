@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from moejax.config import DispatchConfig
-from moejax.nn.router import Routing
+from moejax.kernels.top_k_routing import Routing
 
 
 class Experts(NamedTuple):

@@ -11,8 +11,8 @@ from moejax.dispatch import ragged, slots
 from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
+from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import EXPERT, TENSOR
-from moejax.nn.router import Routing
 
 
 def run(

@@ -26,9 +26,9 @@ from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.ragged_exchange import RaggedExchange, make_plan, max_rows
 from moejax.dispatch.rounds import in_rounds
 from moejax.dispatch.slots import Queue
+from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import EXPERT, TENSOR
 from moejax.nn.collectives import all_gather, psum_scatter
-from moejax.nn.router import Routing
 
 
 def run(

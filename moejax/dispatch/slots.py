@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax.kernels.top_k_routing import reference
+
 
 class Queue(NamedTuple):
     """This device's assignments in line for their experts, int32: by expert, and in each line by position.
@@ -31,11 +33,9 @@ class Slots(NamedTuple):
 
 
 def positions(expert_TK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """Each assignment's position in its expert's line, token by token and choice by choice; and the lines' lengths."""
-    one_NE = (expert_TK.reshape(-1, 1) == jnp.arange(num_experts, dtype=jnp.int32)[None]).astype(jnp.int32)
-    after_NE = jnp.cumsum(one_NE, axis=0)
-    position_TK = ((after_NE - 1) * one_NE).sum(-1).reshape(expert_TK.shape)
-    return position_TK, after_NE[-1]
+    """Each assignment's position in its expert's line, token by token, and the lines' lengths; E stands in no line."""
+    chosen_TE = (expert_TK[..., None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None]).any(1)
+    return reference.positions(chosen_TE, expert_TK), chosen_TE.sum(0, dtype=jnp.int32)
 
 
 def in_line(queue: Queue) -> Slots:

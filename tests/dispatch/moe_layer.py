@@ -25,9 +25,9 @@ from moejax import remat
 from moejax.config import DispatchConfig, ModelConfig
 from moejax.dispatch import Experts, get_dispatcher
 from moejax.kernels.manual import vary
+from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import PIPELINE, MeshConfig, build_mesh
 from moejax.nn.experts import grouped_experts, split_experts, whole_experts
-from moejax.nn.router import Routing
 from moejax.sharding import moe_params, param_specs
 
 T, K, E, D, F = 12, 2, 16, 8, 16

@@ -16,7 +16,7 @@ from layouts import relative_error
 from moe_layer import E, K, Layer, T, dense, gates, make_tokens, make_weights, rounds_by_hand
 
 from moejax.dispatch import capacity as capacity_strategy
-from moejax.nn.router import Routing
+from moejax.kernels.top_k_routing import Routing
 
 LAYERS = (
     Layer(4, 2, 2, strategy="capacity", capacity=1),

@@ -29,7 +29,7 @@ def route(rules: Rules, logits_TE: jax.Array, bias_E: jax.Array | None) -> tuple
         entropy=routed.entropy.sum(),
         invalid=routed.invalid.sum(),
     )
-    return Routing(jnp.concatenate(routed.gates, 1), expert_TK, _positions(routed.chosen, expert_TK)), sums
+    return Routing(jnp.concatenate(routed.gates, 1), expert_TK, positions(routed.chosen, expert_TK)), sums
 
 
 def gradient(
@@ -75,7 +75,7 @@ def _columns(x_TK: jax.Array) -> list[jax.Array]:
     return [x_TK[:, j : j + 1] for j in range(x_TK.shape[1])]
 
 
-def _positions(chosen_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
+def positions(chosen_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
     """How many earlier tokens chose the same expert: those of the token's block, and those of the blocks before it."""
     T, E = chosen_TE.shape
     c = min(BLOCK, T)
