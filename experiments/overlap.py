@@ -24,7 +24,7 @@ from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
 from moejax.profiling import overlap
-from moejax.topology import compile_only_devices, compiler_options
+from moejax.topology import compile_only_devices
 from moejax.train.step import make_train_step
 
 _TARGET = flags.DEFINE_list("target", ["h100_2x8", "tpu_v5p_16"], "What to compile for, see moejax.topology.")
@@ -32,7 +32,7 @@ _SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens a sequence.", lower_bou
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences a step.", lower_bound=1)
 _CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4"], "Values of dispatch.chunks.")
 _BATCH_SPLIT = flags.DEFINE_list("batch_split", ["1", "2"], "Values of parallel.batch_split.")
-_OPTIONS = flags.DEFINE_list("options", [], "Compiler options beside the target's own, name=value; + for a comma.")
+_OPTIONS = flags.DEFINE_list("options", [], "Compiler options beside the train step's own, name=value; + for a comma.")
 _OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
 _TEXT = flags.DEFINE_string("text", None, "A folder for the compiled programs' texts.")
 
@@ -72,10 +72,9 @@ def measure(target: str, mesh_config: MeshConfig, config: TrainConfig) -> dict[s
     """Figures of one compiled step."""
     devices = compile_only_devices(target)
     program = Program.from_config(config, build_mesh(mesh_config, devices))
-    options = compiler_options(target) | dict(parse_option(option) for option in _OPTIONS.value)
     lowered = make_train_step(program, config.optimizer).lower(config.data.batch_size, config.data.seq_len)
     began = time.perf_counter()
-    compiled = lowered.compile(options)
+    compiled = lowered.compile(dict(map(parse_option, _OPTIONS.value)))
     compile_s = time.perf_counter() - began
     text = compiled.as_text()
     if _TEXT.value:

@@ -17,7 +17,7 @@ from moejax.mesh import MeshConfig, build_mesh, use_virtual_devices
 from moejax.model import Program
 from moejax.modules import MoELayer, MoEStats, Transformer
 from moejax.presets import get_preset
-from moejax.topology import compile_only_devices, compiler_options
+from moejax.topology import compile_only_devices
 from moejax.train.step import TrainState, TrainStep, make_train_step
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "Transformer",
     "build_mesh",
     "compile_only_devices",
-    "compiler_options",
     "get_preset",
     "load_data",
     "make_loader",

@@ -102,6 +102,23 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     return Mesh(grid, config.axis_names, axis_types=(AxisType.Auto,) * grid.ndim)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What to compile a step with on the mesh's devices, so that collectives can run beside matrix products.
+
+    A GPU's compiler makes one product of those with the same weights, which then waits for all of their operands: that
+    would undo `dispatch.chunks` and `parallel.batch_split`. A TPU's has `all_to_all` synchronous unless told otherwise.
+    """
+    return {
+        "gpu": {"xla_gpu_dot_merger_threshold_mb": "0"},
+        "tpu": {"xla_tpu_enable_async_all_to_all": "true"},
+    }.get(platform(mesh), {})
+
+
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are: "cpu", "gpu" or "tpu"."""
+    return mesh.abstract_mesh.abstract_device.platform
+
+
 def _device_count_message(config: MeshConfig, devices: Sequence[jax.Device]) -> str:
     sizes = " × ".join(f"{name}={size}" for name, size in config.shape.items())
     have, needed = len(devices), config.num_devices

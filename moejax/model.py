@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import balance, remat, sharding
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from moejax.kernels.manual import vary
-from moejax.mesh import PIPELINE, TENSOR
+from moejax.mesh import PIPELINE, TENSOR, platform
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.attention import attention
 from moejax.nn.collectives import all_gather
@@ -92,7 +92,7 @@ class Program:
     @property
     def skip_bubble(self) -> bool:
         """Whether stages without work skip it: `parallel.bubble` with "auto" resolved for the mesh's devices."""
-        on_cpu = self.mesh.abstract_mesh.abstract_device.platform == "cpu"
+        on_cpu = platform(self.mesh) == "cpu"
         return on_cpu if self.parallel.bubble == "auto" else self.parallel.bubble == "skip"
 
     @property

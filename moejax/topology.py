@@ -2,8 +2,7 @@
 
     devices = moejax.compile_only_devices("tpu_v5p_16")     # before anything else asks for a device
     program = moejax.Program(model, moejax.build_mesh(mesh_config, devices))
-    lowered = moejax.make_train_step(program).lower(batch_size=64, seq_len=1024)
-    compiled = lowered.compile(moejax.compiler_options("tpu_v5p_16"))
+    compiled = moejax.make_train_step(program).lower(batch_size=64, seq_len=1024).compile()
 
 The compilers are those of the real devices, so memory, collectives and the schedule are what would run. There are no
 timings, and on GPU no out-of-memory error either: compare `compiled.memory_analysis().peak_memory_in_bytes` with what
@@ -46,30 +45,20 @@ class Target:
     """A cluster to compile for.
 
     `topology` is named as its plugin names it: chips along each dimension of a TPU slice, and for GPUs NVLink domains ×
-    hosts of one × GPUs of a host. `compiler_options` are what lets collectives run beside matrix products there.
+    hosts of one × GPUs of a host.
     """
 
     platform: str
     topology: str
-    compiler_options: dict[str, str | bool]
     accelerator_type: str = ""  # of a TPU slice
 
 
-# Products with the same weights are made one product, which waits for all of them: it would undo `dispatch.chunks` and
-# `parallel.batch_split`.
-_GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_dot_merger_threshold_mb": "0"}
-_TPU_OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": True}
 TARGETS = {
-    "h100_2x8": Target("cuda", "2x1x8", _GPU_OPTIONS),
-    "tpu_v5p_16": Target("tpu", "v5p:2x2x4", _TPU_OPTIONS, "v5p-32"),  # counts cores, two a chip
-    "tpu_v5e_16": Target("tpu", "v5e:4x4", _TPU_OPTIONS, "v5litepod-16"),
+    "h100_2x8": Target("cuda", "2x1x8"),
+    "tpu_v5p_16": Target("tpu", "v5p:2x2x4", "v5p-32"),  # counts cores, two a chip
+    "tpu_v5e_16": Target("tpu", "v5e:4x4", "v5litepod-16"),
 }
 _PLUGINS = {"cuda": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
-
-
-def compiler_options(name: str) -> dict[str, str | bool]:
-    """What to compile with for the target of that name, as `lowered.compile` takes it."""
-    return dict(_target(name).compiler_options)
 
 
 def compile_only_devices(name: str) -> list[jax.Device]:

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
-from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR, MeshConfig, build_mesh, use_virtual_devices
+from moejax.mesh import (
+    EXPERT,
+    PIPELINE,
+    REPLICA,
+    TENSOR,
+    MeshConfig,
+    build_mesh,
+    compiler_options,
+    platform,
+    use_virtual_devices,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,3 +149,8 @@ def test_collective_timeouts_keep_what_the_user_set():
     assert done.stdout.count(name) == 1
     assert f"{name}=7" in done.stdout
     assert "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120" in done.stdout
+
+
+def test_options_are_those_of_the_devices_compiler():
+    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    assert (platform(mesh), compiler_options(mesh)) == ("cpu", {})

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.balance.balancer import every_layer
 from moejax.config import OptimizerConfig
+from moejax.mesh import compiler_options
 from moejax.model import Batch, Metrics, Program, summarise
 from moejax.sharding import make_params, run_once
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
@@ -50,8 +51,9 @@ class TrainStep:
         self.program, self.config, self.steps, self.accumulate = program, optimizer, steps, accumulate
         self.schedule = learning_rate_schedule(optimizer, steps)
         self.optimizer = make_optimizer(optimizer, steps)
-        self._step = jax.jit(self._global_step, donate_argnums=0)
-        self._evaluate = jax.jit(self._global_evaluate)
+        options = compiler_options(program.mesh)
+        self._step = jax.jit(self._global_step, donate_argnums=0, compiler_options=options)
+        self._evaluate = jax.jit(self._global_evaluate, compiler_options=options)
 
     def with_capacity(self, factor: float) -> TrainStep:
         """The same step with buffers of another size."""
