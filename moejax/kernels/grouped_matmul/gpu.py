@@ -6,7 +6,8 @@ for Hopper's 16-bit types only, leaves rows past the end unset, and its counterp
 cores while it is traced. tokamax's Mosaic kernels must see the device, too; its Triton ones, which by tokamax's own
 records on an H100 are its fastest in all three passes (649 and 390–595 TFLOP/s against 461 and 108–150), come with a
 framework for tuning and quantisation. A batched product of padded groups computes as many rows as the largest group has
-for each. The block sizes here are the ones that tokamax's records prefer on an H100; they were compiled for one, but
+for each. jax 0.11 announces the end of Pallas' way through Triton, so expect to
+replace this file. The block sizes here are the ones that tokamax's records prefer on an H100; they were compiled for one, but
 not timed.
 
 Dims: N rows, e groups, D and F in and out. `forward` visits the blocks of every group's rows. A group's first block
