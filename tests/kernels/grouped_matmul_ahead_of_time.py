@@ -1,6 +1,6 @@
 """Compiles a grouped product for 16 accelerators that are not there: `grouped_matmul_ahead_of_time.py cuda|tpu DTYPE`.
 
-A process of its own, for the plugins read their environment when jax starts. Prints one line of JSON.
+A process of its own, for the compilers read their environment when they are loaded. Prints one line of JSON.
 """
 
 import json
@@ -10,20 +10,19 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_ahead_of_time import H100  # sets the environment, too, before any device is asked for
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_implementation
+from moejax.topology import compile_only_devices
+
+TARGETS = {"cuda": "h100_2x8", "tpu": "tpu_v5p_16"}
+KERNELS = ("__gpu$xla.gpu.triton", "tpu_custom_call")
 
 
 def main(target: str, dtype: str) -> None:
-    if target == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x4")
-    else:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="2x1x8")
-    mesh = Mesh(np.array(topology.devices).reshape(8, 2), ("expert", "tensor"))
+    devices = compile_only_devices(TARGETS[target])
+    mesh = Mesh(np.array(devices).reshape(8, 2), ("expert", "tensor"))
     picked = []
 
     def per_device(x, w, size):
@@ -49,8 +48,6 @@ def main(target: str, dtype: str) -> None:
     }
     print(json.dumps(report))
 
-
-KERNELS = ("__gpu$xla.gpu.triton", "tpu_custom_call")
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

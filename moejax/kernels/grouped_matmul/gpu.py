@@ -1,13 +1,14 @@
 """Grouped products on GPUs: two Pallas kernels, lowered through Triton.
 
 Written here because no library's serves: `lax.ragged_dot` lowers to a dense product on an H100, of x repeated and
-masked for every group (Mixtral's shape, 8,192 rows: 2.1 GB of them and 8 × the FLOPs). jax's `ragged_dot_mgpu` is
-for Hopper's 16-bit types only, leaves rows past the end unset, and its counterpart for `drhs` asks the device for its
-cores while it is traced. tokamax's Mosaic kernels must see the device, too; its Triton ones, which by tokamax's own
-records on an H100 are its fastest in all three passes (649 and 390–595 TFLOP/s against 461 and 108–150), come with a
-framework for tuning and quantisation. A batched product of padded groups computes as many rows as the largest group has
-for each. The block sizes here are the ones that tokamax's records prefer on an H100; they were compiled for one, but
-not timed.
+masked for every group (Mixtral's shape, 8,192 rows: 0.5 GB of them and 8 × the FLOPs). jax's `ragged_dot_mgpu` is for
+Hopper's 16-bit types only, leaves rows past the end unset, and its counterpart for `drhs` asks the device for its cores
+while it is traced. So do tokamax's Mosaic kernels; its Triton ones, which by its own records on an H100 are the faster
+(649 TFLOP/s forward against 461, 390–595 against 108–150 in `drhs`), come with a framework for tuning and quantisation.
+A batched product of padded groups computes as many rows as the largest group has for each.
+
+The block sizes here are the ones that tokamax's records prefer on an H100; they were compiled for one, but not timed.
+jax 0.11 announces the end of Pallas' way through Triton, so expect to replace this file.
 
 Dims: N rows, e groups, D and F in and out. `forward` visits the blocks of every group's rows. A group's first block
 starts at its first row, so that no block belongs to two groups; the rows past the end are one more group, whose blocks
