@@ -35,12 +35,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import PartitionSpec as P
+from moejax.nn.router import route
 
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Experts, get_dispatcher
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.moe import mixture_of_experts
-from moejax.nn.router import route
 from moejax.presets import PRESETS, tiny
 
 _TOKENS = flags.DEFINE_list("tokens", ["64", "512", "4096"], "Tokens of a block, one measurement for each.")
