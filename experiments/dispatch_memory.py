@@ -32,7 +32,7 @@ from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh
 from moejax.model import Program
 from moejax.moe import mixture_of_experts
 from moejax.topology import compile_only_devices, compiler_options
-from moejax.train.loop import device_memory_bytes
+from moejax.train.sizes import device_memory_bytes
 from moejax.train.step import make_train_step
 
 _TARGET = flags.DEFINE_string(

@@ -5,6 +5,7 @@ A new top-level module or package of moejax fails here until it has a place in L
 
 import ast
 import importlib.util
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,14 @@ def test_wrong_imports_are_found(module, source):
 )
 def test_right_imports_pass(module, source):
     assert list(violations(source, module)) == []
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_script_imports_is_there(script):
+    """Not by importing the script: the flags of two scripts do not go together in one process."""
+    for name in imported(script.read_text(), script.stem, is_package=False):
+        if name.split(".")[0] == "moejax":
+            assert pkgutil.resolve_name(name) is not None
 
 
 def test_importing_every_module_starts_no_device():

@@ -158,6 +158,8 @@ def rounds_by_hand(layer: Layer, expert_NK: np.ndarray) -> np.ndarray:
     """Of each device: the rounds that the longest line among those it exchanges with takes."""
     _, count_dE = line_up_by_hand(expert_NK)
     sizes = (layer.replica, layer.expert, layer.pipeline, layer.tensor)
+    if layer.expert * layer.tensor == 1 and layer.strategy != "capacity":
+        return np.ones(len(count_dE))  # nothing travels
     if layer.strategy == "ragged":
         longest, capacity = _most_received(layer, count_dE.reshape(*sizes, E))
     else:
@@ -167,8 +169,6 @@ def rounds_by_hand(layer: Layer, expert_NK: np.ndarray) -> np.ndarray:
 
 def _most_received(layer: Layer, count: np.ndarray) -> tuple[np.ndarray, int]:
     """The most rows that a device gets in a chunk, by replica and stage, and the rows of its buffer."""
-    if layer.expert * layer.tensor == 1:
-        return np.zeros((1, 1, 1, 1), int), 1  # nothing travels
     senders = (1, 3) if layer.folded else (1,)
     n = layer.expert * (layer.tensor if layer.folded else 1)
     ends = [count * chunk // layer.chunks for chunk in range(layer.chunks + 1)]
