@@ -161,10 +161,11 @@ class BalanceConfig:
     each sequence (DeepSeek-V3, 2412.19437, eq. 17), and z (ST-MoE, 2202.08906, eq. 5). `bias_update_rate` is the step
     of the selection bias (loss-free balancing, 2408.15664; needs `ModelConfig.router_bias`).
 
-    Loads are watched over the last `window` optimizer steps. At the end of each window, the dropless dispatch's buffers
-    get the next size of `capacity_factors`: the smallest that is `headroom` times the busiest expert's load over the
-    mean (see `moejax.balance.ExpertLoadBalancer`). The largest bounds the memory. With fewer than two sizes, and where
-    the strategy is "capacity", the size is `dispatch.capacity_factor` throughout; otherwise that is where it starts.
+    Loads are watched over the last `window` optimizer steps. At the end of each window, the buffers of a dispatch that
+    drops nothing get the next size of `capacity_factors`: the smallest that is `headroom` times the busiest expert's
+    load over the mean (see `moejax.balance.ExpertLoadBalancer`). The largest bounds the memory. With fewer than two
+    sizes, and where the strategy is "capacity", the size is `dispatch.capacity_factor` throughout; otherwise that is
+    where it starts.
 
     A warning names the layer when a figure of the window leaves its bound: `max_load_cv`, the coefficient of variation
     over experts; `max_dropped_fraction` of assignments; `max_rounds`, mean, of a dispatch; `max_idle_experts`, those

@@ -37,7 +37,7 @@ NOT_NEGATIVE = {
 }
 CHOICES = {
     ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'", "router_score": "'softmax', 'sigmoid'"},
-    DispatchConfig: {"strategy": "'capacity', 'dropless'", "payload": "'full', 'float8'"},
+    DispatchConfig: {"strategy": "'capacity', 'dropless', 'ragged'", "payload": "'full', 'float8'"},
     ParallelConfig: {"gather": "'step', 'layer'", "remat": "'auto', 'none', 'minimal', 'collectives', 'full'"},
 }
 RELATIONS = [

@@ -20,9 +20,8 @@ from moejax.balance.losses import LayerStats, load_cv_floor
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig
 from moejax.mesh import PIPELINE
 
-KEPT_WITHIN = (
-    1.1  # a size stays while less than this times it is wanted: a load at a boundary must not switch to and fro
-)
+# How much more than a size may be wanted for it to be taken, and to be kept: a load at a boundary must not toggle it.
+TAKEN_WITHIN, KEPT_WITHIN = 1.05, 1.1
 
 
 class BalanceState(NamedTuple):
@@ -168,7 +167,7 @@ class ExpertLoadBalancer:
         """At the end of each window, the size for the next. All steps of the window ran with the same.
 
         By load: the smallest size of at least `headroom` times the busiest expert's load over the mean, in the worst
-        layer; the size that was is kept while it is less than 10% short. By rounds: one more, where the rounds of the
+        layer; 5% less will do, and to keep the size that was 10% less. By rounds: one more, where the rounds of the
         window moved more rows than the next size moves in one; this comes from tokens of a device or of a microbatch
         that are more alike than those of the window. It stays until the loads ask for another size, for the rounds of
         a size that is not run are not known.
@@ -180,7 +179,7 @@ class ExpertLoadBalancer:
         wanted = self.balance.headroom * window.max_over_mean_L.max()
         least, enough = (
             jnp.minimum(jnp.searchsorted(factors, load), last).astype(jnp.int32)
-            for load in (wanted / KEPT_WITHIN, wanted)
+            for load in (wanted / KEPT_WITHIN, wanted / TAKEN_WITHIN)
         )
         by_load = jnp.clip(state.size_by_load, least, enough)
         index = self.capacity_index(state)
