@@ -199,7 +199,7 @@ class ExpertLoadBalancer:
         """
         if report.num_steps < self.balance.window:
             return {}
-        even = "a larger balance.aux_loss_weight, or model.router_bias with balance.bias_update_rate=0.003"
+        even = "a larger balance.aux_loss_weight, or model.router_bias with balance.bias_update_rate=0.01"
         roomy = "a larger dispatch.capacity_factor or more balance.capacity_factors"
         figures = {
             "max_load_cv": ("load CV", report.cv_L, even),
