@@ -67,9 +67,10 @@ def main(argv: list[str]) -> None:
 
 
 def make_model(shape: str, dtype: str) -> ModelConfig:
-    """A model whose MoE block has that shape."""
+    """A model whose MoE block has that shape, with Mixtral's router."""
+    router: dict[str, Any] = {"router_score": "softmax", "router_bias": False}
     if shape in PRESETS:
-        return dataclasses.replace(PRESETS[shape](), dtype=dtype)
+        return dataclasses.replace(PRESETS[shape](), dtype=dtype, **router)
     numbers = shape.split(",")
     known = ", ".join(PRESETS)
     check(
@@ -78,7 +79,7 @@ def make_model(shape: str, dtype: str) -> ModelConfig:
     )
     d_model, d_ff, num_experts, k = map(int, numbers)
     return dataclasses.replace(
-        tiny(), d_model=d_model, d_ff=d_ff, num_experts=num_experts, experts_per_token=k, dtype=dtype
+        tiny(), d_model=d_model, d_ff=d_ff, num_experts=num_experts, experts_per_token=k, dtype=dtype, **router
     )
 
 

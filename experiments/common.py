@@ -25,7 +25,7 @@ from typing import TypeVar
 import jax
 from absl import flags
 
-from moejax.config import ConfigError, TrainConfig
+from moejax.config import BalanceConfig, ConfigError, TrainConfig
 from moejax.mesh import MeshConfig, use_virtual_devices
 from moejax.overrides import apply_overrides, load_config_file, split_overrides
 from moejax.presets import PRESETS
@@ -113,7 +113,8 @@ def load_config(name: str) -> TrainConfig:
     if path is not None:
         return load_config_file(path, TrainConfig)
     if name in PRESETS:
-        return TrainConfig(model=PRESETS[name]())
+        model = PRESETS[name]()
+        return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
     raise ConfigError(_unknown("config", name, {*_names(CONFIGS), *PRESETS}))
 
 

@@ -199,6 +199,13 @@ class BalanceConfig:
             f"capacity_factors={sizes} must be positive and ascending",
         )
 
+    @classmethod
+    def suited_to(cls, model: ModelConfig) -> BalanceConfig:
+        """Loss-free balancing for a router with a bias, which keeps loads the most even (experiments/results), and the
+        auxiliary loss for one without.
+        """
+        return cls(aux_loss_weight=0.0, bias_update_rate=0.01) if model.router_bias else cls()
+
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:

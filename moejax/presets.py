@@ -18,6 +18,8 @@ def tiny() -> ModelConfig:
         d_ff=256,
         num_experts=16,
         experts_per_token=2,
+        router_score="sigmoid",
+        router_bias=True,
         vocab_size=256,
         dtype="float32",
     )
@@ -34,6 +36,8 @@ def small() -> ModelConfig:
         d_ff=256,
         num_experts=16,
         experts_per_token=2,
+        router_score="sigmoid",
+        router_bias=True,
         vocab_size=256,
         dtype="float32",
     )
@@ -50,6 +54,8 @@ def moe_16x10b() -> ModelConfig:
         d_ff=4096,
         num_experts=16,
         experts_per_token=2,
+        router_score="sigmoid",
+        router_bias=True,
         vocab_size=32_000,
         max_seq_len=10_240,
         dtype="bfloat16",

@@ -2,17 +2,19 @@
 
 import dataclasses
 
-from moejax.config import CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from moejax.config import BalanceConfig, CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from moejax.presets import tiny
 
 
 def get_config() -> TrainConfig:
+    model = dataclasses.replace(tiny(), d_model=64, d_ff=128, num_heads=4, num_kv_heads=4, head_dim=16)
     return TrainConfig(
-        model=dataclasses.replace(tiny(), d_model=64, d_ff=128, num_heads=4, num_kv_heads=4, head_dim=16),
+        model=model,
+        balance=BalanceConfig.suited_to(model),
         data=DataConfig(seq_len=256, batch_size=16),
         parallel=ParallelConfig(num_microbatches=1),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),
         checkpoint=CheckpointConfig(every=1000, keep=1),
-        steps=250,
-        eval_every=250,
+        steps=200,
+        eval_every=200,
     )

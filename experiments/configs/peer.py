@@ -7,7 +7,17 @@ from moejax.presets import tiny
 
 
 def get_config() -> TrainConfig:
-    model = dataclasses.replace(tiny(), d_model=64, d_ff=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=16)
+    model = dataclasses.replace(
+        tiny(),
+        router_score="softmax",
+        router_bias=False,
+        d_model=64,
+        d_ff=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+    )
     return TrainConfig(
         model=model, data=DataConfig(seq_len=128, batch_size=64), parallel=ParallelConfig(num_microbatches=2)
     )

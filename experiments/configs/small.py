@@ -7,7 +7,7 @@ from moejax.presets import small
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=small(),
-        balance=BalanceConfig(aux_loss_weight=0.05),
+        balance=BalanceConfig.suited_to(small()),
         data=DataConfig(seq_len=256, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
         steps=500,
