@@ -53,7 +53,8 @@ class MoELayer(nnx.Module):
       Statistics are summed over the axes of `x_spec` and no others: tokens that also differ over `pipeline` give
       statistics that do.
 
-    Capacity is counted by device, so what is dropped depends on the mesh; what is not dropped is the same on all.
+    With `dispatch.strategy="capacity"`, what is dropped depends on which tokens meet, so on the mesh; the other
+    strategies drop nothing and give the same on all.
     """
 
     w_router_DE: nnx.Param
