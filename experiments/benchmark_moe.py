@@ -35,12 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import PartitionSpec as P
-from moejax.nn.router import route
 
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Experts, get_dispatcher
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.moe import mixture_of_experts
+from moejax.moe import mixture_of_experts, route
 from moejax.presets import PRESETS, tiny
 
 _TOKENS = flags.DEFINE_list("tokens", ["64", "512", "4096"], "Tokens of a block, one measurement for each.")
@@ -57,6 +56,7 @@ Step = Callable[[], Any]  # runs to the end and returns what it computed
 
 def main(argv: list[str]) -> None:
     flags.FLAGS(argv)
+    common.keep_freed_memory(1)  # before JAX has threads
     common.setup_jax(MeshConfig(hardware="cpu" if jax.default_backend() == "cpu" else "h100"))
     model = make_model(_SHAPE.value, _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     check_peer()

@@ -10,7 +10,7 @@ from moejax.balance import LayerStats, sequence_balance
 from moejax.config import DispatchConfig, ModelConfig
 from moejax.dispatch import Experts, get_dispatcher
 from moejax.kernels.manual import vary, varying
-from moejax.kernels.top_k_routing import route_tokens
+from moejax.kernels.top_k_routing import Routing, RoutingSums, route_tokens
 from moejax.mesh import TENSOR
 from moejax.nn.experts import grouped_experts, split_experts, whole_experts
 from moejax.nn.feed_forward import swiglu
@@ -25,15 +25,7 @@ def mixture_of_experts(
     balance inside each sequence is asked for as well.
     """
     x_TD = x_bsD.reshape(-1, x_bsD.shape[-1])
-    routing, sums = route_tokens(
-        x_TD,
-        p["w_router_DE"],
-        p["router_bias_E"] if m.router_bias else None,
-        experts_per_token=m.experts_per_token,
-        score=m.router_score,
-        renormalize=m.router_renormalize,
-        num_sequences=x_bsD.shape[0],
-    )
+    routing, sums = route(x_TD, p, m, num_sequences=x_bsD.shape[0])
     count_E = sums.count_bE.sum(0)
     y_TD, done = get_dispatcher(dispatch)(
         x_TD,
@@ -52,6 +44,19 @@ def mixture_of_experts(
         dispatches=jnp.ones_like(done.rounds),
     )  # fmt: skip
     return y_TD.reshape(x_bsD.shape), jax.tree.map(lambda s: vary(s, varying(x_bsD)), stats)
+
+
+def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int) -> tuple[Routing, RoutingSums]:
+    """The experts of each token by the model's rule; the tokens are of `num_sequences` sequences, one after another."""
+    return route_tokens(
+        x_TD,
+        p["w_router_DE"],
+        p["router_bias_E"] if m.router_bias else None,
+        experts_per_token=m.experts_per_token,
+        score=m.router_score,
+        renormalize=m.router_renormalize,
+        num_sequences=num_sequences,
+    )
 
 
 def global_stats(stats: LayerStats, token_axes: tuple[str, ...]) -> LayerStats:

@@ -72,7 +72,10 @@ def test_data_shortcuts():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--config=tinny"], "--config=tinny does not exist; did you mean tiny? use one of load_balance, mixtral_8x7b,"),
+        (
+            ["--config=tinny"],
+            "--config=tinny does not exist; did you mean tiny? use one of load_balance, mixtral_8x7b,",
+        ),
         (["--mesh=cpu16"], "--mesh=cpu16 does not exist; did you mean cpu_16? use one of a100_64gb_2x8,"),
         (["--mesh=no.py"], "no.py does not exist; use a Python file with get_config() -> MeshConfig"),
         (["--config=mesh_configs/single.py"], "it must return a TrainConfig"),

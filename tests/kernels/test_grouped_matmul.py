@@ -146,6 +146,7 @@ def test_cpu_computes_the_rows_that_there_are_however_many_groups(sizes, monkeyp
         return dot(a, b, a_dim, b_dim)
 
     monkeypatch.setattr(cpu, "_dot", counted)
+    monkeypatch.setattr(cpu, "_SMALL_GROUP", 0)  # gradients by group; the others are counted below
     x, w, sizes_e, dy = make_inputs(1024, 4, 4, sizes)
     used = sum(size > 0 for size in sizes)
     largest, smallest = cpu._block_sizes(1024, len(sizes))
@@ -159,6 +160,30 @@ def test_cpu_computes_the_rows_that_there_are_however_many_groups(sizes, monkeyp
         jax.effects_barrier()
         assert sum(sizes) <= sum(products) < sum(sizes) + max(1, used * waste)
         assert len(products) <= sum(sizes) // largest + 4 * used
+
+
+@pytest.mark.parametrize("sizes", [[64] * 16, [80] * 8 + [40] * 8, [128] * 8, [1024] + [0] * 15, [0] * 16])
+def test_gradients_of_small_groups_are_batched_or_taken_by_group(sizes, monkeypatch):
+    """Whichever it is, they are the same, and a batched product has at most twice the rows that there are."""
+    x, _, sizes_e, dy = make_inputs(1024, 4, 4, sizes)
+    found = cpu.drhs(x, dy, sizes_e)
+    np.testing.assert_allclose(found, reference.drhs(x, dy, sizes_e), rtol=1e-5, atol=1e-5)
+    products = [
+        eqn for eqn in equations(jax.make_jaxpr(cpu.drhs)(x, dy, sizes_e)) if eqn.primitive.name == "dot_general"
+    ]
+    batched = [eqn.invars[0].aval.shape for eqn in products if len(eqn.invars[0].aval.shape) == 3]
+    assert sorted(shape[0] * shape[1] for shape in batched) == [1280, 2048]
+    monkeypatch.setattr(cpu, "_SMALL_GROUP", 0)
+    np.testing.assert_allclose(found, cpu.drhs(x, dy, sizes_e), rtol=1e-5, atol=1e-5)
+
+
+def equations(jaxpr):
+    """All of a jaxpr's, those inside of others as well."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def test_grouped_experts_equal_whole_experts_on_equal_sizes_and_give_zeros_past_the_end():

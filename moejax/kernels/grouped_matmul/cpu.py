@@ -18,7 +18,10 @@ product of equal groups, which is the least that it could take, needs 796 | 118 
 
 `drhs` adds blocks into a [D, F] accumulator, 16 MB here, which costs as much as 60 rows do. So it takes one block, as
 large as it must be up to twice the mean, to which only the rest of a larger group is added: 917 | 253 | 164, against
-957 | 279 | 230 with halved blocks and 841 | 198 | 138 batched. Its `switch` returns one group's product, no copy.
+957 | 279 | 230 with halved blocks and 841 | 198 | 138 batched. Small groups of much the same size are batched after
+all, in buffers of 1.25 or 2 times the mean: a loop writes each group's result twice, which they feel. With all memory
+in one arena of the allocator (experiments/common.py), where results are not mapped anew: 787 | 217 | 85 by group,
+694 | 97 | 31 batched. Its `switch` returns one group's product, no copy.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from jax import lax
 from moejax.kernels import manual
 
 _LARGEST, _SMALLEST = 512, 64  # rows: the largest block, and the smallest that the largest may be
+_SMALL_GROUP = 128  # rows, mean: up to here writing a group's gradient takes longer than its product
 _HALVINGS = 3  # from the largest block of a product to its smallest
 _DRHS_BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)  # smallest blocks
 
@@ -46,6 +50,27 @@ def dlhs(dy_NF: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
 
 def drhs(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.Array:
     """[N, D], [N, F] -> [e, D, F]."""
+    N, groups = x_ND.shape[0], len(size_e)
+    if groups * _SMALL_GROUP < N:
+        return _drhs_by_group(x_ND, dy_NF, size_e)
+    axes = manual.varying(x_ND) | manual.varying(dy_NF) | manual.varying(size_e)
+    rooms = sorted({-(-factor * N // (4 * groups * 8)) * 8 for factor in (5, 8)})  # 1.25 and 2 times the mean
+    branches = [*(lambda room=room: _drhs_batched(x_ND, dy_NF, size_e, room) for room in rooms)]
+    branches.append(lambda: _drhs_by_group(x_ND, dy_NF, size_e))
+    enough = sum((size_e.max() > room).astype(jnp.int32) for room in rooms)
+    return lax.switch(enough, [lambda branch=branch: manual.vary(branch(), axes) for branch in branches])
+
+
+def _drhs_batched(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array, room: int) -> jax.Array:
+    """All groups at once, each in as much room as none of them exceeds."""
+    start_e, end_e = _bounds(size_e)
+    row_eM = start_e[:, None] + jnp.arange(room, dtype=size_e.dtype)[None]
+    row_eM = jnp.where(row_eM < end_e[:, None], row_eM, x_ND.shape[0])
+    x_eMD, dy_eMF = (a.at[row_eM].get(mode="fill", fill_value=0) for a in (x_ND, dy_NF))
+    return jnp.einsum("emd,emf->edf", x_eMD, dy_eMF, preferred_element_type=jnp.float32).astype(x_ND.dtype)
+
+
+def _drhs_by_group(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.Array:
     N, D = x_ND.shape
     axes = manual.varying(x_ND) | manual.varying(dy_NF) | manual.varying(size_e)
     largest, smallest = _block_sizes(N, len(size_e))
