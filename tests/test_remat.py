@@ -26,13 +26,13 @@ LAYOUTS = [
 
 
 def count_collectives(jaxpr, times=1):
-    """(name, mesh axes) -> number of executions of the collectives in a jaxpr."""
+    """(name, mesh axes) -> number of executions of the collectives in a jaxpr, when one round is enough."""
     counts = collections.Counter()
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in COLLECTIVES:
             counts[name, equation.params.get("axis_name") or equation.params["axes"]] += times
-        trips = equation.params["length"] if name == "scan" else 1
+        trips = {"scan": equation.params.get("length"), "while": 0}.get(name, 1)  # a dispatch's further rounds
         for inner in jaxprs_in_params(equation.params):
             counts += count_collectives(inner, times * trips)
     return counts

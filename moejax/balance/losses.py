@@ -11,6 +11,7 @@ from jax import lax
 
 from moejax.kernels.top_k_routing import RoutingSums
 from moejax.mesh import TENSOR
+from moejax.remat import NETWORK, named
 
 
 class LayerStats(NamedTuple):
@@ -49,7 +50,9 @@ def sequence_balance(sums: RoutingSums, local_seq_len: int) -> jax.Array:
     part of the result.
     """
     num_devices = lax.axis_size(TENSOR)
-    count_bE, prob_bE = lax.psum((lax.stop_gradient(sums.count_bE), sums.prob_bE), TENSOR)
+    count_bE, prob_bE = (
+        named(lax.psum(x_bE, TENSOR), NETWORK) for x_bE in (lax.stop_gradient(sums.count_bE), sums.prob_bE)
+    )
     share_bE = count_bE / count_bE.sum(-1, keepdims=True)
     prob_bE = prob_bE / (local_seq_len * num_devices)
     return share_bE.shape[-1] * (share_bE * prob_bE).sum() / num_devices
