@@ -86,14 +86,13 @@ def _one_round(
     queue, count_sE, turn = plan
     with jax.named_scope("dispatch"):
         matching = slots.in_line(queue)
-        x_ND = slots.fill_buffer(x_TD, matching, gate_TK.shape[1])
-    sent, arrived = moment(x_ND), turn.arrived
+        sent_ND = slots.fill_buffer(x_TD, matching, gate_TK.shape[1])
+        x_ND = after(sent_ND, turn.arrived)
     y_ND = jnp.zeros_like(x_ND)
     for chunk in range(config.chunks):
         with jax.named_scope("dispatch"):
             hops = make_plan(count_sE, index * exchange.rows, exchange.rows, chunk, config)
-            x_RD = exchange.to_experts(after(x_ND, arrived), hops)
-            arrived = moment(x_RD)
+            x_RD = exchange.to_experts(x_ND, hops)
         if TENSOR in config.expert_axes:
             y_RD = experts.on_groups(weights, x_RD, hops.size_e)
         else:
@@ -101,7 +100,7 @@ def _one_round(
         with jax.named_scope("combine"):
             y_ND = exchange.to_senders(y_RD, y_ND, hops)
     with jax.named_scope("combine"):
-        return slots.read_buffer(y_ND, matching, gate_TK), Turn(sent, arrived)
+        return slots.read_buffer(y_ND, matching, gate_TK), Turn(moment(sent_ND), moment(x_RD))
 
 
 def _split_experts(experts: Experts, weights: Any, x_RD: jax.Array, size_e: jax.Array) -> jax.Array:
