@@ -60,10 +60,11 @@ def test_devices_are_sixteen_in_their_hosts(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "overlapped"), [("h100_2x8", 0.7), ("tpu_v5p_16", 0.5)])
-def test_the_reference_models_step_compiles_and_its_exchanges_overlap(target, overlapped):
+@pytest.mark.parametrize(("target", "chunks", "overlapped"), [("h100_2x8", 1, 0.7), ("tpu_v5p_16", 4, 0.5)])
+def test_the_reference_models_step_compiles_and_its_exchanges_overlap(target, chunks, overlapped):
     script = [
-        sys.executable, ROOT / "experiments" / "overlap.py", f"--target={target}", "--batch_split=2", "--chunks=1",
+        sys.executable, ROOT / "experiments" / "overlap.py", f"--target={target}", "--batch_split=2",
+        f"--chunks={chunks}",
         "--config.model.num_layers=2",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
