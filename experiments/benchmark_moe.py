@@ -37,7 +37,7 @@ from absl import flags
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
-from moejax.dispatch import Experts, get_dispatcher
+from moejax.dispatch import Experts, first_turn, get_dispatcher
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.moe import mixture_of_experts, route
 from moejax.presets import PRESETS, tiny
@@ -133,14 +133,16 @@ def moejax_steps(m: ModelConfig, p: dict[str, Any], x: jax.Array, dy: jax.Array)
         return jax.shard_map(block, mesh=mesh, in_specs=P(), out_specs=P())
 
     def whole(p: dict[str, Any], x: jax.Array) -> jax.Array:
-        return mixture_of_experts(p, x, m, DISPATCH)[0]
+        return mixture_of_experts(p, x, m, DISPATCH, first_turn())[0]
 
     def without_experts(p: dict[str, Any], x: jax.Array) -> jax.Array:
         routing, sums = route(x[0], p, m, num_sequences=1)
         idle = Experts(on_buffers=lambda _, x: x, on_groups=lambda _, x, size: x)
         count_E = sums.count_bE.sum(0).astype(jnp.int32)
         capacity = DISPATCH.capacity(x.shape[1], m)
-        y, _ = get_dispatcher(DISPATCH)(x[0], routing, count_E, idle, {}, capacity=capacity, config=DISPATCH)
+        y, _, _ = get_dispatcher(DISPATCH)(
+            x[0], routing, count_E, idle, {}, capacity=capacity, config=DISPATCH, turn=first_turn()
+        )
         return y[None]
 
     def plain(p: dict[str, Any], x: jax.Array) -> jax.Array:  # each row once for each of its experts, all by the first

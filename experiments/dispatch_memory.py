@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import sharding
 from moejax.config import DispatchConfig, ModelConfig, TrainConfig, check
+from moejax.dispatch import first_turn
 from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh
 from moejax.model import Program
 from moejax.moe import mixture_of_experts
@@ -130,7 +131,7 @@ class Block:
         def device(params: Any, x_bsD: jax.Array, dy_bsD: jax.Array) -> tuple[Any, ...]:
             def forward(params: Any, x_bsD: jax.Array) -> tuple[jax.Array, jax.Array]:
                 p = sharding.gather(params, self.params)
-                y_bsD, stats = mixture_of_experts(p, x_bsD, self.model, self.dispatch)
+                y_bsD, stats, _ = mixture_of_experts(p, x_bsD, self.model, self.dispatch, first_turn())
                 return y_bsD, jax.lax.pmax(stats.rounds, (EXPERT, TENSOR))
 
             y_bsD, vjp, rounds = jax.vjp(forward, params, x_bsD, has_aux=True)

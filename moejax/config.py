@@ -217,7 +217,8 @@ class ParallelConfig:
     `bubble` says whether a stage without work skips it or computes what nobody uses; "auto" skips on CPUs, whose
     virtual devices share cores, and computes on accelerators, which would only wait (see `moejax.pipeline`).
     A layer works on `batch_split` equal parts of a microbatch side by side, so that one part's tokens can be exchanged
-    while another's are computed; capacity is then counted in each part.
+    while another's are computed; capacity is then counted in each part. 0 is auto: 2 on accelerators that exchange any
+    and where it divides the sequences, otherwise 1 (see `Program.batch_split`).
     """
 
     num_microbatches: int = 2
@@ -225,10 +226,11 @@ class ParallelConfig:
     gather: Gather = "step"
     remat: Remat = "auto"
     bubble: Bubble = "auto"
-    batch_split: int = 1
+    batch_split: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "num_microbatches", "repeats", "batch_split")
+        _check_positive(self, "num_microbatches", "repeats")
+        _check_not_negative(self, "batch_split")
         _check_choice(self, "gather", Gather)
         _check_choice(self, "remat", Remat)
         _check_choice(self, "bubble", Bubble)

@@ -24,8 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import balance, remat, sharding
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
+from moejax.dispatch import Turn, after, first_turn
 from moejax.kernels.manual import vary
-from moejax.mesh import PIPELINE, TENSOR, platform
+from moejax.mesh import EXPERT, PIPELINE, TENSOR, platform
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.attention import attention
 from moejax.nn.collectives import all_gather
@@ -94,6 +95,12 @@ class Program:
         """Whether stages without work skip it: `parallel.bubble` with "auto" resolved for the mesh's devices."""
         on_cpu = platform(self.mesh) == "cpu"
         return on_cpu if self.parallel.bubble == "auto" else self.parallel.bubble == "skip"
+
+    def batch_split(self, num_sequences: int) -> int:
+        """Parts of a microbatch of a device's `num_sequences`: `parallel.batch_split` with 0 (auto) resolved."""
+        alone = self.mesh.shape[EXPERT] * self.mesh.shape[TENSOR] == 1  # nothing is exchanged
+        wanted = 1 if alone or platform(self.mesh) == "cpu" else 2
+        return self.parallel.batch_split or math.gcd(num_sequences, wanted)
 
     @property
     def batch_spec(self) -> P:
@@ -220,16 +227,23 @@ class Program:
             p = sharding.gather(p, self.table["layers"], unstacked=True)
         x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
 
-        def part(x_bsD: jax.Array, segment_ids_bS: jax.Array) -> tuple[jax.Array, balance.LayerStats]:
+        def part(x_bsD: jax.Array, segment_ids_bS: jax.Array, turn: Turn) -> tuple[jax.Array, balance.LayerStats, Turn]:
+            x_bsD = after(x_bsD, turn.sent)
             x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
             h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
             by_sequence = self.balance.sequence_loss_weight > 0
-            y_bsD, stats = mixture_of_experts(p["moe"], h_bsD, self.model, self.dispatch, by_sequence=by_sequence)
-            return x_bsD + y_bsD, stats
+            y_bsD, stats, turn = mixture_of_experts(
+                p["moe"], h_bsD, self.model, self.dispatch, turn, by_sequence=by_sequence
+            )
+            return x_bsD + y_bsD, stats, turn
 
-        # No part waits for another, so the compiler can run one's products while it exchanges another's tokens.
-        split = functools.partial(jnp.split, indices_or_sections=self.parallel.batch_split)
-        parts, stats = zip(*map(part, split(x_bsD), split(segment_ids_bS)), strict=True)
+        # No part needs another's results, so the compiler can run one's products while it exchanges another's tokens.
+        split = functools.partial(jnp.split, indices_or_sections=self.batch_split(x_bsD.shape[0]))
+        turn, parts, stats = first_turn(), [], []
+        for inputs in zip(split(x_bsD), split(segment_ids_bS), strict=True):
+            y_bsD, sums, turn = part(*inputs, turn)
+            parts.append(y_bsD)
+            stats.append(sums)
         return jnp.concatenate(parts), jax.tree.map(lambda *sums: sum(sums), *stats)
 
     def _dense_layers(

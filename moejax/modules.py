@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import balance, sharding
 from moejax.config import DispatchConfig, ModelConfig, check
+from moejax.dispatch import first_turn
 from moejax.kernels.manual import varying
 from moejax.mesh import EXPERT, TENSOR
 from moejax.model import Batch, Metrics, Program, summarise
@@ -273,7 +274,7 @@ def _device_moe(
 ) -> tuple[jax.Array, MoEStats]:
     """The layer on one device's tokens and stored shards."""
     p = sharding.gather(params, sharding.moe_params(config, dispatch))
-    y_bsD, sums = mixture_of_experts(p, x_bsD.astype(config.dtype), config, dispatch)
+    y_bsD, sums, _ = mixture_of_experts(p, x_bsD.astype(config.dtype), config, dispatch, first_turn())
     token_axes = _token_axes(mesh)
     sums = global_stats(sums, token_axes)
     num_tokens = math.prod(x_bsD.shape[:2]) * math.prod(mesh.shape[axis] for axis in token_axes)

@@ -8,7 +8,7 @@ from jax import lax
 
 from moejax.balance import LayerStats, sequence_balance
 from moejax.config import DispatchConfig, ModelConfig
-from moejax.dispatch import Experts, get_dispatcher
+from moejax.dispatch import Experts, Turn, get_dispatcher
 from moejax.kernels.manual import vary, varying
 from moejax.kernels.top_k_routing import Routing, RoutingSums, route_tokens
 from moejax.mesh import TENSOR
@@ -17,17 +17,23 @@ from moejax.nn.feed_forward import swiglu
 
 
 def mixture_of_experts(
-    p: dict[str, Any], x_bsD: jax.Array, m: ModelConfig, dispatch: DispatchConfig, *, by_sequence: bool = False
-) -> tuple[jax.Array, LayerStats]:
-    """Sends each token of [b, s, D] to its experts and returns the weighted results, and sums over these tokens.
+    p: dict[str, Any],
+    x_bsD: jax.Array,
+    m: ModelConfig,
+    dispatch: DispatchConfig,
+    turn: Turn,
+    *,
+    by_sequence: bool = False,
+) -> tuple[jax.Array, LayerStats, Turn]:
+    """Sends each token of [b, s, D] to its experts; returns the weighted results, sums over tokens, the next turn.
 
     Runs inside `shard_map`; `p` is one layer of `moejax.sharding.moe_params`, gathered. `by_sequence` says that the
-    balance inside each sequence is asked for as well.
+    balance inside each sequence is asked for as well. `turn` is of the dispatch that exchanges before this one.
     """
     x_TD = x_bsD.reshape(-1, x_bsD.shape[-1])
     routing, sums = route(x_TD, p, m, num_sequences=x_bsD.shape[0])
     count_E = sums.count_bE.sum(0)
-    y_TD, done = get_dispatcher(dispatch)(
+    y_TD, done, turn = get_dispatcher(dispatch)(
         x_TD,
         routing,
         count_E.astype(jnp.int32),
@@ -35,6 +41,7 @@ def mixture_of_experts(
         p["experts"],
         capacity=dispatch.capacity(x_TD.shape[0], m),
         config=dispatch,
+        turn=turn,
     )
     if m.shared_d_ff:
         y_TD = y_TD + swiglu(p["shared"], x_TD)
@@ -43,7 +50,7 @@ def mixture_of_experts(
         count_E, sums.prob_bE.sum(0), sums.z, sums.entropy, sums.invalid, of_sequences, done.dropped, done.rounds,
         dispatches=jnp.ones_like(done.rounds),
     )  # fmt: skip
-    return y_TD.reshape(x_bsD.shape), jax.tree.map(lambda s: vary(s, varying(x_bsD)), stats)
+    return y_TD.reshape(x_bsD.shape), jax.tree.map(lambda s: vary(s, varying(x_bsD)), stats), turn
 
 
 def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int) -> tuple[Routing, RoutingSums]:

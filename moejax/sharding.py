@@ -264,7 +264,7 @@ def check_layout(
     if batch_size is not None:
         replicas = mesh.shape.get(REPLICA, 1)
         parts = {"replica": replicas, "expert": expert, "num_microbatches": parallel.num_microbatches}
-        parts["batch_split"] = parallel.batch_split
+        parts["batch_split"] = max(1, parallel.batch_split)
         if m.num_dense_layers:
             parts["pipeline (leading dense layers run data-parallel over it)"] = stages
         parts["accumulate"] = accumulate

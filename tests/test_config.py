@@ -22,7 +22,7 @@ POSITIVE = {
     "max_seq_len rope_theta norm_eps",
     DispatchConfig: "capacity_factor hosts chunks",
     BalanceConfig: "window",
-    ParallelConfig: "num_microbatches repeats batch_split",
+    ParallelConfig: "num_microbatches repeats",
     OptimizerConfig: "learning_rate eps clip_norm",
     DataConfig: "seq_len batch_size",
     CheckpointConfig: "every keep",
@@ -32,6 +32,7 @@ NOT_NEGATIVE = {
     ModelConfig: "shared_d_ff num_dense_layers dense_d_ff",
     BalanceConfig: "aux_loss_weight sequence_loss_weight z_loss_weight bias_update_rate max_load_cv "
     "max_dropped_fraction max_idle_experts",
+    ParallelConfig: "batch_split",
     OptimizerConfig: "warmup_steps weight_decay",
     TrainConfig: "sample_tokens",
 }

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from layouts import CI_LAYOUTS, Layout, per_device_values, relative_error
 from reference import oracle
 
+from moejax import model
 from moejax.mesh import TENSOR
 from moejax.sharding import Param
 
@@ -102,3 +103,21 @@ def test_next_token_logits_are_the_oracles(layout):
     params, tokens = layout.place(layout.logical_params), layout.place_batch(batch["tokens"])
     actual = jax.jit(function)(params, tokens, np.int32(position))
     assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("platform", "mesh", "wanted", "num_sequences", "parts"),
+    [
+        ("cpu", (4, 1, 1), 0, 2, 1),
+        ("cpu", (4, 1, 1), 2, 2, 2),
+        ("gpu", (4, 1, 1), 0, 2, 2),
+        ("tpu", (1, 1, 4), 0, 6, 2),
+        ("gpu", (4, 1, 1), 0, 3, 1),  # 2 does not divide 3
+        ("gpu", (1, 4, 1), 0, 2, 1),  # nobody to exchange with
+        ("gpu", (4, 1, 1), 4, 4, 4),
+    ],
+)
+def test_a_microbatch_is_split_where_exchanges_can_overlap(monkeypatch, platform, mesh, wanted, num_sequences, parts):
+    monkeypatch.setattr(model, "platform", lambda _: platform)
+    program = Layout(*mesh, batch_split=wanted).program
+    assert program.batch_split(num_sequences) == parts

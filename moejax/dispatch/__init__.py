@@ -3,6 +3,7 @@
 from moejax.config import DispatchConfig
 from moejax.dispatch import capacity, dropless, ragged
 from moejax.dispatch.contract import Dispatcher, DispatchStats, Experts
+from moejax.dispatch.turns import Turn, after, first_turn
 
 STRATEGIES: dict[str, Dispatcher] = {"capacity": capacity.run, "dropless": dropless.run, "ragged": ragged.run}
 
@@ -12,4 +13,4 @@ def get_dispatcher(config: DispatchConfig) -> Dispatcher:
     return STRATEGIES[config.strategy]
 
 
-__all__ = ["STRATEGIES", "DispatchStats", "Dispatcher", "Experts", "get_dispatcher"]
+__all__ = ["STRATEGIES", "DispatchStats", "Dispatcher", "Experts", "Turn", "after", "first_turn", "get_dispatcher"]

@@ -18,6 +18,7 @@ from moejax.dispatch import slots
 from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
+from moejax.dispatch.turns import Turn
 from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import EXPERT, TENSOR
 
@@ -33,18 +34,19 @@ def run(
     *,
     capacity: int,
     config: DispatchConfig,
-) -> tuple[jax.Array, DispatchStats]:
+    turn: Turn,
+) -> tuple[jax.Array, DispatchStats, Turn]:
     """See `moejax.dispatch.contract.Dispatcher`. An expert takes `capacity` times the number of senders."""
     with jax.named_scope("dispatch"):
         kept_TK = highest_gates(routing, count_E, capacity * lax.axis_size(SENDERS))
         expert_TK = jnp.where(kept_TK, routing.expert_TK, count_E.shape[0])
         queue = slots.line_up(expert_TK, *slots.positions(expert_TK, count_E.shape[0]))
         dropped = (~kept_TK).sum(dtype=jnp.float32)
-    y_TD, rounds = run_rounds(
+    y_TD, rounds, turn = run_rounds(
         x_TD, routing.gate_TK, queue, experts, weights,
-        capacity=capacity, chunks=config.chunks, exchange=Exchange.from_config(config),
+        capacity=capacity, chunks=config.chunks, exchange=Exchange.from_config(config), turn=turn,
     )  # fmt: skip
-    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32))
+    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32)), turn
 
 
 def highest_gates(routing: Routing, count_E: jax.Array, room: int) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from moejax.config import DispatchConfig
+from moejax.dispatch.turns import Turn
 from moejax.kernels.top_k_routing import Routing
 
 
@@ -45,8 +46,9 @@ class Dispatcher(Protocol):
         *,
         capacity: int,
         config: DispatchConfig,
-    ) -> tuple[jax.Array, DispatchStats]:
-        """Returns the gate-weighted sum of the experts' results [T, D] in x's dtype, and what it came to.
+        turn: Turn,
+    ) -> tuple[jax.Array, DispatchStats, Turn]:
+        """Returns the experts' results [T, D], weighted by gates, in x's dtype; what it came to; and the next turn.
 
         Args:
             x_TD: this device's tokens.
@@ -56,5 +58,6 @@ class Dispatcher(Protocol):
             weights: what `experts` takes first; differentiated through.
             capacity: rows that this device sends to one expert at a time; a multiple of `config.chunks`.
             config: which mesh axes the experts are spread over, and how the exchange is done.
+            turn: of the dispatch that exchanges before this one.
         """
         ...

@@ -11,6 +11,7 @@ from moejax.dispatch import ragged, slots
 from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
+from moejax.dispatch.turns import Turn
 from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import EXPERT, TENSOR
 
@@ -24,15 +25,16 @@ def run(
     *,
     capacity: int,
     config: DispatchConfig,
-) -> tuple[jax.Array, DispatchStats]:
+    turn: Turn,
+) -> tuple[jax.Array, DispatchStats, Turn]:
     """See `moejax.dispatch.contract.Dispatcher`. Only tokens that the router could not place count as dropped."""
     if lax.axis_size((EXPERT, TENSOR)) == 1:  # nobody to exchange with: no buffers and no rounds either
-        return ragged.run(x_TD, routing, count_E, experts, weights, capacity=capacity, config=config)
+        return ragged.run(x_TD, routing, count_E, experts, weights, capacity=capacity, config=config, turn=turn)
     with jax.named_scope("dispatch"):
         queue = slots.line_up(routing.expert_TK, routing.position_TK, count_E)
         dropped = (routing.expert_TK == count_E.shape[0]).sum(dtype=jnp.float32)
-    y_TD, rounds = run_rounds(
+    y_TD, rounds, turn = run_rounds(
         x_TD, routing.gate_TK, queue, experts, weights,
-        capacity=capacity, chunks=config.chunks, exchange=Exchange.from_config(config),
+        capacity=capacity, chunks=config.chunks, exchange=Exchange.from_config(config), turn=turn,
     )  # fmt: skip
-    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32))
+    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32)), turn

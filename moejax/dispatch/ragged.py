@@ -26,6 +26,7 @@ from moejax.dispatch.contract import DispatchStats, Experts
 from moejax.dispatch.ragged_exchange import RaggedExchange, make_plan, max_rows
 from moejax.dispatch.rounds import in_rounds
 from moejax.dispatch.slots import Queue
+from moejax.dispatch.turns import Turn, after, moment
 from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import EXPERT, TENSOR
 from moejax.nn.collectives import all_gather, psum_scatter
@@ -40,14 +41,15 @@ def run(
     *,
     capacity: int,
     config: DispatchConfig,
-) -> tuple[jax.Array, DispatchStats]:
+    turn: Turn,
+) -> tuple[jax.Array, DispatchStats, Turn]:
     """See `moejax.dispatch.contract.Dispatcher`. A device's buffer has `capacity * E` rows for all that it receives."""
     with jax.named_scope("dispatch"):
         queue = slots.line_up(routing.expert_TK, routing.position_TK, count_E)
         dropped = (routing.expert_TK == count_E.shape[0]).sum(dtype=jnp.float32)
     if lax.axis_size((EXPERT, TENSOR)) == 1:
         y_TD = _on_one_device(queue, x_TD, routing.gate_TK, experts, weights)
-        return y_TD, DispatchStats(dropped, jnp.ones_like(dropped))
+        return y_TD, DispatchStats(dropped, jnp.ones_like(dropped)), turn
 
     num_devices = lax.axis_size(config.expert_axes)
     rows = min(capacity * count_E.shape[0] // config.chunks, num_devices * queue.order_N.shape[0])
@@ -57,8 +59,8 @@ def run(
         rounds = jnp.maximum(lax.pmax(rounds, (EXPERT, TENSOR)), 1)
     exchange = RaggedExchange(config.expert_axes, config.hosts, config.payload, rows)
     one_round = partial(_one_round, experts=experts, exchange=exchange, config=config)
-    y_TD = in_rounds(one_round, rounds, (queue, count_sE), x_TD, routing.gate_TK, weights)
-    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32))
+    y_TD, turn = in_rounds(one_round, rounds, (queue, count_sE, turn), x_TD, routing.gate_TK, weights)
+    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32)), turn
 
 
 def _on_one_device(queue: Queue, x_TD: jax.Array, gate_TK: jax.Array, experts: Experts, weights: Any) -> jax.Array:
@@ -72,7 +74,7 @@ def _on_one_device(queue: Queue, x_TD: jax.Array, gate_TK: jax.Array, experts: E
 
 def _one_round(
     index: jax.Array | int,
-    plan: tuple[Queue, jax.Array],
+    plan: tuple[Queue, jax.Array, Turn],
     x_TD: jax.Array,
     gate_TK: jax.Array,
     weights: Any,
@@ -80,11 +82,12 @@ def _one_round(
     experts: Experts,
     exchange: RaggedExchange,
     config: DispatchConfig,
-) -> jax.Array:
-    queue, count_sE = plan
+) -> tuple[jax.Array, Turn]:
+    queue, count_sE, turn = plan
     with jax.named_scope("dispatch"):
         matching = slots.in_line(queue)
-        x_ND = slots.fill_buffer(x_TD, matching, gate_TK.shape[1])
+        sent_ND = slots.fill_buffer(x_TD, matching, gate_TK.shape[1])
+        x_ND = after(sent_ND, turn.arrived)
     y_ND = jnp.zeros_like(x_ND)
     for chunk in range(config.chunks):
         with jax.named_scope("dispatch"):
@@ -97,7 +100,7 @@ def _one_round(
         with jax.named_scope("combine"):
             y_ND = exchange.to_senders(y_RD, y_ND, hops)
     with jax.named_scope("combine"):
-        return slots.read_buffer(y_ND, matching, gate_TK)
+        return slots.read_buffer(y_ND, matching, gate_TK), Turn(moment(sent_ND), moment(x_RD))
 
 
 def _split_experts(experts: Experts, weights: Any, x_RD: jax.Array, size_e: jax.Array) -> jax.Array:

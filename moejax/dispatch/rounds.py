@@ -20,11 +20,13 @@ from moejax.dispatch import slots
 from moejax.dispatch.contract import Experts
 from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.slots import Queue
+from moejax.dispatch.turns import Turn, after, moment
 from moejax.kernels.manual import vary, vary_alike, varying
 from moejax.mesh import EXPERT, TENSOR
 
-# (round, plan, x [T, D], gates [T, K], weights) -> this round's part of the result [T, D]; the plan is integers
-Round = Callable[[jax.Array | int, Any, jax.Array, jax.Array, Any], jax.Array]
+# (round, plan, x [T, D], gates [T, K], weights) -> this round's part of the result [T, D]; the plan is integers, its
+# own turn among them, and what is returned beside the result is the next dispatch's
+Round = Callable[[jax.Array | int, Any, jax.Array, jax.Array, Any], tuple[jax.Array, Turn]]
 
 
 def run_rounds(
@@ -37,18 +39,21 @@ def run_rounds(
     capacity: int,
     chunks: int,
     exchange: Exchange,
-) -> tuple[jax.Array, jax.Array]:
-    """Takes all of the queue to its experts. Returns their weighted results [T, D] and the number of rounds, int32."""
+    turn: Turn,
+) -> tuple[jax.Array, jax.Array, Turn]:
+    """Takes all of the queue to its experts. Returns their weighted results [T, D], the rounds, int32, and the turn."""
     rounds = lax.pmax((queue.count_E.max() + capacity - 1) // capacity, (EXPERT, TENSOR))
     rounds = jnp.maximum(rounds, 1)
     one_round = partial(_one_round, experts=experts, capacity=capacity, chunks=chunks, exchange=exchange)
-    return in_rounds(one_round, rounds, queue, x_TD, gate_TK, weights), rounds
+    y_TD, turn = in_rounds(one_round, rounds, (queue, turn), x_TD, gate_TK, weights)
+    return y_TD, rounds, turn
 
 
 def in_rounds(
     one_round: Round, rounds: jax.Array, plan: Any, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
-) -> jax.Array:
+) -> tuple[jax.Array, Turn]:
     """The sum of `one_round(i, plan, x, gate, weights)` over `rounds` >= 1 rounds, differentiable in the last three.
+    The turn is the first round's.
 
     Devices that communicate in a round must agree on their number.
     """
@@ -58,7 +63,7 @@ def in_rounds(
 
 def _one_round(
     index: jax.Array | int,
-    queue: Queue,
+    plan: tuple[Queue, Turn],
     x_TD: jax.Array,
     gate_TK: jax.Array,
     weights: Any,
@@ -67,42 +72,50 @@ def _one_round(
     capacity: int,
     chunks: int,
     exchange: Exchange,
-) -> jax.Array:
+) -> tuple[jax.Array, Turn]:
+    queue, turn = plan
     with jax.named_scope("dispatch"):
         matching = slots.assign_slots(queue, index * capacity, capacity)
         buffer_ECD = slots.fill_buffer(x_TD, matching, gate_TK.shape[1])
+    sent, arrived = moment(buffer_ECD), turn.arrived
     parts = []
     for part_ECD in jnp.split(buffer_ECD, chunks, axis=1):
         with jax.named_scope("dispatch"):
-            part_eCD = exchange.to_experts(part_ECD)
+            part_eCD = exchange.to_experts(after(part_ECD, arrived))
+            arrived = moment(part_eCD)
         part_eCD = experts.on_buffers(weights, part_eCD)
         with jax.named_scope("combine"):
             parts.append(exchange.to_senders(part_eCD))
     with jax.named_scope("combine"):
-        return slots.read_buffer(jnp.concatenate(parts, axis=1), matching, gate_TK)
+        return slots.read_buffer(jnp.concatenate(parts, axis=1), matching, gate_TK), Turn(sent, arrived)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_rounds(
     one_round: Round, rounds: jax.Array, plan: Any, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
-) -> jax.Array:
+) -> tuple[jax.Array, Turn]:
     return _forward(one_round, rounds, plan, x_TD, gate_TK, weights)[0]
 
 
 def _forward(
     one_round: Round, rounds: jax.Array, plan: Any, x_TD: jax.Array, gate_TK: jax.Array, weights: Any
-) -> tuple[jax.Array, Any]:
+) -> tuple[tuple[jax.Array, Turn], Any]:
     args = (x_TD, gate_TK, weights)
-    y_TD, first_vjp = jax.vjp(partial(one_round, 0, plan), *args)
-    y_TD = _further(rounds, y_TD, lambda index: one_round(index, plan, *args))
-    return y_TD, (first_vjp, rounds, plan, args)
+    y_TD, first_vjp, turn = jax.vjp(partial(one_round, 0, plan), *args, has_aux=True)
+    y_TD = _further(rounds, y_TD, lambda index: one_round(index, plan, *args)[0])
+    return (y_TD, turn), (first_vjp, rounds, plan, args)
 
 
-def _backward(one_round: Round, residuals: Any, dy_TD: jax.Array) -> tuple[None, None, jax.Array, jax.Array, Any]:
+def _backward(
+    one_round: Round, residuals: Any, dy: tuple[jax.Array, Any]
+) -> tuple[None, None, jax.Array, jax.Array, Any]:
+    dy_TD, _ = dy
     first_vjp, rounds, plan, args = residuals
-    gradients = _further(
-        rounds, first_vjp(dy_TD), lambda index: jax.vjp(partial(one_round, index, plan), *args)[1](dy_TD)
-    )
+
+    def of_round(index: jax.Array) -> Any:
+        return jax.vjp(partial(one_round, index, plan), *args, has_aux=True)[1](dy_TD)
+
+    gradients = _further(rounds, first_vjp(dy_TD), of_round)
     return None, None, *gradients
 
 

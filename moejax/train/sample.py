@@ -73,7 +73,7 @@ def generate(
 
     parallel = program.parallel
     batch = math.prod(program.mesh.shape[a] for a in program.batch_axes)
-    batch *= parallel.num_microbatches * parallel.batch_split
+    batch *= parallel.num_microbatches * max(1, parallel.batch_split)
     if program.model.num_dense_layers:
         batch *= program.mesh.shape[PIPELINE]
     tokens_BS = np.zeros((batch, window), np.int32)

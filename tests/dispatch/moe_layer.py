@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import remat
 from moejax.config import DispatchConfig, ModelConfig
-from moejax.dispatch import Experts, get_dispatcher
+from moejax.dispatch import Experts, first_turn, get_dispatcher
 from moejax.kernels.manual import vary
 from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import PIPELINE, MeshConfig, build_mesh
@@ -90,7 +90,7 @@ class Layer:
     ) -> Any:
         def layer(weights: Any, x_TD: Any) -> Any:
             gate_TK = gates(weights["router"], x_TD, expert_TK)
-            y_TD, stats = get_dispatcher(self.config)(
+            y_TD, stats, _ = get_dispatcher(self.config)(
                 x_TD,
                 Routing(gate_TK, expert_TK, position_TK),
                 count_1E[0],
@@ -98,6 +98,7 @@ class Layer:
                 weights["experts"],
                 capacity=self.capacity,
                 config=self.config,
+                turn=first_turn(),
             )
             return y_TD, (stats.dropped, vary(stats.rounds, self.mesh.axis_names))
 
