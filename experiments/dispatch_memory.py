@@ -29,10 +29,10 @@ from jax.sharding import PartitionSpec as P
 from moejax import sharding
 from moejax.config import DispatchConfig, ModelConfig, TrainConfig, check
 from moejax.dispatch import first_turn
-from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh
+from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh, compiler_options
 from moejax.model import Program
 from moejax.moe import mixture_of_experts
-from moejax.topology import compile_only_devices, compiler_options
+from moejax.topology import compile_only_devices
 from moejax.train.sizes import device_memory_bytes
 from moejax.train.step import make_train_step
 
@@ -54,12 +54,11 @@ def main(argv: list[str]) -> None:
     else:
         mesh_config = mesh_config if flags.FLAGS["mesh"].present else common.load_mesh_config(target)
         mesh = build_mesh(mesh_config, compile_only_devices(target))
-    options = compiler_options(target) if target else None
     rows, results = [], {}
     for name, dispatch in designs(config).items():
         block = Block(config, dispatch, mesh)
-        compiled = block.program.lower(*block.shapes).compile(options)
-        step = lower_step(dataclasses.replace(config, dispatch=dispatch), mesh).compile(options)
+        compiled = block.program.lower(*block.shapes).compile(compiler_options(mesh))
+        step = lower_step(dataclasses.replace(config, dispatch=dispatch), mesh).compile()
         rows.append({"design": name, "block_bytes": memory(compiled), "step_bytes": memory(step)})
         if target is None:
             found = block.run(compiled)
