@@ -74,7 +74,15 @@ class Program:
     @functools.cached_property
     def balancer(self) -> balance.ExpertLoadBalancer:
         """What keeps this program's experts evenly loaded; its state is part of the train state."""
-        return balance.ExpertLoadBalancer(self.model, self.balance, self.dispatch)
+        config = self.balance
+        if not self.exchanges:  # no buffers, so no sizes of them
+            config = dataclasses.replace(config, capacity_factors=())
+        return balance.ExpertLoadBalancer(self.model, config, self.dispatch)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether tokens leave their device."""
+        return self.mesh.shape[EXPERT] * self.mesh.shape[TENSOR] > 1
 
     @functools.cached_property
     def table(self) -> dict[str, Any]:
@@ -98,8 +106,7 @@ class Program:
 
     def batch_split(self, num_sequences: int) -> int:
         """Parts of a microbatch of a device's `num_sequences`: `parallel.batch_split` with 0 (auto) resolved."""
-        alone = self.mesh.shape[EXPERT] * self.mesh.shape[TENSOR] == 1  # nothing is exchanged
-        wanted = 1 if alone or platform(self.mesh) == "cpu" else 2
+        wanted = 2 if self.exchanges and platform(self.mesh) != "cpu" else 1
         return self.parallel.batch_split or math.gcd(num_sequences, wanted)
 
     @property

@@ -171,7 +171,7 @@ def test_divergence_is_reported_not_saved(config, tmp_path):
         Trainer(wild, mesh(4, 2, 2), tmp_path).run()
 
 
-def run_on_one_device(config, workdir, monkeypatch, **balance):
+def run_on_two_devices(config, workdir, monkeypatch, **balance):
     """Six steps with windows of two: (summary, metrics, sizes that were compiled)."""
     compiled, lower = [], TrainStep.lower
 
@@ -181,16 +181,16 @@ def run_on_one_device(config, workdir, monkeypatch, **balance):
 
     monkeypatch.setattr(TrainStep, "lower", counting)
     balance = dataclasses.replace(config.balance, window=2, **balance)
-    summary = Trainer(dataclasses.replace(config, steps=6, balance=balance), mesh(1, 1, 1), workdir).run()
+    summary = Trainer(dataclasses.replace(config, steps=6, balance=balance), mesh(2, 1, 1), workdir).run()
     return summary, read_metrics(workdir), compiled
 
 
 def test_buffers_change_size_without_compiling_again_and_without_changing_the_loss(config, tmp_path, monkeypatch):
     sizes = (1.0, 1.5, 2.0, 4.0)
-    fixed, lines_fixed, compiled = run_on_one_device(config, tmp_path / "fixed", monkeypatch, capacity_factors=())
+    fixed, lines_fixed, compiled = run_on_two_devices(config, tmp_path / "fixed", monkeypatch, capacity_factors=())
     assert compiled == [config.dispatch.capacity_factor]
     assert fixed.capacity_switches == 0
-    sized, lines_sized, compiled = run_on_one_device(config, tmp_path / "sized", monkeypatch, capacity_factors=sizes)
+    sized, lines_sized, compiled = run_on_two_devices(config, tmp_path / "sized", monkeypatch, capacity_factors=sizes)
     ran = [line["capacity_factor"] for line in lines_sized]
     assert ran[:2] == [1.5, 1.5]
     assert ran[2] == ran[3] == 4.0, "text is skewed before anything is learned"
