@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,6 @@ COLUMNS = {
     "eval_bits_per_byte": "bits per byte",
     "rounds": "rounds",
     "window_tokens": "window, tokens",
-    "seconds": "seconds",
 }
 
 
@@ -106,7 +104,6 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
         kept = json.loads(ended.read_text())
         check(kept["config"] == settings, f"{workdir} holds a run of another configuration; use another --workdir")
         return kept["row"]
-    began = time.perf_counter()
     summary = Trainer(config, mesh, workdir).run()
     check(not summary.interrupted, f"stopped at step {summary.step}; start again to go on")
     last = read_metrics(workdir)[-1]
@@ -118,7 +115,6 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
         "eval_bits_per_byte": last["eval_bits_per_byte"],
         "rounds": last["window_rounds"],
         "window_tokens": int(last["window_tokens"]),
-        "seconds": time.perf_counter() - began,
     }
     ended.write_text(json.dumps({"config": settings, "row": row}))
     return row
@@ -168,7 +164,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "dropped_percent": "assignments dropped, %",
         "eval_bits_per_byte": "held-out bits per byte",
     }
-    fig, axes = plt.subplots(1, len(figures), figsize=(13, 4), layout="constrained")
+    fig, axes = plt.subplots(1, len(figures), figsize=(13, 4.4), layout="constrained")
     for ax, (name, label) in zip(axes, figures.items(), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             by_capacity = {row["capacity"]: row[name] for row in rows if row["method"] == method}
@@ -181,7 +177,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes[0].set_yscale("log")
     axes[0].axhline(rows[0]["load_cv_floor"], color="gray", linestyle=":", label="sampling floor")
     axes[0].axhline(0.06, color="gray", linestyle="--", label="aim, 0.06")
-    axes[0].legend()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 

@@ -204,7 +204,7 @@ class BalanceConfig:
         """Loss-free balancing for a router with a bias, which keeps loads the most even (experiments/results), and the
         auxiliary loss for one without.
         """
-        return cls(aux_loss_weight=0.0, bias_update_rate=0.01) if model.router_bias else cls()
+        return cls(aux_loss_weight=0.0, z_loss_weight=0.0, bias_update_rate=0.01) if model.router_bias else cls()
 
 
 @dataclasses.dataclass(frozen=True)
