@@ -24,9 +24,9 @@ def test_a_step_in_bfloat16_lowers_the_loss(seq_len, batch_size, bubble):
     tokens = np.random.default_rng(0).integers(0, 64, (batch_size, seq_len), dtype=np.int32)
     batch = train_step.put_batch({"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)})
     losses = []
-    for _ in range(3):
+    for _ in range(4):  # the first, without a warm-up, overshoots
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["cross_entropy"]))
     assert np.isfinite(losses).all()
-    assert losses[2] < losses[0] - 0.02
+    assert losses[-1] < losses[0] - 0.02
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
