@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.kernels import manual
+from moejax.kernels.platform import implementation_for
 
 Implementation = Literal["reference", "cpu", "gpu", "tpu"]
 Pass = Literal["forward", "dlhs", "drhs"]
@@ -36,17 +37,13 @@ _BY_PLATFORM: dict[str, Implementations] = {
 def grouped_matmul_implementation(platform: str | None = None, pass_: Pass = "forward") -> Implementation:
     """The implementation that `grouped_matmul` uses on `platform` for the pass "forward", "dlhs" or "drhs".
 
-    The platform is "cpu", "cuda" (or "gpu") or "tpu"; None means the one that the surrounding program is for: the
-    devices of the mesh in context, else the default backend.
+    The platform is "cpu", "cuda" (or "gpu") or "tpu"; None means the one that the surrounding program is for, see
+    `moejax.kernels.platform`.
     """
-    if platform is None:
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        platform = device.platform if device is not None else jax.default_backend()
-    if platform not in _BY_PLATFORM:
-        raise ValueError(f"platform={platform!r} has no grouped matmul; use {', '.join(map(repr, _BY_PLATFORM))}")
     if pass_ not in _PASSES:
         raise ValueError(f"pass_={pass_!r} must be one of {', '.join(map(repr, _PASSES))}")
-    return _BY_PLATFORM[platform][_PASSES.index(pass_)]
+    of_pass = {name: passes[_PASSES.index(pass_)] for name, passes in _BY_PLATFORM.items()}
+    return implementation_for("grouped matmul", of_pass, platform)
 
 
 def grouped_matmul(
