@@ -16,7 +16,6 @@ from jax import lax
 from moejax.config import DispatchConfig
 from moejax.dispatch import slots
 from moejax.dispatch.contract import DispatchStats, Experts
-from moejax.dispatch.exchange import Exchange
 from moejax.dispatch.rounds import run_rounds
 from moejax.dispatch.turns import Turn
 from moejax.kernels.top_k_routing import Routing
@@ -43,9 +42,8 @@ def run(
         queue = slots.line_up(expert_TK, *slots.positions(expert_TK, count_E.shape[0]))
         dropped = (~kept_TK).sum(dtype=jnp.float32)
     y_TD, rounds, turn = run_rounds(
-        x_TD, routing.gate_TK, queue, experts, weights,
-        capacity=capacity, chunks=config.chunks, exchange=Exchange.from_config(config), turn=turn,
-    )  # fmt: skip
+        x_TD, routing.gate_TK, queue, experts, weights, capacity=capacity, config=config, turn=turn
+    )
     return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32)), turn
 
 

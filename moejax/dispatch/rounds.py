@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.config import DispatchConfig
 from moejax.dispatch import slots
 from moejax.dispatch.contract import Experts
 from moejax.dispatch.exchange import Exchange
@@ -37,14 +38,14 @@ def run_rounds(
     weights: Any,
     *,
     capacity: int,
-    chunks: int,
-    exchange: Exchange,
+    config: DispatchConfig,
     turn: Turn,
 ) -> tuple[jax.Array, jax.Array, Turn]:
     """Takes all of the queue to its experts. Returns their weighted results [T, D], the rounds, int32, and the turn."""
     rounds = lax.pmax((queue.count_E.max() + capacity - 1) // capacity, (EXPERT, TENSOR))
     rounds = jnp.maximum(rounds, 1)
-    one_round = partial(_one_round, experts=experts, capacity=capacity, chunks=chunks, exchange=exchange)
+    exchange = Exchange.from_config(config)
+    one_round = partial(_one_round, experts=experts, capacity=capacity, chunks=config.chunks, exchange=exchange)
     y_TD, turn = in_rounds(one_round, rounds, (queue, turn), x_TD, gate_TK, weights)
     return y_TD, rounds, turn
 
