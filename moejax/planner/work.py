@@ -1,0 +1,96 @@
+"""What one device does in one step, as a list: matrix products, transfers, and passes over memory.
+
+It is the common language of the planner. Closed forms write it (`moejax.planner.program` for moejax's own step,
+`moejax.planner.published` for other systems' runs); its sums by phase are held against the trace of the program
+(`moejax.planner.trace`) and the compiler's text; `moejax.planner.time` says how long each entry takes on a cluster.
+
+All amounts are of one device and one step: `times` counts how often an entry is done in it, bubbles of the pipeline that
+are computed included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Literal
+
+Phase = Literal[
+    "embed", "attention", "route", "dispatch", "expert", "combine", "pipeline", "logits", "loss", "gather", "optimizer",
+]  # fmt: skip
+Pass = Literal["forward", "recompute", "backward", "update"]
+Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "ppermute"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """`groups` matrix products [m, k] × [k, n], done `times` times."""
+
+    phase: Phase
+    stage: Pass
+    m: float
+    n: float
+    k: float
+    groups: float = 1
+    times: float = 1
+    dtype: str = "bfloat16"
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k * self.groups * self.times
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """A collective over mesh axes. `operand_bytes` are those of its operand on one device, once."""
+
+    phase: Phase
+    stage: Pass
+    kind: Kind
+    axes: tuple[str, ...]
+    operand_bytes: float
+    num_devices: int  # along the axes
+    times: float = 1
+    hosts: int = 1  # of two hops: how many hosts the devices are in; `num_devices` are then all of them
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a device sends to others in a step, as a ring would (all-reduce: reduce-scatter, all-gather)."""
+        others = self.num_devices - 1
+        factor = {
+            "all_gather": others,
+            "all_reduce": 2 * others / self.num_devices,
+            "ppermute": 1 if others else 0,
+        }.get(self.kind, others / self.num_devices)
+        return factor * self.operand_bytes * self.times
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What reads and writes device memory without a matrix product: norms, gathers of rows, casts, the optimizer."""
+
+    phase: Phase
+    stage: Pass
+    moved_bytes: float
+    times: float = 1
+
+
+Work = list[Product | Transfer | Sweep]
+
+
+def flops_by_phase(work: Iterable[Product | Transfer | Sweep]) -> dict[str, float]:
+    """FLOPs of the matrix products by phase, all passes together."""
+    total: dict[str, float] = defaultdict(float)
+    for item in work:
+        if isinstance(item, Product):
+            total[item.phase] += item.flops
+    return dict(total)
+
+
+def sent_by_phase(work: Iterable[Product | Transfer | Sweep]) -> dict[tuple[str, str, tuple[str, ...]], float]:
+    """Bytes sent by (phase, kind, axes), all passes together; transfers that send nothing are left out."""
+    total: dict[tuple[str, str, tuple[str, ...]], float] = defaultdict(float)
+    for item in work:
+        if isinstance(item, Transfer) and item.sent_bytes:
+            total[item.phase, item.kind, item.axes] += item.sent_bytes
+    return dict(total)
