@@ -4,8 +4,8 @@ It is the common language of the planner. Closed forms write it (`moejax.planner
 `moejax.planner.published` for other systems' runs); its sums by phase are held against the trace of the program
 (`moejax.planner.trace`) and the compiler's text; `moejax.planner.time` says how long each entry takes on a cluster.
 
-All amounts are of one device and one step: `times` counts how often an entry is done in it, bubbles of the pipeline that
-are computed included.
+All amounts are of one device and one step: `times` counts how often an entry is done in it, bubbles of the pipeline
+that are computed included.
 """
 
 from __future__ import annotations
