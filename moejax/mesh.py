@@ -25,8 +25,9 @@ TENSOR = "tensor"
 
 HostAxis = Literal["replica", "expert", "pipeline", "tensor"]
 Hardware = Literal[
-    "cpu", "a100_40gb", "a100_64gb", "a100_80gb", "h100", "h200", "b200", "tpu_v5e", "tpu_v5p", "tpu_v6e", "tpu7x"
-]
+    "cpu", "a100_40gb", "a100_64gb", "a100_80gb", "h100", "h100_96gb", "h200", "b200", "mi250x_gcd", "mi300x",
+    "tpu_v4", "tpu_v5e", "tpu_v5p", "tpu_v6e", "tpu7x", "custom",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class MeshConfig:
     """The sizes of the mesh axes, the kind of device, and the axis that crosses hosts.
 
     `host_axis` is the one axis whose neighbours may stand in different hosts; every other axis stays inside one host.
-    `hosts` must divide its size. `hardware` is a name; its figures are the planner's.
+    But for replicas: unless they are the `host_axis`, each takes hosts of its own, `hosts / replica` of them. `hosts`
+    must divide accordingly. `hardware` is a name, whose figures are the planner's; "custom" is a user's own.
     """
 
     expert: int = 1
@@ -52,11 +54,14 @@ class MeshConfig:
         for name, choices in (("hardware", Hardware), ("host_axis", HostAxis)):
             value, allowed = getattr(self, name), get_args(choices)
             check(value in allowed, f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
-        crossing = getattr(self, self.host_axis)
-        divisors = ", ".join(str(n) for n in range(1, crossing + 1) if crossing % n == 0)
+        crossing, each = getattr(self, self.host_axis), 1 if self.host_axis == REPLICA else self.replica
+        possible = [each * n for n in range(1, crossing + 1) if crossing % n == 0]
+        replicas = f"replica={each} × a divisor of " if each > 1 else ""
+        relation = "must be" if each > 1 else "must divide"
         check(
-            crossing % self.hosts == 0,
-            f"hosts={self.hosts} must divide {self.host_axis}={crossing}, the host_axis; hosts can be {divisors}",
+            self.hosts == 1 or self.hosts in possible,
+            f"hosts={self.hosts} {relation} {replicas}{self.host_axis}={crossing}, the host_axis; "
+            f"hosts can be {', '.join(map(str, [1, *possible] if each > 1 else possible))}",
         )
 
     @property
@@ -73,6 +78,13 @@ class MeshConfig:
     def num_devices(self) -> int:
         return math.prod(self.shape.values())
 
+    def hosts_along(self, *axes: str) -> int:
+        """Over how many hosts the devices along these axes stand, the other axes' positions held."""
+        along = {self.host_axis: self.hosts}
+        if self.host_axis != REPLICA and self.hosts > 1:
+            along = {REPLICA: self.replica, self.host_axis: self.hosts // self.replica}
+        return math.prod(along.get(axis, 1) for axis in axes)
+
     @property
     def batch_axes(self) -> tuple[str, ...]:
         """The axes over which the batch is split."""
@@ -82,8 +94,8 @@ class MeshConfig:
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Places `devices` (default: all of JAX's) on the mesh of `config`.
 
-    Devices are taken by (process, id), so that consecutive ones share a host, and `hosts` equal runs of them become the
-    outermost part of `host_axis`: no other axis crosses hosts.
+    Devices are taken by (process, id), so that consecutive ones share a host. Replicas are equal runs of them, and of
+    each the runs that are its hosts become the outermost part of `host_axis`: no other axis crosses hosts.
 
     Raises:
       ConfigError: the number of devices is not the one that the mesh needs.
@@ -94,11 +106,13 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     ordered = np.empty(len(devices), dtype=object)
     ordered[:] = sorted(devices, key=lambda device: (device.process_index, device.id))
 
-    host_dim = config.axis_names.index(config.host_axis) if config.hosts > 1 else 0
-    inside_host = list(config.shape.values())
-    inside_host[host_dim] //= config.hosts
-    grid = ordered.reshape(config.hosts, *inside_host)
-    grid = np.moveaxis(grid, 0, host_dim).reshape(tuple(config.shape.values()))
+    host_dim = config.axis_names.index(config.host_axis)
+    outer = list(config.shape.values())[:1] if host_dim and REPLICA in config.shape else []
+    crossed = config.hosts_along(config.host_axis)
+    inside_host = list(config.shape.values())[len(outer) :]
+    inside_host[host_dim - len(outer)] //= crossed
+    grid = ordered.reshape(*outer, crossed, *inside_host)
+    grid = np.moveaxis(grid, len(outer), host_dim).reshape(tuple(config.shape.values()))
     return Mesh(grid, config.axis_names, axis_types=(AxisType.Auto,) * grid.ndim)
 
 

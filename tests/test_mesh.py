@@ -54,6 +54,7 @@ def test_replica_is_outermost_and_splits_the_batch():
         ({"host_axis": "layers"}, "host_axis='layers' must be one of 'replica', 'expert', "),
         ({"expert": 4, "hosts": 3}, "hosts=3 must divide expert=4, the host_axis; hosts can be 1, 2, 4"),
         ({"expert": 4, "hosts": 2, "host_axis": "tensor"}, "hosts=2 must divide tensor=1"),
+        ({"expert": 4, "replica": 2, "hosts": 3}, "hosts=3 must be replica=2 × a divisor of expert=4, the host_axis"),
     ],
 )
 def test_wrong_values_are_named(fields, message):
@@ -79,7 +80,6 @@ def test_one_host_is_row_major_and_automatic():
         MeshConfig(expert=8, pipeline=1, tensor=2, hosts=4, host_axis="expert"),
         MeshConfig(expert=2, pipeline=2, tensor=4, hosts=2, host_axis="tensor"),
         MeshConfig(expert=4, pipeline=1, tensor=2, replica=2, hosts=2, host_axis="replica"),
-        MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hosts=2, host_axis="pipeline"),
     ],
 )
 def test_only_the_host_axis_crosses_hosts(config, fake_devices):
@@ -89,6 +89,16 @@ def test_only_the_host_axis_crosses_hosts(config, fake_devices):
     for position in range(hosts.shape[0]):  # the host is the outermost part of the axis, and nothing else matters
         assert (hosts[position] == position // per_host).all()
     assert len({device.id for device in mesh.devices.flatten()}) == 16
+
+
+def test_replicas_have_hosts_of_their_own(fake_devices):
+    config = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hosts=4, host_axis="pipeline")
+    hosts = hosts_of(build_mesh(config, fake_devices(4, 4)))
+    for replica in range(2):
+        for stage in range(2):
+            assert (hosts[replica, :, stage] == 2 * replica + stage).all()
+    assert (config.hosts_along("replica"), config.hosts_along("pipeline"), config.hosts_along("expert")) == (2, 2, 1)
+    assert config.hosts_along("replica", "expert", "pipeline") == 4
 
 
 @pytest.mark.parametrize(
