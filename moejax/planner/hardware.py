@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moejax.config import ConfigError, check
+from moejax.mesh import MeshConfig
 
 Kind = Literal["datasheet", "published", "calibrated", "assumed"]
 
@@ -238,7 +239,27 @@ def _devices() -> dict[str, Device]:
             devices_per_host=4, source="Google TPU7x",
         ),
     )  # fmt: skip
-    return {device.name: device for device in found}
+    return {device.name: device for device in (_virtual_cpu(), *found)}
+
+
+def _virtual_cpu() -> Device:
+    """One of 16 virtual devices of two cores: of use for comparisons of layouts, and once it is calibrated."""
+    source = "a sixteenth of two cores of a shared machine; run experiments/calibrate.py"
+    memory = Link(_assumed(1e9, source), _assumed(0.3e9, source), _assumed(1e-3, "virtual devices wait for each other"))
+    return Device(
+        name="cpu",
+        peak_flops=_assumed(10e9, source),
+        matmul_flops=_assumed(7e9, source),
+        float8_flops=_assumed(0.0, "none"),
+        memory_bytes=_assumed(1.5 * _GB, source),
+        reserved_bytes=_assumed(0.05 * _GB, "the interpreter's part"),
+        memory_bytes_per_s=_assumed(1.2e9, source),
+        copy_bytes_per_s=_assumed(1e9, source),
+        inside=memory,
+        across=memory,
+        devices_per_host=16,
+        launch_s=_assumed(30e-6, "a thunk of XLA:CPU and its share of waiting"),
+    )
 
 
 DEVICES = _devices()
@@ -267,6 +288,15 @@ class Cluster:
     def __post_init__(self) -> None:
         check(self.hosts > 0, f"hosts={self.hosts} must be positive")
         check(self.devices_per_host > 0, f"devices_per_host={self.devices_per_host} must be positive")
+
+    @classmethod
+    def of_mesh(cls, name: str, mesh: MeshConfig) -> Cluster:
+        """The devices that a mesh of named hardware takes.
+
+        Raises:
+          ConfigError: the hardware has no figures, or is "custom".
+        """
+        return cls(name, get_device(mesh.hardware), mesh.hosts, mesh.num_devices // mesh.hosts)
 
     @property
     def num_devices(self) -> int:
