@@ -1,0 +1,415 @@
+"""How long a step takes: every entry of its `Work` in seconds, what overlaps taken off, as an interval.
+
+    placement = Placement.of(mesh_config)
+    time = predict_time(work, cluster, placement, step=Step(tokens=tokens, model_flops=flops, bubble=1 / 9))
+    print(time.expected, time.by_category, time.mfu, time.dominant)
+
+A matrix product runs at the rate that the device reaches on large ones, times an efficiency in (0, 1] that falls
+smoothly where a dimension is small (`product_efficiency`), and never faster than memory delivers its operands. A sweep
+runs at the bandwidth of a copy. A collective takes α + β·bytes on the links that it uses (`transfer_seconds`). What can
+run behind computation is hidden up to the fractions of `Assumptions`, and costs a part of itself in return, for it
+takes cores and bandwidth from what it hides behind.
+
+The interval adds in squares what the step gains or loses when each uncertain assumption alone moves by its stated
+spread; `StepTime.dominant` names the largest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+from moejax.config import check
+from moejax.mesh import MeshConfig
+from moejax.planner.hardware import Cluster, Device, Link
+from moejax.planner.work import Product, Sweep, Transfer
+
+CATEGORIES = ("compute", "memory", "communication", "bubble", "optimizer")
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "mxfloat8": 1.0}
+_PIPELINED = frozenset(("attention", "route", "dispatch", "expert", "combine", "pipeline"))
+_ROUTED = frozenset(("dispatch", "expert", "combine"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """What is not known of a run, each with its source. Spreads are relative, one way.
+
+    Attributes:
+      tile: rows and columns that a product's kernel works on at once; half a tile is lost at an edge on average
+        (NVIDIA, "Matrix multiplication background", tile quantisation; a TPU's unit is 128 or 256 wide).
+      depth: terms of a sum before a tile's start and end are paid off; 64 gives attention with heads of 128 0.65 of the
+        rate of a large product, as FlashAttention-3 (arXiv 2407.08608, fig. 5) has in its forward pass on H100.
+      cores: cores of a GPU that take a tile each; half a wave is lost at the end on average (108 on A100, 132 on H100).
+      grouped: rate of a grouped product against one plain product of the same shapes: 649 of 798 TFLOP/s on H100,
+        tokamax's record for Mixtral's shape.
+      sustained: rate over a whole step against that of a product by itself, for power and clocks: 0.9, "measured" by
+        nobody in public with care; the spread covers 0.8 to 1.
+      float8: fraction of the datasheet's float8 rate that float8 products reach, scaling included: 0.6, the 1.3 to
+        1.5-fold of bfloat16's throughput that Transformer Engine's users report.
+      float32: rate of float32 products against bfloat16 (TF32).
+      large_link: fraction of the wire that transfers of 64 MB and more reach inside a host: 371 of 450 GB/s, all-to-all
+        of 470 MB between 8 H100 (arXiv 2603.07685, table 7).
+      peer_s: seconds an all-to-all needs for each further peer that it sends to, as NCCL's tests show on small buffers.
+      gather_hidden: part of the gathers of parameters and the sums of their gradients that runs behind computation.
+      exchange_hidden: part of dispatch and combine that does so when work is cut in many parts; with n parts (n-1)/n
+        of it. experiments/results/overlap.md: 12 of 16 exchanges hold matrix work in two parts.
+      tensor_hidden: the same for the tensor axis, whose collectives wait for the products before them.
+      stage_hidden: the same for what pipeline stages hand each other.
+      contention: seconds that computation loses for each hidden second of communication on a GPU, whose collectives
+        take cores: 20 of 132 (DeepSeek-V3, arXiv 2412.19437, section 3.2.2). None on a TPU.
+    """
+
+    tile: float = 128.0
+    depth: float = 64.0
+    cores: float = 132.0
+    grouped: float = 649 / 798
+    sustained: float = 0.9
+    float8: float = 0.6
+    float32: float = 0.5
+    large_link: float = 371 / 450
+    peer_s: float = 1.0e-6
+    gather_hidden: float = 0.9
+    exchange_hidden: float = 0.9
+    tensor_hidden: float = 0.0
+    stage_hidden: float = 0.5
+    contention: float = 0.15
+    matmul_spread: float = 0.12
+    memory_spread: float = 0.15
+    link_spread: float = 0.25
+    overlap_spread: float = 0.3
+    load_spread: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the list of work does not say of its step.
+
+    Attributes:
+      tokens: of the step, over all devices.
+      model_flops: matrix FLOPs of the step over all devices, without rematerialisation, causal attention halved.
+      bubble: part of the pipeline's ticks in which a stage has nothing to do.
+      bubble_counted: whether the entries' `times` include those ticks (computed, as on accelerators) or not.
+      parts: independent parts whose exchanges can run behind each other's products: batch_split × chunks.
+      load: tokens of the busiest device's experts over the mean, for expert work whose size follows the load.
+      rounds: mean rounds of a dropless dispatch.
+    """
+
+    tokens: float = 0.0
+    model_flops: float = 0.0
+    bubble: float = 0.0
+    bubble_counted: bool = True
+    parts: int = 1
+    load: float = 1.0
+    rounds: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(0 <= self.bubble < 1, f"bubble={self.bubble} must be at least 0 and below 1")
+        check(self.load >= 1, f"load={self.load} must be 1 or more: the busiest over the mean")
+        check(self.rounds >= 1, f"rounds={self.rounds} must be 1 or more")
+        check(self.parts >= 1, f"parts={self.parts} must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the devices of an axis stand: axis -> (size, hosts that it crosses)."""
+
+    axes: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, mesh: MeshConfig) -> Placement:
+        """Only `host_axis` leaves a host, as `moejax.mesh.build_mesh` places devices."""
+        return cls({axis: (n, mesh.hosts if axis == mesh.host_axis else 1) for axis, n in mesh.shape.items()})
+
+    def span(self, axes: Iterable[str], num_devices: int) -> tuple[int, int]:
+        """(devices inside one host, hosts) of a group along `axes`; an axis that is not there stays inside."""
+        hosts = 1
+        for axis in axes:
+            if axis in self.axes:
+                hosts *= self.axes[axis][1]
+        hosts = min(hosts, num_devices)
+        return max(num_devices // hosts, 1), hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step: `expected` within `low` and `high`, and what they are spent on.
+
+    `by_phase` (the phases of the work, and "bubble") and `by_category` each add up to `expected`. `communication` is
+    every transfer's time by phase, hidden or not. `mfu` counts model FLOPs, `hfu` executed ones, both against the
+    device's datasheet peak. `spreads` are the seconds that each assumption moves the step by.
+    """
+
+    low: float
+    expected: float
+    high: float
+    by_phase: dict[str, float]
+    by_category: dict[str, float]
+    communication: dict[str, float]
+    spreads: dict[str, float]
+    mfu: float
+    hfu: float
+    tokens_per_s_per_device: float
+    tokens_per_ms: float
+
+    @property
+    def dominant(self) -> str:
+        """The assumption that moves the step most."""
+        return max(self.spreads, key=self.spreads.__getitem__)
+
+    @property
+    def busy(self) -> float:
+        """Part of the step in which the device computes what is wanted: not waiting, not in a bubble."""
+        idle = self.by_category["communication"] + self.by_category["bubble"]
+        return 1 - idle / self.expected if self.expected else 0.0
+
+
+def is_tpu(device: Device) -> bool:
+    return device.name.startswith("tpu")
+
+
+def product_efficiency(m: float, n: float, k: float, groups: float, assumptions: Assumptions, cores: float) -> float:
+    """Part of a large product's rate that `groups` products [m, k] × [k, n] reach, in (0, 1), rising in each argument.
+
+    Half a tile lost at each edge of m and n, `depth` terms at the start of each tile, half a wave of tiles at the end;
+    a grouped product pays for its bookkeeping.
+    """
+    half = assumptions.tile / 2
+    tiles = groups * (m + half) * (n + half) / (assumptions.tile * assumptions.tile)
+    edges = m / (m + half) * n / (n + half) * k / (k + assumptions.depth)
+    return edges * tiles / (tiles + cores / 2)
+
+
+def product_bytes(item: Product) -> float:
+    """Bytes that one of the entry's `times` reads and writes at least.
+
+    Grouped products of the phase "attention" are those of a fused kernel, whose scores never reach memory.
+    """
+    m, n, k = item.m, item.n, item.k
+    elements = k * n + m * min(k, n) if item.phase == "attention" and item.groups > 1 else m * k + k * n + m * n
+    return elements * item.groups * _BYTES.get(item.dtype, 2.0)
+
+
+def product_seconds(item: Product, device: Device, assumptions: Assumptions) -> float:
+    """Seconds of one of the entry's `times`, its launch included; see the module's docstring."""
+    rate = float(device.matmul_flops) * assumptions.sustained
+    if item.dtype == "float32":
+        rate *= assumptions.float32
+    elif "float8" in item.dtype and device.float8_flops:
+        rate = max(rate, float(device.float8_flops) * assumptions.float8)
+    m, n, k, groups = item.m, item.n, item.k, item.groups
+    if m <= 0 or n <= 0 or k <= 0 or groups <= 0:
+        return 0.0
+    tpu = is_tpu(device)
+    efficiency = product_efficiency(m, n, k, groups, assumptions, 0.0 if tpu else assumptions.cores)
+    if groups > 1 and item.phase == "expert" and not tpu:
+        efficiency *= assumptions.grouped
+    seconds = 2.0 * m * n * k * groups / (rate * efficiency)
+    return max(seconds, product_bytes(item) / float(device.copy_bytes_per_s)) + float(device.launch_s)
+
+
+def _bandwidth(link: Link, size: float, assumptions: Assumptions) -> float:
+    """What a transfer of `size` bytes reaches: the fitted line's, rising to `large_link` of the wire for large ones."""
+    fitted, large = float(link.bytes_per_s), assumptions.large_link * float(link.peak_bytes_per_s)
+    return fitted + max(large - fitted, 0.0) * size / (size + 64e6)
+
+
+def transfer_seconds(item: Transfer, cluster: Cluster, placement: Placement, assumptions: Assumptions) -> float:
+    """Seconds of one of the entry's `times`, alone on its links.
+
+    all_to_all: each device sends 1/n of its operand to each other, over both links at once; what leaves a host goes
+    over the device's own network card. With `item.hosts` > 1 two hops, one after the other: inside the host, then
+    across, with the same bytes there in fewer and larger messages. On a torus the bytes take several hops, half of half
+    of a ring's length in each of its dims.
+    all_gather, reduce_scatter: rings that use every link of the group; a host takes in what it lacks once, over the
+    cards of all of the group's devices that are in it. all_reduce is one after the other. ppermute: one message.
+    """
+    n, size = item.num_devices, item.operand_bytes
+    if n <= 1 or size <= 0:
+        return 0.0
+    device = cluster.device
+    inside, hosts = placement.span(item.axes, n)
+    if cluster.one_network:
+        inside, hosts = n, 1
+    near, far = device.inside, device.across
+    latency = float(near.latency_s) if inside > 1 else 0.0
+    if hosts > 1:
+        latency += float(far.latency_s)
+    if item.kind == "all_to_all":
+        near_rate = _bandwidth(near, size, assumptions)
+        if is_tpu(device):
+            dims = 3 if device.name in ("tpu_v4", "tpu_v5p", "tpu7x") else 2
+            near_rate /= max(1.0, dims * inside ** (1 / dims) / 4)
+        far_s = size * (hosts - 1) / hosts / float(far.bytes_per_s)
+        if item.hosts > 1 and hosts > 1:
+            near_s = size * (inside - 1) / inside / near_rate
+            return latency + near_s + far_s + assumptions.peer_s * (inside + hosts - 2)
+        near_s = size * (inside - 1) / n / near_rate
+        return latency + max(near_s, far_s) + assumptions.peer_s * (n - 1)
+    if item.kind == "ppermute":
+        far_s = size / float(far.bytes_per_s) if hosts > 1 else 0.0
+        return latency + max(far_s, size / _bandwidth(near, size, assumptions) if inside > 1 else 0.0)
+    total = size * n if item.kind == "all_gather" else size
+    seconds = total * (n - 1) / n / _bandwidth(near, total, assumptions) if inside > 1 else 0.0
+    if hosts > 1:
+        seconds = max(seconds, total * (hosts - 1) / hosts / (inside * float(far.bytes_per_s)))
+    return (2 if item.kind == "all_reduce" else 1) * (seconds + latency * math.log2(n))
+
+
+def _transfer_class(item: Transfer) -> str:
+    """Which fraction of `Assumptions` says how much of the transfer is hidden."""
+    if item.phase in ("gather", "optimizer"):
+        return "gather"
+    if item.phase in ("dispatch", "combine"):
+        return "exchange"
+    return "stage" if item.phase == "pipeline" else "tensor"
+
+
+def _hidden(seconds: Mapping[str, float], cover: float, parts: int, assumptions: Assumptions) -> dict[str, float]:
+    """Seconds of each class of transfers that run behind `cover` seconds of computation, which they share in turn."""
+    fractions = (
+        ("gather", assumptions.gather_hidden),
+        ("exchange", assumptions.exchange_hidden * (1 - 1 / parts)),
+        ("stage", assumptions.stage_hidden),
+        ("tensor", assumptions.tensor_hidden),
+    )
+    hidden = {}
+    for name, fraction in fractions:
+        hidden[name] = min(fraction * seconds[name], cover)
+        cover -= hidden[name]
+    return hidden
+
+
+def predict_time(
+    work: Iterable[Product | Transfer | Sweep],
+    cluster: Cluster,
+    placement: Placement,
+    assumptions: Assumptions = Assumptions(),
+    *,
+    step: Step = Step(),
+) -> StepTime:
+    """The time of one step in which a device of `cluster` does `work`.
+
+    `placement` says which axes of the transfers leave a host. `step` says what the list does not; without it there is
+    no bubble, nothing to hide exchanges behind, balanced load, and throughput and MFU are 0.
+    """
+    device = cluster.device
+    copy, launch = float(device.copy_bytes_per_s), float(device.launch_s)
+    routed = step.load * step.rounds
+    compute: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    raw: dict[tuple[str, str], float] = {}
+    executed = wasted = optimizer = 0.0
+    for item in work:
+        phase = item.phase
+        factor = item.times * routed if phase in _ROUTED else item.times
+        if isinstance(item, Product):
+            compute[phase] = compute.get(phase, 0.0) + factor * product_seconds(item, device, assumptions)
+            flops = item.flops
+            executed += flops
+            if phase in _PIPELINED:
+                wasted += flops
+        elif isinstance(item, Sweep):
+            seconds = factor * (item.moved_bytes / copy + launch)
+            if phase == "optimizer":
+                optimizer += seconds
+            else:
+                memory[phase] = memory.get(phase, 0.0) + seconds
+        else:
+            key = (_transfer_class(item), phase)
+            raw[key] = raw.get(key, 0.0) + factor * transfer_seconds(item, cluster, placement, assumptions)
+    executed -= wasted * step.bubble if step.bubble_counted else 0.0
+    return _assemble(compute, memory, raw, optimizer, executed, cluster, assumptions, step)
+
+
+def _assemble(
+    compute: dict[str, float],
+    memory: dict[str, float],
+    raw: dict[tuple[str, str], float],
+    optimizer: float,
+    executed: float,
+    cluster: Cluster,
+    assumptions: Assumptions,
+    step: Step,
+) -> StepTime:
+    """Takes off what overlaps, adds the bubble, and moves each assumption by its spread."""
+    totals = dict.fromkeys(("gather", "exchange", "stage", "tensor"), 0.0)
+    for (name, _), seconds in raw.items():
+        totals[name] += seconds
+    compute_s, memory_s = sum(compute.values()), sum(memory.values())
+    hidden = _hidden(totals, compute_s + memory_s, step.parts, assumptions)
+    hidden_s, total_s = sum(hidden.values()), sum(totals.values())
+    cost = 0.0 if is_tpu(cluster.device) else assumptions.contention * hidden_s
+    exposed = {name: 1 - hidden[name] / totals[name] if totals[name] else 1.0 for name in totals}
+
+    by_phase: dict[str, float] = {}
+    communication: dict[str, float] = {}
+    for amounts in (compute, memory):
+        for phase, seconds in amounts.items():
+            by_phase[phase] = by_phase.get(phase, 0.0) + seconds
+    for (name, phase), seconds in raw.items():
+        communication[phase] = communication.get(phase, 0.0) + seconds
+        paid = seconds * (exposed[name] + (cost / hidden_s if hidden_s else 0.0) * (1 - exposed[name]))
+        by_phase[phase] = by_phase.get(phase, 0.0) + paid
+    if optimizer:
+        by_phase["optimizer"] = by_phase.get("optimizer", 0.0) + optimizer
+
+    # A bubble that is counted is a part of every pipelined entry; one that is not is as many ticks more.
+    pipelined = sum(seconds for phase, seconds in by_phase.items() if phase in _PIPELINED)
+    bubble = pipelined * (step.bubble if step.bubble_counted else step.bubble / (1 - step.bubble))
+    kept = 1.0
+    if bubble and step.bubble_counted:
+        for phase in _PIPELINED & by_phase.keys():
+            by_phase[phase] *= 1 - step.bubble
+        exposed_all = total_s - hidden_s + cost
+        kept = 1 - bubble / (compute_s + memory_s + exposed_all)
+    by_phase["bubble"] = bubble
+    by_category = {
+        "compute": compute_s * kept,
+        "memory": memory_s * kept,
+        "communication": (total_s - hidden_s + cost) * kept,
+        "bubble": bubble,
+        "optimizer": optimizer,
+    }
+    expected = sum(by_category.values())
+    stretch = 1 + (0.0 if step.bubble_counted else bubble / pipelined if pipelined else 0.0)
+    spreads = _spreads(
+        compute, compute_s, memory_s + optimizer, total_s - hidden_s, hidden_s, stretch, assumptions, step
+    )
+    half = math.sqrt(sum(seconds * seconds for seconds in spreads.values()))
+    devices, peak = cluster.num_devices, float(cluster.device.peak_flops)
+    per_s = 1 / expected if expected else 0.0
+    return StepTime(
+        low=expected * expected / (expected + half) if expected else 0.0,
+        expected=expected,
+        high=expected + half,
+        by_phase=by_phase,
+        by_category=by_category,
+        communication=communication,
+        spreads=spreads,
+        mfu=step.model_flops / devices * per_s / peak,
+        hfu=executed * per_s / peak,
+        tokens_per_s_per_device=step.tokens / devices * per_s,
+        tokens_per_ms=step.tokens * per_s / 1e3,
+    )
+
+
+def _spreads(
+    compute: dict[str, float],
+    compute_s: float,
+    memory_s: float,
+    exposed_s: float,
+    hidden_s: float,
+    stretch: float,
+    assumptions: Assumptions,
+    step: Step,
+) -> dict[str, float]:
+    """Seconds that the step moves by when one assumption alone moves by its spread."""
+    expert_s = compute.get("expert", 0.0) if step.load > 1 or step.rounds > 1 else 0.0
+    return {
+        "rate of matrix products": assumptions.matmul_spread * compute_s * stretch,
+        "memory bandwidth": assumptions.memory_spread * memory_s * stretch,
+        "bandwidth of links": assumptions.link_spread * exposed_s * stretch,
+        "overlap": assumptions.overlap_spread * hidden_s * stretch,
+        "load of experts": assumptions.load_spread * expert_s * stretch,
+    }
