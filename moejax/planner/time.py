@@ -118,8 +118,8 @@ class Placement:
 
     @classmethod
     def of(cls, mesh: MeshConfig) -> Placement:
-        """Only `host_axis` leaves a host, as `moejax.mesh.build_mesh` places devices."""
-        return cls({axis: (n, mesh.hosts if axis == mesh.host_axis else 1) for axis, n in mesh.shape.items()})
+        """As `moejax.mesh.build_mesh` places devices: `host_axis` and replicas leave a host."""
+        return cls({axis: (n, mesh.hosts_along(axis)) for axis, n in mesh.shape.items()})
 
     def span(self, axes: Iterable[str], num_devices: int) -> tuple[int, int]:
         """(devices inside one host, hosts) of a group along `axes`; an axis that is not there stays inside."""
