@@ -209,7 +209,7 @@ class Program:
         def stage(x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, balance.LayerStats]:
             chunk = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w[:, 0], repeat, keepdims=False), layers)
             segment_ids_bS = lax.dynamic_index_in_dim(segment_ids_MbS, microbatch, keepdims=False)
-            layer = remat.layerwise(functools.partial(self._layer, segment_ids_bS=segment_ids_bS), policy)
+            layer = remat.checkpoint(functools.partial(self._layer, segment_ids_bS=segment_ids_bS), policy)
             return lax.scan(layer, x_bsD, chunk)
 
         x_MbsD = x_BsD.reshape(num_microbatches, -1, *x_BsD.shape[1:])

@@ -81,8 +81,29 @@ def mixtral_8x7b() -> ModelConfig:
     )
 
 
+def olmoe_7b() -> ModelConfig:
+    """The shape of OLMoE-1B-7B (arXiv 2409.02060, table 10): 6.9 B parameters, 1.3 B of them active, many small
+    experts. Its norms of queries and keys are left out.
+    """
+    return ModelConfig(
+        num_layers=16,
+        d_model=2048,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        d_ff=1024,
+        num_experts=64,
+        experts_per_token=8,
+        router_renormalize=False,
+        vocab_size=50_304,
+        max_seq_len=4096,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    function.__name__: function for function in (tiny, small, moe_16x10b, mixtral_8x7b)
+    function.__name__: function for function in (tiny, small, moe_16x10b, mixtral_8x7b, olmoe_7b)
 }
 
 

