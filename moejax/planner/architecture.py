@@ -332,7 +332,9 @@ def _gpt_oss(name: str, layers: int, experts: int) -> Architecture:
     return Architecture(name, 2880, 201_088, stack)
 
 
-def _nemotron(name: str, d_model: int, pattern: tuple[int, int, int], mamba_heads: int, experts: Experts) -> Architecture:
+def _nemotron(
+    name: str, d_model: int, pattern: tuple[int, int, int], mamba_heads: int, experts: Experts
+) -> Architecture:
     """A hybrid of `pattern` (state-space, experts, attention) layers; squared ReLU, no gate."""
     stack = (
         (pattern[0], Layer(StateSpace(mamba_heads, 64, 128, 8), None)),

@@ -1,0 +1,122 @@
+"""Plans a model on a cluster: the best layout for each length, what it takes of memory and time, and why.
+
+    python experiments/plan.py --model=moe_16x10b --cluster=a100_64gb_2x8 --seq_len=128,1024,4096,10240
+    python experiments/plan.py --cluster=h100_2x8 --mode=decode --seq_len=4096 --batch_size=256
+    python experiments/plan.py --cluster=h100_2x8 --seq_len=1024 --out=runs/plan.py && python experiments/train.py --mesh=runs/plan.py
+
+Nothing is run or compiled: the figures are closed forms, which experiments/audit.py holds against the compiler. Several
+lengths are planned one by one; --out writes them as one run of mixed lengths. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import loading
+from absl import flags
+from rich.console import Console
+
+from moejax.config import ConfigError, DispatchConfig
+from moejax.planner import report
+from moejax.planner.hardware import load_calibration
+from moejax.planner.search import Choice, Request, default_batch_size, search
+from moejax.train.schedule import Bucket, write_plan_file
+
+_MODEL = flags.DEFINE_string("model", "moe_16x10b", "A preset, a name in experiments/configs, or a Python file.")
+_CLUSTER = flags.DEFINE_string("cluster", "a100_64gb_2x8", "A name in mesh_configs, or a Python file; see README.")
+_SEQ_LEN = flags.DEFINE_list("seq_len", ["128", "1024", "4096", "10240"], "Tokens of a sequence, one plan for each.")
+_BATCH_SIZE = flags.DEFINE_list(
+    "batch_size", [], "Sequences of a step over all devices: one number, or one for each length. Default: fewer, the "
+    "longer they are (128 of 128 tokens to 32 of 10,240 on 16 devices).",
+)  # fmt: skip
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "prefill", "decode"], "What is planned: a training step, the forward pass of a batch, or "
+    "one token more for each sequence.",
+)  # fmt: skip
+_CALIBRATION = flags.DEFINE_string("calibration", None, "Figures of the device as experiments/calibrate.py wrote them.")
+_CAPACITY = flags.DEFINE_float("capacity_factor", 1.5, "Room of the dispatch's buffers over the balanced load.", 1e-3)
+_OUT = flags.DEFINE_string("out", None, "Where to write the plan as a mesh file that train.py --mesh takes.")
+_JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
+_PLOT = flags.DEFINE_string("plot", None, "Where to draw memory and time; needs the extra plots.")
+
+
+def main(argv: list[str]) -> None:
+    loading.parse_flags(argv)
+    requests = make_requests()
+    choices = {request.seq_len: search(request) for request in requests}
+    print(render(requests, choices))
+    if _OUT.value:
+        write_plan(Path(_OUT.value).expanduser(), choices)
+    data = report.finite({
+        "model": _MODEL.value, "cluster": _CLUSTER.value, "mode": _MODE.value,
+        "choices": {seq_len: report.as_data(choice) for seq_len, choice in choices.items()},
+    })  # fmt: skip
+    if _JSON.value:
+        Path(_JSON.value).expanduser().write_text(json.dumps(data, indent=1) + "\n")
+    if _PLOT.value:
+        title = f"{_MODEL.value} on {_CLUSTER.value}, {_MODE.value}, as planned"
+        report.figure(choices, requests[0].limit_bytes, title).savefig(Path(_PLOT.value).expanduser(), dpi=120)
+    print(json.dumps(data))
+
+
+def make_requests() -> list[Request]:
+    """What the flags ask for, the shortest length first."""
+    model, cluster = loading.load_model(_MODEL.value), loading.load_cluster(_CLUSTER.value)
+    if _CALIBRATION.value:
+        cluster = dataclasses.replace(cluster, device=load_calibration(_CALIBRATION.value, cluster.device))
+    lengths = positive("seq_len", _SEQ_LEN.value)
+    batch_sizes = positive("batch_size", _BATCH_SIZE.value) if _BATCH_SIZE.value else []
+    batch_sizes = batch_sizes or [default_batch_size(n, cluster.num_devices) for n in lengths]
+    if len(batch_sizes) == 1:
+        batch_sizes *= len(lengths)
+    if len(batch_sizes) != len(lengths):
+        raise ConfigError(
+            f"--batch_size={','.join(_BATCH_SIZE.value)} has {len(batch_sizes)} numbers for {len(lengths)} lengths; "
+            "give one, or one for each"
+        )
+    dispatch = DispatchConfig(capacity_factor=_CAPACITY.value)
+    return [
+        Request(model, cluster, n, b, _MODE.value, dispatch=dispatch)
+        for n, b in sorted(zip(lengths, batch_sizes, strict=True))
+    ]
+
+
+def positive(flag: str, texts: list[str]) -> list[int]:
+    """The flag's numbers."""
+    for text in texts:
+        if not text.strip().isdigit() or int(text) == 0:
+            raise ConfigError(f"--{flag}={','.join(texts)}: {text!r} must be a positive whole number")
+    return [int(text) for text in texts]
+
+
+def render(requests: list[Request], choices: dict[int, Choice]) -> str:
+    """All tables."""
+    device = requests[0].cluster.device
+    cluster = requests[0].cluster
+    parts = [
+        f"{_MODEL.value} on {_CLUSTER.value}: {cluster.hosts} × {cluster.devices_per_host} {device.name}, "
+        f"{requests[0].limit_bytes / 1e9:.1f} GB usable of each, {_MODE.value}",
+        report.choice_table(choices),
+        report.memory_table(choices),
+        report.time_table(choices),
+        *(report.why(request, choices[request.seq_len]) for request in requests),
+        "Ceilings at 55% of the achievable rate:",
+        "\n".join(f"{request.seq_len:,}: {report.ceiling_lines(request)}" for request in requests),
+    ]
+    return "\n\n".join(parts)
+
+
+def write_plan(path: Path, choices: dict[int, Choice]) -> None:
+    """The plans as a mesh file."""
+    if _MODE.value != "train":
+        raise ConfigError(f"--out={path} is for train.py; use it with --mode=train, not {_MODE.value}")
+    plans = [choice.best.plan for choice in choices.values()]
+    buckets = tuple(Bucket(p.seq_len, p.batch_size, p.mesh, p.parallel, p.dispatch, p.accumulate) for p in plans)
+    write_plan_file(path, buckets, f"{_MODEL.value} on {_CLUSTER.value}, training")
+    Console(stderr=True).print(f"wrote {path}; run it with python experiments/train.py --mesh={path}", highlight=False)
+
+
+if __name__ == "__main__":
+    loading.run(main)

@@ -1,0 +1,92 @@
+"""One plan on one cluster: its memory and its time, as the planner predicts them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moejax import sharding
+from moejax.config import ConfigError
+from moejax.mesh import EXPERT
+from moejax.planner.flops import decode_flops, forward_flops
+from moejax.planner.hardware import Cluster
+from moejax.planner.memory import Memory, predict_memory
+from moejax.planner.plan import Plan
+from moejax.planner.program import work
+from moejax.planner.serve import decode_work
+from moejax.planner.time import Assumptions, Placement, Step, StepTime, predict_time
+
+EXPECTED_LOAD = 1.1  # busiest over mean, of a balanced router over a microbatch: CV 0.05 and a sampling floor of 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A plan with what it takes, of one device, and how long."""
+
+    plan: Plan
+    memory: Memory
+    time: StepTime
+
+    @property
+    def tokens_per_ms(self) -> float:
+        return self.plan.tokens / self.time.expected / 1e3
+
+    def fits(self, limit_bytes: float) -> bool:
+        return self.memory.peak_bytes <= limit_bytes
+
+
+def check(plan: Plan) -> None:
+    """Raises `ConfigError` where the plan's program cannot be built."""
+    if plan.mode == "decode":  # no sequences to cut and no microbatches
+        sharding.check_layout(plan.model, plan.dispatch, plan.parallel, plan.mesh)
+    else:
+        sharding.check_layout(
+            plan.model, plan.dispatch, plan.parallel, plan.mesh,
+            batch_size=plan.batch_size, seq_len=plan.seq_len, accumulate=plan.accumulate,
+        )  # fmt: skip
+
+
+def is_legal(plan: Plan) -> bool:
+    """Whether the plan's program can be built."""
+    try:
+        check(plan)
+    except ConfigError:
+        return False
+    return True
+
+
+def model_flops(plan: Plan) -> float:
+    """FLOPs of the model's mathematics in one step, over all devices (see `moejax.planner.flops`)."""
+    if plan.mode == "decode":
+        return plan.batch_size * decode_flops(plan.model, plan.seq_len)
+    passes = 3 if plan.mode == "train" else 1
+    return passes * plan.tokens * forward_flops(plan.model, plan.seq_len)
+
+
+def step_of(plan: Plan) -> Step:
+    """What the time model asks of a step beside its work."""
+    ragged = plan.dispatch.strategy == "ragged"
+    load = EXPECTED_LOAD if ragged else 1.0  # buffers are computed whole, whatever is in them
+    ticks = plan.parallel.repeats * plan.parallel.num_microbatches + plan.mesh.pipeline - 1
+    bubble = 0.0 if plan.mode == "decode" else (plan.mesh.pipeline - 1) / ticks
+    split = plan.parallel.batch_split or 2
+    if plan.mode == "decode" or plan.mesh.shape[EXPERT] * plan.mesh.tensor == 1:
+        split = 1
+    return Step(
+        tokens=plan.tokens, model_flops=model_flops(plan), bubble=bubble, parts=split * plan.dispatch.chunks, load=load
+    )
+
+
+def predict_step(plan: Plan, cluster: Cluster, assumptions: Assumptions) -> StepTime:
+    """Time of one step of the plan."""
+    items = decode_work(plan) if plan.mode == "decode" else work(plan)
+    return predict_time(items, cluster, Placement.of(plan.mesh), step=step_of(plan), assumptions=assumptions)
+
+
+def predict(plan: Plan, cluster: Cluster, assumptions: Assumptions | None = None) -> Prediction:
+    """Memory and time of a plan.
+
+    Raises:
+      ConfigError: its program cannot be built.
+    """
+    check(plan)
+    return Prediction(plan, predict_memory(plan), predict_step(plan, cluster, assumptions or Assumptions()))

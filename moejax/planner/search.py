@@ -1,0 +1,388 @@
+"""The search for a layout, and why it is the one.
+
+Two stages. First every mesh × crossing axis × folding × repeats × microbatches, each with the weakest rematerialisation
+that fits, for a stronger one only adds work; then, for the best of them, every choice that changes a step less:
+gathering, dispatch, hops, chunks, parts of a microbatch, and the other policies. Closed forms judge them all.
+
+What is left out, and why: `tensor` never crosses hosts (its collectives wait for products in every layer); payloads
+stay whole (float8 changes results, which is the user's choice); buffers have the configured headroom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args
+
+from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig
+from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, MeshConfig
+from moejax.planner.hardware import Cluster, Constant
+from moejax.planner.memory import predict_memory
+from moejax.planner.plan import Mode, Plan
+from moejax.planner.predict import Prediction, is_legal, predict_step
+from moejax.planner.time import Assumptions
+
+WEAKEST_FIRST = ("none", "minimal", "collectives", "full")
+ACCUMULATE = (1, 2, 4, 8, 16, 32)
+REFINED = 8  # layouts that the second stage looks at
+REMAT_FROM, TENSOR_FROM = 2048, 4096  # tokens, the rules of the strategy
+
+
+def default_batch_size(seq_len: int, num_devices: int = 16) -> int:
+    """Sequences of a step on 16 devices, more on more: 128 of up to 128 tokens, 64 of 1,024, 32 of 10,240.
+
+    It shrinks with the cube root of the length, to a power of two: longer sequences still bring more tokens.
+    """
+    sequences = 2 ** round(7 - math.log2(max(seq_len, 128) / 128) / 3)
+    return max(32, sequences) * max(1, num_devices // 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """A constant whose change would make another plan the fastest: from `value` to `flips_at`."""
+
+    constant: str
+    value: float
+    flips_at: float
+    kind: str
+
+    @property
+    def factor(self) -> float:
+        return self.flips_at / self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The best plan and what it was chosen from.
+
+    `runner_up` is the fastest on another mesh, `by_rules` the fastest that follows the strategy's rules (full
+    rematerialisation from 2,048 tokens, tensor parallelism from 4,096), `unfit` the fastest of those that need more
+    memory than there is. `rejected` counts plans that do not fit by their largest category of memory.
+    """
+
+    best: Prediction
+    runner_up: Prediction | None
+    by_rules: Prediction | None
+    unfit: Prediction | None
+    rejected: dict[str, int]
+    flips: tuple[Flip, ...]
+    evaluated: int
+    seconds: float
+
+    @property
+    def margin(self) -> float | None:
+        """How much longer the runner-up takes, as a fraction."""
+        return self.runner_up and self.runner_up.time.expected / self.best.time.expected - 1
+
+    @property
+    def binding(self) -> str:
+        """What keeps the step from being faster: memory, where a faster plan does not fit, else what takes longest."""
+        if self.unfit and self.unfit.time.expected < self.best.time.expected:
+            return f"memory ({self.unfit.memory.largest})"
+        by_category = self.best.time.by_category
+        return max(by_category, key=by_category.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked: a model on a cluster, with a batch."""
+
+    model: ModelConfig
+    cluster: Cluster
+    seq_len: int
+    batch_size: int
+    mode: Mode = "train"
+    assumptions: Assumptions = Assumptions()
+    dispatch: DispatchConfig = DispatchConfig()  # capacity_factor and payload, which are not searched over
+
+    @property
+    def limit_bytes(self) -> float:
+        return self.cluster.device.usable_bytes
+
+
+class DoesNotFitError(ConfigError):
+    """No plan fits: the message names the category of memory and the smallest change that would fit."""
+
+
+def search(request: Request) -> Choice:
+    """The fastest plan that fits, and why.
+
+    Raises:
+      DoesNotFitError: none fits; or no mesh of the cluster can hold the model.
+    """
+    began = time.perf_counter()
+    seen = _Seen(request)
+    for accumulate in ACCUMULATE if request.mode == "train" else (1,):
+        seen.consider(map(_by_remat, _layouts(request, accumulate)))
+        if seen.fitting:
+            break
+    if not seen.fitting:
+        raise DoesNotFitError(_why_none(request, seen))
+    for prediction in _best_by(seen.fitting, _layout_of)[:REFINED]:
+        seen.consider([plan] for plan in _variants(prediction.plan))
+    best = min(seen.fitting, key=_seconds)
+    others = [p for p in seen.fitting if p.plan.mesh.shape != best.plan.mesh.shape]
+    runner_up = min(others, key=_seconds, default=None)
+    rules = [p for p in seen.fitting if follows_rules(p.plan)] or _by_rules(request, seen)
+    return Choice(
+        best,
+        runner_up,
+        min(rules, key=_seconds, default=None),
+        min(seen.unfit(), key=_seconds, default=None),
+        dict(seen.rejected),
+        flips(request, best, runner_up) if runner_up else (),
+        seen.evaluated,
+        time.perf_counter() - began,
+    )
+
+
+def follows_rules(plan: Plan) -> bool:
+    """Whether a training plan rematerialises from 2,048 tokens up and is tensor-parallel from 4,096 up."""
+    full = plan.parallel.remat_policy(plan.seq_len) == "full"
+    return (plan.seq_len < REMAT_FROM or full) and (plan.seq_len < TENSOR_FROM or plan.mesh.tensor > 1)
+
+
+class _Seen:
+    """The plans that were looked at."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.fitting: list[Prediction] = []
+        self.rejected: Counter[str] = Counter()
+        self.evaluated = 0
+        self._unfit: list[tuple[Plan, Any]] = []
+        self._plans: set[Plan] = set()
+
+    def consider(self, groups: Iterable[Iterable[Plan]]) -> None:
+        """Of each group the first plan that fits."""
+        for group in groups:
+            for plan in group:
+                if plan in self._plans:
+                    continue
+                self._plans.add(plan)
+                if self.add(plan):
+                    break
+
+    def add(self, plan: Plan) -> bool:
+        self.evaluated += 1
+        memory = predict_memory(plan)
+        if memory.peak_bytes > self.request.limit_bytes:
+            self.rejected[memory.largest] += 1
+            self._unfit.append((plan, memory))
+            return False
+        step = predict_step(plan, self.request.cluster, self.request.assumptions)
+        self.fitting.append(Prediction(plan, memory, step))
+        return True
+
+    def unfit(self) -> list[Prediction]:
+        """Those nearest to fitting, timed."""
+        nearest = sorted(self._unfit, key=lambda found: found[1].peak_bytes)[:64]
+        request = self.request
+        return [Prediction(p, m, predict_step(p, request.cluster, request.assumptions)) for p, m in nearest]
+
+    def nearest(self) -> tuple[Plan, Any] | None:
+        return min(self._unfit, key=lambda found: found[1].peak_bytes, default=None)
+
+
+def meshes(cluster: Cluster, model: ModelConfig) -> Iterator[MeshConfig]:
+    """Every mesh of all the cluster's devices that the model could be divided over, with each axis that can cross."""
+    num_devices, hosts = cluster.num_devices, cluster.hosts
+    hardware = cluster.device.name if cluster.device.name in get_args(Hardware) else "custom"
+    for tensor, pipeline in itertools.product(_divisors(num_devices), repeat=2):
+        if tensor > cluster.devices_per_host or model.num_kv_heads % tensor or model.num_moe_layers % pipeline:
+            continue
+        for expert in _divisors(num_devices // (tensor * pipeline) if num_devices % (tensor * pipeline) == 0 else 0):
+            if model.num_experts % expert:
+                continue
+            replica = num_devices // (tensor * pipeline * expert)
+            for host_axis in (PIPELINE, EXPERT, REPLICA):
+                try:
+                    yield MeshConfig(expert, pipeline, tensor, replica, hardware, hosts, host_axis)
+                except ConfigError:  # the hosts do not divide that axis
+                    continue
+                if hosts == 1:
+                    break
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _layouts(request: Request, accumulate: int) -> Iterator[Plan]:
+    """The first stage: plans that differ in mesh, folding, repeats and microbatches."""
+    r, m = request, request.model
+    for mesh in meshes(r.cluster, m):
+        sequences = r.batch_size // (mesh.replica * mesh.expert * accumulate)
+        folded = [("expert", "tensor")] if mesh.tensor == 1 else [("expert", "tensor"), ("expert",)]
+        chunks = m.num_moe_layers // mesh.pipeline
+        repeats = [n for n in (1, 2, 4) if chunks % n == 0] if mesh.pipeline > 1 and r.mode != "decode" else [1]
+        microbatches = [n for n in _divisors(sequences) if n & (n - 1) == 0] if r.mode != "decode" else [1]
+        for axes, repeat, count in itertools.product(folded, repeats, microbatches):
+            if mesh.pipeline == 1 and r.mode == "prefill" and count > 8:
+                continue
+            split = 2 if mesh.expert * mesh.tensor > 1 and (sequences // count) % 2 == 0 and r.mode == "train" else 1
+            plan = Plan(
+                m,
+                mesh,
+                r.seq_len,
+                r.batch_size,
+                ParallelConfig(count, repeat, "step", "none", batch_split=split),
+                dataclasses.replace(r.dispatch, strategy="dropless", expert_axes=axes, hosts=1, chunks=1),
+                accumulate,
+                r.mode,
+            )
+            if is_legal(plan):
+                yield plan
+
+
+def _by_remat(plan: Plan) -> list[Plan]:
+    """The plan under each policy, the weakest first."""
+    policies = WEAKEST_FIRST if plan.mode == "train" else ("none",)
+    return [_with(plan, parallel={"remat": policy}) for policy in policies]
+
+
+def _variants(plan: Plan) -> Iterator[Plan]:
+    """The second stage: the smaller choices around a plan."""
+    mesh, train = plan.mesh, plan.mode == "train"
+    exchanges = mesh.expert * mesh.tensor > 1
+    crossed = mesh.hosts_along(EXPERT)
+    gathers = ("step", "layer") if train else ("step",)
+    strategies = ("dropless", "ragged") if exchanges else ("dropless",)
+    splits = (1, 2) if exchanges and train else (plan.parallel.batch_split,)
+    chunks = (1, 2, 4) if exchanges and train else (1,)
+    hops = (1, crossed) if crossed > 1 else (1,)
+    policies = WEAKEST_FIRST if train else ("none",)
+    for gather, strategy, split, count, hosts in itertools.product(gathers, strategies, splits, chunks, hops):
+        if strategy == "ragged" and count > 1:
+            continue
+        for policy in policies[policies.index(plan.parallel.remat) :][:2]:
+            variant = _with(
+                plan,
+                parallel={"gather": gather, "batch_split": split, "remat": policy},
+                dispatch={"strategy": strategy, "chunks": count, "hosts": hosts},
+            )
+            if is_legal(variant):
+                yield variant
+
+
+def _with(plan: Plan, *, parallel: dict[str, Any] | None = None, dispatch: dict[str, Any] | None = None) -> Plan:
+    return dataclasses.replace(
+        plan,
+        parallel=dataclasses.replace(plan.parallel, **(parallel or {})),
+        dispatch=dataclasses.replace(plan.dispatch, **(dispatch or {})),
+    )
+
+
+def _by_rules(request: Request, seen: _Seen) -> list[Prediction]:
+    """Plans that follow the rules, where the search has met none: the fastest layouts with full rematerialisation."""
+    if request.mode != "train":
+        return []
+    found = []
+    for prediction in _best_by(seen.fitting, _layout_of):
+        plan = _with(prediction.plan, parallel={"remat": "full"})
+        if follows_rules(plan):
+            step = predict_step(plan, request.cluster, request.assumptions)
+            found.append(Prediction(plan, predict_memory(plan), step))
+    return found
+
+
+def _seconds(prediction: Prediction) -> float:
+    return prediction.time.expected
+
+
+def _layout_of(plan: Plan) -> Any:
+    return plan.mesh, plan.dispatch.expert_axes, plan.parallel.repeats
+
+
+def _best_by(predictions: list[Prediction], key: Any) -> list[Prediction]:
+    """The fastest of each kind, fastest first."""
+    best: dict[Any, Prediction] = {}
+    for prediction in sorted(predictions, key=_seconds):
+        best.setdefault(key(prediction.plan), prediction)
+    return list(best.values())
+
+
+def _why_none(request: Request, seen: _Seen) -> str:
+    nearest = seen.nearest()
+    cluster, limit = request.cluster, request.limit_bytes
+    what = f"{request.batch_size} sequences of {request.seq_len} tokens"
+    if nearest is None:
+        return (
+            f"no mesh of {cluster.num_devices} devices divides the model's {request.model.num_experts} experts, "
+            f"{request.model.num_kv_heads} key-value heads and {request.model.num_moe_layers} layers for {what}; "
+            "try another batch_size"
+        )
+    plan, memory = nearest
+    need = memory.peak_bytes
+    devices = cluster.num_devices * need / limit
+    return (
+        f"{what} do not fit on {cluster.name}: the smallest of {seen.evaluated} plans needs {need / 1e9:.1f} GB of "
+        f"{limit / 1e9:.1f} GB a device, most of it {memory.largest} "
+        f"({memory.categories[memory.largest] / 1e9:.1f} GB); "
+        f"{_smallest_change(request, plan, need)}, or about {devices:.0f} such devices, would fit"
+    )
+
+
+def _smallest_change(request: Request, plan: Plan, need: float) -> str:
+    """Half as many sequences, and so on, or devices of more memory."""
+    batch_size = request.batch_size
+    while batch_size > 1:
+        batch_size //= 2
+        smaller = dataclasses.replace(plan, batch_size=batch_size, accumulate=1)
+        smaller = _with(smaller, parallel={"num_microbatches": 1, "batch_split": 1})
+        if is_legal(smaller) and predict_memory(smaller).peak_bytes <= request.limit_bytes:
+            return f"batch_size={batch_size}"
+    return f"devices of {need / 1e9 + 1:.0f} GB"
+
+
+# Constants of the cluster that a choice can hang on: name, how to scale it.
+_SCALED = {
+    "matmul_flops": ("matmul_flops",),
+    "copy_bytes_per_s": ("copy_bytes_per_s",),
+    "inside.bytes_per_s": ("inside", "bytes_per_s"),
+    "across.bytes_per_s": ("across", "bytes_per_s"),
+    "inside.latency_s": ("inside", "latency_s"),
+    "launch_s": ("launch_s",),
+}
+
+
+def flips(request: Request, best: Prediction, other: Prediction, most: float = 8.0) -> tuple[Flip, ...]:
+    """Which constant, changed by at most a factor of `most`, would make `other` the faster one; the nearest first."""
+    found = []
+    for name, path in _SCALED.items():
+        value = functools.reduce(getattr, path, request.cluster.device)
+        for limit in (most, 1 / most):
+            factor = _crossing(functools.partial(_lead, request, best, other, path), limit)
+            if factor is not None:
+                found.append(Flip(name, float(value), float(value) * factor, value.kind))
+    return tuple(sorted(found, key=lambda flip: max(flip.factor, 1 / flip.factor)))
+
+
+def _lead(request: Request, best: Prediction, other: Prediction, path: tuple[str, ...], factor: float) -> float:
+    """Seconds that `best` is ahead once the constant is scaled."""
+    cluster = dataclasses.replace(request.cluster, device=_scaled(request.cluster.device, path, factor))
+    ours, theirs = (predict_step(p.plan, cluster, request.assumptions).expected for p in (best, other))
+    return theirs - ours
+
+
+def _scaled(target: Any, path: tuple[str, ...], factor: float) -> Any:
+    name, *rest = path
+    value = getattr(target, name)
+    new = _scaled(value, tuple(rest), factor) if rest else Constant(value * factor, value.kind, value.source)
+    return dataclasses.replace(target, **{name: new})
+
+
+def _crossing(lead: Any, limit: float) -> float | None:
+    """The factor between 1 and `limit` at which the lead is gone, to 1%; None if it is not."""
+    if lead(limit) > 0:
+        return None
+    near, far = 1.0, limit
+    while max(near / far, far / near) > 1.01:
+        middle = (near * far) ** 0.5
+        near, far = (middle, far) if lead(middle) > 0 else (near, middle)
+    return far

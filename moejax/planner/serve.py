@@ -1,0 +1,88 @@
+"""Decoding in closed form: what a device does to make one token for each of its sequences.
+
+There is no serving step yet to trace; this is what it will do. Weights lie in bfloat16, dense ones gathered over
+`expert` once and for all. The sequences of a device are in as many groups as there are stages, one a stage at any time,
+so that no stage waits: a step gives every sequence one token and takes each group through all stages. As sequences are
+over `tensor` between attention blocks in training, so here are the group's tokens, of which there is one a sequence.
+
+Dimensions: b sequences of a group, T = b / tensor tokens of a device between attention blocks, n and k query and
+key-value heads of a device, H head, S tokens seen, D model, E experts, e those of a device, F expert width.
+"""
+
+from __future__ import annotations
+
+import math
+
+from moejax.mesh import PIPELINE, TENSOR
+from moejax.planner.plan import Plan
+from moejax.planner.work import Product, Sweep, Transfer, Work
+from moejax.sharding import VOCAB_AXES
+
+BYTES = 2  # of an activation, a weight, a key or a value
+
+
+def decode_work(plan: Plan) -> Work:
+    """One token for each sequence of the batch, after `plan.seq_len` tokens of each; of one device."""
+    m, mesh, d = plan.model, plan.mesh, plan.dispatch
+    stages, tensor = mesh.pipeline, mesh.tensor
+    b = max(1, math.ceil(plan.batch_size / (mesh.replica * mesh.expert * stages)))
+    T = max(1, math.ceil(b / tensor))
+    layers = stages * math.ceil(m.num_moe_layers / stages)  # groups × layers of a stage
+    heads, kv_heads, H, D = m.num_heads / tensor, m.num_kv_heads / tensor, m.head_dim, m.d_model
+
+    def product(phase: str, rows: float, n: float, k: float, times: float, groups: float = 1) -> Product:
+        return Product(phase, "forward", rows, n, k, groups, times, m.dtype)
+
+    def transfer(phase: str, kind: str, axes: tuple[str, ...], rows: float, times: float, hosts: int = 1) -> Transfer:
+        size = math.prod(mesh.shape[axis] for axis in axes)
+        return Transfer(phase, "forward", kind, axes, rows * D * BYTES, size, times, hosts)
+
+    def attention(times: float) -> Work:
+        context = plan.seq_len + 1
+        return [
+            Sweep("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
+            transfer("attention", "all_gather", (TENSOR,), T, times),
+            product("attention", b, (heads + 2 * kv_heads) * H, D, times),
+            product("attention", heads / kv_heads, context, H, times, groups=b * kv_heads),
+            product("attention", heads / kv_heads, H, context, times, groups=b * kv_heads),
+            product("attention", b, D, heads * H, times),
+            transfer("attention", "reduce_scatter", (TENSOR,), T * tensor, times),
+        ]
+
+    def feed_forward(width: int, times: float) -> Work:
+        return [product("expert", T, 2 * width, D, times), product("expert", T, D, width, times)]
+
+    # What meets at an expert: the group's tokens of all devices that exchange.
+    senders = mesh.expert * tensor
+    held = m.num_experts / math.prod(mesh.shape[axis] for axis in d.expert_axes)
+    touched = held * (1 - (1 - m.experts_per_token / m.num_experts) ** (senders * T))
+    rows = senders * T * m.experts_per_token / m.num_experts * held / touched  # of a touched expert
+    width = m.d_ff if TENSOR in d.expert_axes else m.d_ff / tensor
+    sent = T * m.experts_per_token
+    work = [
+        transfer("embed", "all_reduce", (PIPELINE,), T, stages),
+        *attention(layers),
+        Sweep("route", "forward", 4 * T * D * BYTES, layers),
+        product("route", T, m.num_experts, D, layers),
+        Sweep("dispatch", "forward", 2 * sent * D * BYTES, layers),
+        transfer("dispatch", "all_to_all", d.expert_axes, sent, layers, d.hosts),
+        product("expert", rows, 2 * width, D, layers, groups=touched),
+        product("expert", rows, D, width, layers, groups=touched),
+        transfer("combine", "all_to_all", d.expert_axes, sent, layers, d.hosts),
+        Sweep("combine", "forward", 2 * sent * D * BYTES, layers),
+        transfer("pipeline", "ppermute", (PIPELINE,), T, stages),
+        product("logits", b, m.vocab_size / (stages * tensor), D, stages),
+        transfer("logits", "all_gather", (TENSOR,), T, stages),
+        Transfer("loss", "forward", "all_reduce", VOCAB_AXES, b * 8, stages * tensor, stages),  # the most likely token
+    ]
+    if TENSOR not in d.expert_axes:
+        gathered = touched * rows / tensor
+        work += [
+            transfer("expert", "all_gather", (TENSOR,), gathered, layers),
+            transfer("expert", "reduce_scatter", (TENSOR,), gathered * tensor, layers),
+        ]
+    if m.shared_d_ff:
+        work += feed_forward(m.shared_d_ff, layers)
+    if m.num_dense_layers:
+        work += attention(stages * m.num_dense_layers) + feed_forward(m.dense_d_ff, stages * m.num_dense_layers)
+    return [item for item in work if not isinstance(item, Transfer) or item.num_devices > 1]
