@@ -177,22 +177,22 @@ def _backward(s: _Sizes) -> Memory:
     D, f = m.d_model, m.d_ff // s.width
     many = s.ticks > 1
     gradients = s.layers * s.layer_gradients + (s.chunk * s.layer_gradients if many else 0)
-    gradients += (2 if many else 1) * _FLOAT32 * s.table
+    gradients += (2 if s.plan.parallel.num_microbatches > 1 else 1) * _FLOAT32 * s.table
     if s.plan.accumulate > 1:
         gradients += _FLOAT32 * s.stored
-    saved_slice = s.chunk * s.saved_layer if many else 0
-    copied = s.saved_layer  # one layer's, cut out of the tick's
-    rerun = s.policy in ("full", "collectives")
-    weights = s.W * (_FLOAT32 + 2 * _FLOAT32 + 2 * a)
-    hidden = a * f * s.X * (7 + (4 if s.policy == "full" else 0))
-    dense = s.P * (a + _FLOAT32)
-    attention = a * s.A * (m.num_heads + m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim * (6 if rerun else 3)
-    rows = a * D * s.T * 8 * s.parts
+    again = s.policy == "full"  # the first round's insides are computed again as well
+    weights = s.W * ((2 if again else 3) * _FLOAT32 + (2 if again else 1) * a) + s.P * a
+    if s.plan.parallel.repeats > 1:  # the chunk's weights, cut out of the stage's
+        weights += s.chunk * _FLOAT32 * (s.W + (s.P if s.gather_step else s.P_stored))
+    hidden = a * f * s.X * (11 if again else 7)
+    attention = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
+    rows = a * D * (s.A * (1 + s.parts) + 6 * s.T)
     return Memory(
         "backward", **s.state, gradients=gradients, compute_copies=s.gathered,
-        activations=s.activations + saved_slice + copied,
-        dispatch_buffers=a * D * s.X * (5 if s.policy == "full" else 2),
-        workspace=weights + hidden + dense + attention + rows, logits=0.0, kv_cache=0.0, temporaries=0.0,
+        activations=s.activations + (s.chunk * s.saved_layer if many else 0) + a * D * s.microbatch,
+        dispatch_buffers=a * D * s.X * (5 if again else 2),
+        workspace=weights + hidden + attention * (s.parts if s.policy != "full" else 1) + rows,
+        logits=0.0, kv_cache=0.0, temporaries=0.0,
     )  # fmt: skip
 
 
