@@ -168,29 +168,45 @@ class _Sizes:
         return _FLOAT32 * (self.W + (self.P if self.gather_step else self.P_stored))
 
     @property
-    def gathered(self) -> float:
-        return _FLOAT32 * self.layers * self.P if self.gather_step else 0.0
+    def copies(self) -> float:
+        """Weights in another form than they are stored in, for the whole step.
+
+        A GPU's compiler gathers dense weights in float32 and casts them, and experts', layer by layer. A TPU's casts
+        all of the stage's weights before the loops.
+        """
+        dense = self.layers * self.P if self.gather_step else 0
+        return self.a * (dense + self.layers * self.W) if self.on_tpu else _FLOAT32 * dense
+
+    @property
+    def table_gradients(self) -> float:
+        """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model."""
+        if self.on_tpu:
+            return _FLOAT32 * self.table / self.plan.mesh.expert
+        return (2 if self.plan.parallel.num_microbatches > 1 else 1) * _FLOAT32 * self.table
 
 
 def _backward(s: _Sizes) -> Memory:
     m, a = s.plan.model, s.a
     D, f = m.d_model, m.d_ff // s.width
     many = s.ticks > 1
-    gradients = s.layers * s.layer_gradients + (s.chunk * s.layer_gradients if many else 0)
-    gradients += (2 if s.plan.parallel.num_microbatches > 1 else 1) * _FLOAT32 * s.table
+    gradients = s.layers * s.layer_gradients + (s.chunk * s.layer_gradients if many else 0) + s.table_gradients
     if s.plan.accumulate > 1:
         gradients += _FLOAT32 * s.stored
-    again = s.policy == "full"  # the first round's insides are computed again as well
-    weights = s.W * ((2 if again else 3) * _FLOAT32 + (2 if again else 1) * a) + s.P * a
+    again = s.policy == "full" and not s.on_tpu  # the first round's insides are computed again before they are needed
+    summed = s.parts > 1 and not again  # gradients of the part before
+    weights = s.W * (_FLOAT32 * (1 + summed) + a) + s.P * a
+    if not s.on_tpu:
+        weights += s.W * (_FLOAT32 + again * a)
     if s.plan.parallel.repeats > 1:  # the chunk's weights, cut out of the stage's
         weights += s.chunk * _FLOAT32 * (s.W + (s.P if s.gather_step else s.P_stored))
-    hidden = a * f * s.X * (11 if again else 7)
+    hidden = a * f * s.X * (2 if s.on_tpu else 11 if again else 7)
+    combine = 2 * _FLOAT32 * s.assignments * D if s.on_tpu else 0
     attention = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
     rows = a * D * (s.A * (1 + s.parts) + 6 * s.T)
     return Memory(
-        "backward", **s.state, gradients=gradients, compute_copies=s.gathered,
+        "backward", **s.state, gradients=gradients, compute_copies=s.copies,
         activations=s.activations + (s.chunk * s.saved_layer if many else 0) + a * D * s.microbatch,
-        dispatch_buffers=a * D * s.X * (5 if again else 2),
+        dispatch_buffers=a * D * s.X * (4 if s.on_tpu else 5 if again else 2) + combine,
         workspace=weights + hidden + attention * (s.parts if s.policy != "full" else 1) + rows,
         logits=0.0, kv_cache=0.0, temporaries=0.0,
     )  # fmt: skip
@@ -202,7 +218,7 @@ def _loss(s: _Sizes) -> Memory:
     number = s.plan.parallel.num_microbatches if s.policy == "none" else 1
     return Memory(
         "loss", **s.state, gradients=2 * _FLOAT32 * s.table + (_FLOAT32 * s.stored if s.plan.accumulate > 1 else 0),
-        compute_copies=s.gathered + (_FLOAT32 + s.a) * s.table,
+        compute_copies=s.copies + (_FLOAT32 + s.a) * s.table,
         activations=s.activations, dispatch_buffers=0.0, workspace=0.0, logits=(number + 2) * logits, kv_cache=0.0,
         temporaries=0.0,
     )  # fmt: skip
