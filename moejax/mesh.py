@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from moejax.config import ConfigError, check
 
@@ -116,7 +116,15 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     return Mesh(grid, config.axis_names, axis_types=(AxisType.Auto,) * grid.ndim)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh of `config` without devices: programs can be traced on it as they would be for its hardware."""
+    kind = "cpu" if config.hardware == "cpu" else "tpu" if config.hardware.startswith("tpu") else "gpu"
+    device = AbstractDevice(device_kind=config.hardware, num_cores=None, platform=kind)
+    names, sizes = config.axis_names, tuple(config.shape.values())
+    return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), abstract_device=device)
+
+
+def compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str]:
     """What to compile a step with on the mesh's devices, so that collectives can run beside matrix products.
 
     A GPU's compiler makes one product of those with the same weights, which then waits for all of their operands: that
@@ -128,7 +136,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     }.get(platform(mesh), {})
 
 
-def platform(mesh: Mesh) -> str:
+def platform(mesh: Mesh | AbstractMesh) -> str:
     """What the mesh's devices are: "cpu", "gpu" or "tpu"."""
     return mesh.abstract_mesh.abstract_device.platform
 

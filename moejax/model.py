@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from moejax import balance, remat, sharding
@@ -41,10 +41,13 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A model and how it is spread over a mesh. Its methods are the per-device functions; `sharded` runs them."""
+    """A model and how it is spread over a mesh. Its methods are the per-device functions; `sharded` runs them.
+
+    On an abstract mesh (`moejax.mesh.abstract_mesh`) it can be traced, for any devices and any number of them.
+    """
 
     model: ModelConfig
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     dispatch: DispatchConfig = DispatchConfig()
     balance: BalanceConfig = BalanceConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -138,15 +141,18 @@ class Program:
 
         def microbatch(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             h_bsD, targets_bS = xs
-            logits_bSv = logits(all_gather(h_bsD, TENSOR, dim=1), w_Dv)
+            with jax.named_scope("logits"):
+                logits_bSv = logits(all_gather(h_bsD, TENSOR, dim=1), w_Dv)
             return total + cross_entropy(logits_bSv, targets_bS), None
 
         zero = vary(jnp.zeros((), jnp.float32), self.batch_axes)
         total, _ = lax.scan(remat.checkpoint(microbatch, policy), zero, (h_MbsD, targets_MbS))
-        cross_entropy_mean = lax.psum(total, self.batch_axes) / num_tokens
-        aux_loss = lax.pmean(balance.load_balance_loss(stats, num_tokens), PIPELINE)
-        sequence_loss = lax.pmean(balance.sequence_balance_loss(stats, num_tokens // targets_MbS.shape[-1]), PIPELINE)
-        z_loss = lax.pmean(balance.router_z_loss(stats, num_tokens), PIPELINE)
+        with jax.named_scope("loss"):
+            cross_entropy_mean = lax.psum(total, self.batch_axes) / num_tokens
+            num_sequences = num_tokens // targets_MbS.shape[-1]
+            aux_loss = lax.pmean(balance.load_balance_loss(stats, num_tokens), PIPELINE)
+            sequence_loss = lax.pmean(balance.sequence_balance_loss(stats, num_sequences), PIPELINE)
+            z_loss = lax.pmean(balance.router_z_loss(stats, num_tokens), PIPELINE)
         losses = {"aux_loss": aux_loss, "sequence_loss": sequence_loss, "z_loss": z_loss}
         weights = self.balance
         loss = (
@@ -184,7 +190,8 @@ class Program:
     def _whole_hidden(self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         """Final hidden states of every position, gathered over `tensor`: [B, S, D]."""
         h_MbsD, _ = self.hidden(params, tokens_BS, segment_ids_BS)
-        return all_gather(h_MbsD, TENSOR, dim=2).reshape(*tokens_BS.shape, -1)
+        with jax.named_scope("logits"):
+            return all_gather(h_MbsD, TENSOR, dim=2).reshape(*tokens_BS.shape, -1)
 
     def hidden(
         self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array
@@ -213,7 +220,8 @@ class Program:
             return lax.scan(layer, x_bsD, chunk)
 
         x_MbsD = x_BsD.reshape(num_microbatches, -1, *x_BsD.shape[1:])
-        x_MbsD = vary(x_MbsD, (PIPELINE,))
+        with jax.named_scope("pipeline"):
+            x_MbsD = vary(x_MbsD, (PIPELINE,))
         x_MbsD, stats = run_pipeline(
             stage,
             x_MbsD,
@@ -224,7 +232,9 @@ class Program:
         with jax.named_scope("pipeline"):  # from stage 0 to all: each holds a part of the vocabulary
             x_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, x_MbsD, jnp.zeros_like(x_MbsD)), PIPELINE)
         norm_D = sharding.gather(params["head"]["norm_D"], self.table["head"]["norm_D"])
-        return rms_norm(x_MbsD, norm_D, m.norm_eps), global_stats(stats, (*self.batch_axes, TENSOR))
+        with jax.named_scope("logits"):
+            h_MbsD = rms_norm(x_MbsD, norm_D, m.norm_eps)
+        return h_MbsD, global_stats(stats, (*self.batch_axes, TENSOR))
 
     def _layer(
         self, x_bsD: jax.Array, p: dict[str, Any], *, segment_ids_bS: jax.Array
@@ -237,7 +247,8 @@ class Program:
         def part(x_bsD: jax.Array, segment_ids_bS: jax.Array, turn: Turn) -> tuple[jax.Array, balance.LayerStats, Turn]:
             x_bsD = after(x_bsD, turn.sent)
             x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
-            h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
+            with jax.named_scope("route"):
+                h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
             by_sequence = self.balance.sequence_loss_weight > 0
             y_bsD, stats, turn = mixture_of_experts(
                 p["moe"], h_bsD, self.model, self.dispatch, turn, by_sequence=by_sequence
@@ -264,11 +275,13 @@ class Program:
             p = sharding.gather(p, self.table["dense_layers"], unstacked=True)
             x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
             x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
-            h_bsD = rms_norm(x_bsD, p["feed_forward_norm_D"], self.model.norm_eps)
+            with jax.named_scope("expert"):
+                h_bsD = rms_norm(x_bsD, p["feed_forward_norm_D"], self.model.norm_eps)
             return x_bsD + swiglu(p["feed_forward"], h_bsD), None
 
         x_bsD, _ = lax.scan(remat.checkpoint(layer, policy), x_bsD, stacked)
-        return all_gather(x_bsD, PIPELINE, dim=0)
+        with jax.named_scope("pipeline"):
+            return all_gather(x_bsD, PIPELINE, dim=0)
 
     def _output_table(self, params: dict[str, Any]) -> jax.Array:
         """This device's columns of the output layer, [D, v]."""

@@ -14,6 +14,7 @@ from moejax.kernels.top_k_routing import Routing, RoutingSums, route_tokens
 from moejax.mesh import TENSOR
 from moejax.nn.experts import grouped_experts, split_experts, whole_experts
 from moejax.nn.feed_forward import swiglu
+from moejax.nn.weights import weight
 
 
 def mixture_of_experts(
@@ -45,7 +46,8 @@ def mixture_of_experts(
     )
     if m.shared_d_ff:
         y_TD = y_TD + swiglu(p["shared"], x_TD)
-    of_sequences = sequence_balance(sums, x_bsD.shape[1]) if by_sequence else jnp.zeros_like(sums.z)
+    with jax.named_scope("route"):
+        of_sequences = sequence_balance(sums, x_bsD.shape[1]) if by_sequence else jnp.zeros_like(sums.z)
     stats = LayerStats(
         count_E, sums.prob_bE.sum(0), sums.z, sums.entropy, sums.invalid, of_sequences, done.dropped, done.rounds,
         dispatches=jnp.ones_like(done.rounds),
@@ -57,7 +59,7 @@ def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int
     """The experts of each token by the model's rule; the tokens are of `num_sequences` sequences, one after another."""
     return route_tokens(
         x_TD,
-        p["w_router_DE"],
+        weight(p["w_router_DE"], x_TD, p["w_router_DE"].dtype),
         p["router_bias_E"] if m.router_bias else None,
         experts_per_token=m.experts_per_token,
         score=m.router_score,
@@ -68,4 +70,5 @@ def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int
 
 def global_stats(stats: LayerStats, token_axes: tuple[str, ...]) -> LayerStats:
     """Adds the sums up over every device that holds other tokens, so that no two devices disagree on them."""
-    return jax.tree.map(lambda s: lax.psum(s, token_axes), stats)
+    with jax.named_scope("route"):
+        return jax.tree.map(lambda s: lax.psum(s, token_axes), stats)

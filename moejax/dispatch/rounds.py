@@ -42,8 +42,9 @@ def run_rounds(
     turn: Turn,
 ) -> tuple[jax.Array, jax.Array, Turn]:
     """Takes all of the queue to its experts. Returns their weighted results [T, D], the rounds, int32, and the turn."""
-    rounds = lax.pmax((queue.count_E.max() + capacity - 1) // capacity, (EXPERT, TENSOR))
-    rounds = jnp.maximum(rounds, 1)
+    with jax.named_scope("dispatch"):
+        rounds = lax.pmax((queue.count_E.max() + capacity - 1) // capacity, (EXPERT, TENSOR))
+        rounds = jnp.maximum(rounds, 1)
     exchange = Exchange.from_config(config)
     one_round = partial(_one_round, experts=experts, capacity=capacity, chunks=config.chunks, exchange=exchange)
     y_TD, turn = in_rounds(one_round, rounds, (queue, turn), x_TD, gate_TK, weights)
@@ -59,7 +60,9 @@ def in_rounds(
     Devices that communicate in a round must agree on their number.
     """
     leaves, treedef = jax.tree.flatten((x_TD, gate_TK, weights))
-    return _in_rounds(one_round, rounds, plan, *treedef.unflatten(vary_alike(*leaves)))
+    with jax.named_scope("gather"):  # the sum of the weights' gradients
+        leaves = vary_alike(*leaves)
+    return _in_rounds(one_round, rounds, plan, *treedef.unflatten(leaves))
 
 
 def _one_round(

@@ -9,6 +9,7 @@ from jax import lax
 
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.nn.collectives import psum_scatter
+from moejax.nn.weights import weight
 from moejax.remat import NETWORK, named
 from moejax.sharding import VOCAB_AXES
 
@@ -23,7 +24,7 @@ def embed(table_vD: jax.Array, tokens_bS: jax.Array, dtype: jnp.dtype, *, split_
     """Embeds tokens [b, S]; returns [b, s, D] on every stage, or [b / stages, s, D] if `split_pipeline`."""
     with jax.named_scope("embed"):
         row_bS, here_bS = _local(tokens_bS, table_vD.shape[0])
-        x_bSD = jnp.where(here_bS[..., None], table_vD[row_bS], 0).astype(dtype)
+        x_bSD = jnp.where(here_bS[..., None], weight(table_vD, row_bS, table_vD.dtype)[row_bS], 0).astype(dtype)
         x_bsD = psum_scatter(x_bSD, TENSOR, dim=1)
         return psum_scatter(x_bsD, PIPELINE, dim=0) if split_pipeline else lax.psum(x_bsD, PIPELINE)
 
@@ -32,7 +33,7 @@ def logits(h_bSD: jax.Array, w_Dv: jax.Array) -> jax.Array:
     """This device's columns of the logits, float32 [b, S, v]."""
     with jax.named_scope("logits"):
         contract = (((h_bSD.ndim - 1,), (0,)), ((), ()))
-        return lax.dot_general(h_bSD, w_Dv.astype(h_bSD.dtype), contract, preferred_element_type=jnp.float32)
+        return lax.dot_general(h_bSD, weight(w_Dv, h_bSD), contract, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(logits_bSv: jax.Array, targets_bS: jax.Array) -> jax.Array:

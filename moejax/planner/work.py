@@ -55,7 +55,13 @@ class Transfer:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a device sends to others in a step, as a ring would (all-reduce: reduce-scatter, all-gather)."""
+        """Bytes that a device sends to others in a step, as a ring would (all-reduce: reduce-scatter, all-gather).
+
+        In two hops what leaves the host has been sent once before, inside it.
+        """
+        if self.hosts > 1:
+            hops = (1 - self.hosts / self.num_devices) + (1 - 1 / self.hosts)
+            return hops * self.operand_bytes * self.times
         others = self.num_devices - 1
         factor = {
             "all_gather": others,

@@ -14,11 +14,10 @@ meanwhile. Three questions, each harder than the one before, are asked of every 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Callable
 
 from moejax.hlo import Instruction, Module, collective
+from moejax.kernels.attention.cost import custom_call_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,28 +45,9 @@ class Overlap:
     waited_s: float
 
 
-# Products of queries by tokens in each of the attention kernels that `moejax.kernels.attention` runs on GPU and TPU.
-_ATTENTION_PRODUCTS = {
-    "mha_forward": 2,
-    "mha_backward": 5,
-    "splash_mha_fwd": 2,
-    "splash_mha_dq": 3,
-    "splash_mha_dkv": 4,
-}
-
-
 def attention_flops(seq_len: int) -> Callable[[Instruction], float]:
     """FLOPs of the custom calls of causal attention on `seq_len` tokens, for `moejax.hlo.parse`; 0 for other calls."""
-
-    def flops(call: Instruction) -> float:
-        names = [name for name in _ATTENTION_PRODUCTS if name in call.attributes]
-        operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", call.attributes)
-        if not (names and operands):
-            return 0
-        queries = max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", operands[1]))
-        return _ATTENTION_PRODUCTS[names[0]] * queries * seq_len  # 2 FLOPs, half of them behind the causal mask
-
-    return flops
+    return lambda call: custom_call_flops(call.attributes, seq_len)
 
 
 def measure(module: Module, *, flops_per_s: float, bytes_per_s: float) -> dict[str, Overlap]:

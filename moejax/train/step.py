@@ -110,6 +110,10 @@ class TrainStep:
         """The step lowered without any array: `.compile()` gives memory and the compiled text."""
         return self._step.lower(self.state_shapes, self.batch_shapes(batch_size, seq_len))
 
+    def trace(self, batch_size: int, seq_len: int) -> Any:
+        """The step's jaxpr, traced without any array; on an abstract mesh without any device either."""
+        return self._step.trace(self.state_shapes, self.batch_shapes(batch_size, seq_len)).jaxpr
+
     def evaluate(self, params: Any, batch: Batch) -> Metrics:
         """The metrics of a batch, without a gradient and without drops: the same on every mesh, to rounding."""
         return self._evaluate(params, batch)
@@ -142,8 +146,9 @@ class TrainStep:
             params = optax.apply_updates(state.params, updates)
             metrics |= {"grad_norm": grad_norm, "learning_rate": self.schedule(state.step)}
         balancer, router = self.program.balancer, metrics["router"]
-        params = self._move_bias(params, router.count_E)
-        balance = balancer.update(state.balance, every_layer(router))
+        with jax.named_scope("route"):
+            params = self._move_bias(params, router.count_E)
+            balance = balancer.update(state.balance, every_layer(router))
         metrics |= {
             "balance": balancer.report(balance),
             "capacity_factor": jnp.float32(self.program.dispatch.capacity_factor),

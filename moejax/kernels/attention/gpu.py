@@ -18,15 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax.kernels import manual
+from moejax.kernels.attention import cost
 
 with warnings.catch_warnings():  # the announcement above, which a user of moejax can do nothing about
     warnings.simplefilter("ignore", DeprecationWarning)
     from jax.experimental.pallas.ops.gpu import attention as pallas_attention
-
-_BLOCK = 128  # tokens of a forward block, at most
-_BLOCK_BYTES = 32 * 1024  # of queries, keys or values; five such blocks are in shared memory, 163 KB on an A100
-_BLOCK_BACKWARD = 32  # tokens of a backward block, the kernel's default
-_SMALLEST = 16  # rows and columns of the smallest matrix product that Triton has
 
 
 def attention(
@@ -38,8 +34,9 @@ def attention(
     """
     B, S, N, H = q_BSNH.shape
     K = k_BSKH.shape[2]
-    block = _block(S, H, q_BSNH.dtype.itemsize)
-    extra_S, extra_H = -S % block, max(0, _SMALLEST - H)
+    block = cost.gpu_block(S, H, q_BSNH.dtype.itemsize)
+    padded_S, padded_H = cost.padded("gpu", S, H, q_BSNH.dtype.itemsize)
+    extra_S, extra_H = padded_S - S, padded_H - H
 
     def pad(x_BSXH: jax.Array) -> jax.Array:  # at the end, where causality hides the tokens
         return jnp.pad(x_BSXH, ((0, 0), (0, extra_S), (0, 0), (0, extra_H)))
@@ -50,19 +47,12 @@ def attention(
     return jnp.moveaxis(o_GBSKH, 0, 3).reshape(B, S + extra_S, N, H + extra_H)[:, :S, :, :H]
 
 
-def _block(S: int, H: int, itemsize: int) -> int:
-    """Tokens of a forward block, a power of two as everything in Triton; a short row is one block."""
-    whole_row = max(_SMALLEST, 1 << (S - 1).bit_length())
-    fits = _BLOCK_BYTES // (itemsize << (H - 1).bit_length())
-    return min(whole_row, _BLOCK, max(_BLOCK_BACKWARD, fits))
-
-
 @functools.cache
 def _kernel(scale: float, block: int, interpret: bool) -> Callable[..., jax.Array]:
     def kernel(q_GBSKH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         def one_query_per_key(q_BSKH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
             # By position, for it is a custom_vjp with positions: scale, causal, blocks, backward, warps, stages, grid.
-            blocks = pallas_attention.BlockSizes(block, block, *[_BLOCK_BACKWARD] * 4)
+            blocks = pallas_attention.BlockSizes(block, block, *[cost.BLOCK_BACKWARD] * 4)
             options = (scale, True, blocks, "triton", None, 2, None, interpret)
             return pallas_attention.mha(q_BSKH, k_BSKH, v_BSKH, segment_ids_BS, *options)
 

@@ -1,0 +1,255 @@
+"""Peak memory of one device, by category, in closed form: what a search asks thousands of times.
+
+All devices run one program, so all hold the same: the vocabulary is spread over the stages, leading dense layers run
+data-parallel over them, and each stage computes in every tick. What is live when is read off the compilers' buffer
+assignments; the peak is that of one of a few moments:
+
+- `backward`: inside the backward pass of one layer of the pipeline. Live are the train state, what the ticks have
+  saved, the slice of it that is this tick's, gradients in float32 (the sum over ticks, and this tick's), gathered
+  weights, and the layer's own workspace: its weights cut out of their stack, their casts, their gradients, and the
+  buffers of a dispatch's first round and of one further round, which are computed again.
+- `loss`: the logits of one microbatch, their softmax and their gradient, on top of what the ticks have saved.
+- `update`: the optimizer's, with gradients scattered to where parameters are stored.
+
+Letters: a bytes of an activation, T tokens of a layer's part on one device, A those of its attention (all of the
+sequence), X rows that arrive at this device's experts, W parameters of its experts in one layer, P of the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from moejax.config import ConfigError
+from moejax.pipeline import num_ticks
+from moejax.planner.plan import Plan
+
+Moment = Literal["backward", "loss", "update", "serve"]
+
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the moment of the step's peak; `peak_bytes` is their sum."""
+
+    moment: Moment
+    parameters: float  # stored shards, float32 for training
+    optimizer: float  # AdamW's two moments
+    batch: float  # tokens, targets and segments
+    gradients: float
+    compute_copies: float  # dense weights gathered once a step
+    activations: float  # what the remat policy saves, over the schedule's ticks
+    dispatch_buffers: float  # of the layer whose backward pass runs
+    workspace: float  # the rest of that layer: weights' slices, casts and gradients, attention, hidden rows
+    logits: float
+    kv_cache: float
+    temporaries: float  # what the compiler adds
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.categories.values())
+
+    @property
+    def categories(self) -> dict[str, float]:
+        """Bytes by name."""
+        fields = dataclasses.fields(self)[1:]
+        return {field.name: getattr(self, field.name) for field in fields}
+
+
+def predict_memory(plan: Plan) -> Memory:
+    """What a device holds at the peak of one step of the plan. The plan must fit its mesh (`check_layout`)."""
+    if plan.mode != "train":
+        return _serve(plan)
+    s = _Sizes(plan)
+    return max((_backward(s), _loss(s), _update(s)), key=lambda memory: memory.peak_bytes)
+
+
+class _Sizes:
+    """Elements and rows of one device that the moments are made of."""
+
+    def __init__(self, plan: Plan) -> None:
+        m, mesh, parallel, dispatch = plan.model, plan.mesh, plan.parallel, plan.dispatch
+        e, p, t = mesh.expert, mesh.pipeline, mesh.tensor
+        self.plan, self.a = plan, _ITEMSIZE[m.dtype]
+        self.on_tpu = mesh.hardware.startswith("tpu")
+        self.policy = parallel.remat_policy(plan.seq_len)
+        self.gather_step = parallel.gather == "step"
+        self.folded = "tensor" in dispatch.expert_axes
+        self.width = 1 if self.folded else t
+        over = e * t if self.folded else e  # devices that experts are spread over
+        self.exchanges = e * t > 1
+
+        # The schedule: sequences and tokens of a microbatch and of its parts.
+        self.ticks = num_ticks(parallel.num_microbatches, p, parallel.repeats)
+        self.layers = m.num_moe_layers // p
+        self.chunk = self.layers // parallel.repeats
+        sequences = plan.batch_size // (mesh.replica * e)
+        self.batch_tokens = sequences * plan.seq_len
+        self.sequences = sequences // (parallel.num_microbatches * plan.accumulate)
+        wanted = 2 if self.exchanges and mesh.hardware != "cpu" else 1
+        self.parts = parallel.batch_split or math.gcd(self.sequences, wanted)
+        self.microbatch = self.sequences * plan.seq_len // t
+        self.T = self.microbatch // self.parts
+        self.A = self.T * t
+
+        # Parameters of one layer, as used, on one device.
+        heads = 2 * m.num_heads + 2 * m.num_kv_heads
+        self.P = m.d_model * (heads * m.head_dim // t + 3 * m.shared_d_ff + m.num_experts + 2)
+        self.W = 3 * m.d_model * m.d_ff * m.num_experts // (over * self.width)
+        self.P_stored = (
+            m.d_model * heads * m.head_dim / (e * t)
+            + 3 * m.d_model * m.shared_d_ff / (e * t)
+            + m.d_model * (m.num_experts + 2) / e
+        )
+        dense = m.d_model * (heads * m.head_dim // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
+        self.dense_layer = dense
+        self.dense_stored = m.num_dense_layers * dense / (e * p)
+        self.vocab = m.vocab_size // (p * t)
+        tables = 1 if m.tie_embeddings else 2
+        self.table = self.vocab * m.d_model
+        self.stored = self.layers * (self.P_stored + self.W) + self.dense_stored + (tables * self.table + m.d_model) / e
+
+        # Rows of the dispatch.
+        capacity = dispatch.capacity(self.T, m)
+        self.assignments = self.T * m.experts_per_token
+        self.sent = capacity * m.num_experts  # rows of a sender's buffers
+        self.X = self.sent * self.width
+        if dispatch.strategy == "ragged":
+            self.sent = min(self.sent, over * self.assignments)
+            self.X = self.sent * self.width
+            self.sent_rows = self.assignments
+        else:
+            self.sent_rows = self.sent
+
+    @property
+    def state(self) -> dict[str, float]:
+        """The categories that last for the whole step."""
+        stored = self.stored * _FLOAT32
+        return {"parameters": stored, "optimizer": 2 * stored, "batch": 3.0 * 4 * self.batch_tokens}
+
+    @property
+    def saved_layer(self) -> float:
+        """Bytes that the policy saves of one layer and microbatch."""
+        m, a = self.plan.model, self.a
+        t = self.plan.mesh.tensor
+        D, H, f = m.d_model, m.head_dim, m.d_ff // self.width
+        total = a * self.microbatch * D
+        if self.policy == "full":
+            return total
+        part = a * D * (self.A + self.T + self.X)  # gathered for attention, scattered after it, arrived at the experts
+        if self.policy == "none":
+            part += a * D * self.assignments
+        else:
+            part += a * D * self.sent_rows
+        if self.policy != "collectives":
+            queries, keys = m.num_heads // t * H, m.num_kv_heads // t * H
+            part += a * self.A * 2 * (queries + keys) + _FLOAT32 * self.A * m.num_heads // t
+            part += a * 2 * f * self.X + a * 2 * m.shared_d_ff * self.T
+        total += self.parts * part
+        if not self.on_tpu and self.parts > 1:  # what turns wait for
+            again = 0 if self.width == 1 else self.sent
+            total += (self.parts - 1) * a * D * (again + (self.sent_rows if self.policy == "none" else 0))
+        return total
+
+    @property
+    def activations(self) -> float:
+        """What the forward pass leaves for the backward pass."""
+        m, a = self.plan.model, self.a
+        whole = self.plan.parallel.num_microbatches * self.microbatch * m.d_model * a
+        dense = m.num_dense_layers * whole / self.plan.mesh.pipeline
+        return self.ticks * self.chunk * self.saved_layer + whole + dense
+
+    @property
+    def layer_gradients(self) -> float:
+        """Gradients of this stage's layers, float32, dense ones as gathered where they are gathered once a step."""
+        return _FLOAT32 * (self.W + (self.P if self.gather_step else self.P_stored))
+
+    @property
+    def copies(self) -> float:
+        """Weights in another form than they are stored in, for the whole step.
+
+        A GPU's compiler gathers dense weights in float32 and casts them, and experts', layer by layer. A TPU's casts
+        all of the stage's weights before the loops.
+        """
+        dense = self.layers * self.P if self.gather_step else 0
+        return self.a * (dense + self.layers * self.W) if self.on_tpu else _FLOAT32 * dense
+
+    @property
+    def table_gradients(self) -> float:
+        """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model."""
+        if self.on_tpu:
+            return _FLOAT32 * self.table / self.plan.mesh.expert
+        return (2 if self.plan.parallel.num_microbatches > 1 else 1) * _FLOAT32 * self.table
+
+
+def _backward(s: _Sizes) -> Memory:
+    m, a = s.plan.model, s.a
+    D, f = m.d_model, m.d_ff // s.width
+    many = s.ticks > 1
+    gradients = s.layers * s.layer_gradients + (s.chunk * s.layer_gradients if many else 0) + s.table_gradients
+    if s.plan.accumulate > 1:
+        gradients += _FLOAT32 * s.stored
+    again = s.policy == "full" and not s.on_tpu  # the first round's insides are computed again before they are needed
+    summed = s.parts > 1 and not again  # gradients of the part before
+    weights = s.W * (_FLOAT32 * (1 + summed) + a) + s.P * a
+    if not s.on_tpu:
+        weights += s.W * (_FLOAT32 + again * a)
+    if s.plan.parallel.repeats > 1:  # the chunk's weights, cut out of the stage's
+        weights += s.chunk * _FLOAT32 * (s.W + (s.P if s.gather_step else s.P_stored))
+    hidden = a * f * s.X * (2 if s.on_tpu else 11 if again else 7)
+    combine = 2 * _FLOAT32 * s.assignments * D if s.on_tpu else 0
+    attention = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
+    rows = a * D * (s.A * (1 + s.parts) + 6 * s.T)
+    return Memory(
+        "backward", **s.state, gradients=gradients, compute_copies=s.copies,
+        activations=s.activations + (s.chunk * s.saved_layer if many else 0) + a * D * s.microbatch,
+        dispatch_buffers=a * D * s.X * (4 if s.on_tpu else 5 if again else 2) + combine,
+        workspace=weights + hidden + attention * (s.parts if s.policy != "full" else 1) + rows,
+        logits=0.0, kv_cache=0.0, temporaries=0.0,
+    )  # fmt: skip
+
+
+def _loss(s: _Sizes) -> Memory:
+    tokens = s.sequences * s.plan.seq_len
+    logits = _FLOAT32 * tokens * s.vocab
+    number = s.plan.parallel.num_microbatches if s.policy == "none" else 1
+    return Memory(
+        "loss", **s.state, gradients=2 * _FLOAT32 * s.table + (_FLOAT32 * s.stored if s.plan.accumulate > 1 else 0),
+        compute_copies=s.copies + (_FLOAT32 + s.a) * s.table,
+        activations=s.activations, dispatch_buffers=0.0, workspace=0.0, logits=(number + 2) * logits, kv_cache=0.0,
+        temporaries=0.0,
+    )  # fmt: skip
+
+
+def _update(s: _Sizes) -> Memory:
+    gradients = _FLOAT32 * s.stored
+    return Memory(
+        "update", **s.state, gradients=gradients, compute_copies=0.0, activations=0.0, dispatch_buffers=0.0,
+        workspace=gradients, logits=0.0, kv_cache=0.0, temporaries=0.0,
+    )  # fmt: skip
+
+
+def _serve(plan: Plan) -> Memory:
+    """Inference without a serving step to compile yet: weights in the compute dtype, the dense ones whole on each
+    device of `expert`; keys and values of every sequence; one layer's insides.
+    """
+    if plan.mode not in ("prefill", "decode"):
+        raise ConfigError(f"mode={plan.mode!r} must be train, prefill or decode")
+    m, mesh = plan.model, plan.mesh
+    s = _Sizes(dataclasses.replace(plan, seq_len=mesh.tensor) if plan.mode == "decode" else plan)
+    parameters = s.layers * (s.P + s.W) + m.num_dense_layers * s.dense_layer + 2 * s.table
+    sequences = plan.batch_size // (mesh.replica * mesh.expert)
+    length = plan.seq_len + (plan.mode == "decode")
+    kv_cache = m.num_layers / mesh.pipeline * sequences * length * 2 * m.num_kv_heads / mesh.tensor * m.head_dim
+    D, f = m.d_model, m.d_ff // s.width
+    heads = (2 * m.num_heads + 2 * m.num_kv_heads) // mesh.tensor * m.head_dim
+    return Memory(
+        "serve", parameters=s.a * parameters, optimizer=0.0, batch=4.0 * s.batch_tokens, gradients=0.0,
+        compute_copies=0.0, activations=s.a * 2 * s.plan.parallel.num_microbatches * s.microbatch * D,
+        dispatch_buffers=s.a * D * (s.sent_rows + s.X) * s.parts,
+        workspace=s.a * s.parts * (3 * f * s.X + s.A * (heads + D)), logits=4.0 * sequences * s.vocab,
+        kv_cache=s.a * kv_cache, temporaries=0.0,
+    )  # fmt: skip

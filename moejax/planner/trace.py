@@ -1,0 +1,309 @@
+"""Counts of one step on one device, read off its jaxpr: nothing is compiled or run, and no device need be there.
+
+    counts = trace(Plan(get_preset("moe_16x10b"), MeshConfig(expert=8, pipeline=2, hardware="h100"), 1024, 64))
+    counts.flops["expert"], counts.sent_bytes["dispatch", "all_to_all", ("expert",)]
+
+The program is the trainer's own, on a mesh that has only names, sizes and a platform (`moejax.mesh.abstract_mesh`), so
+4,096 GPUs take as long as one: a second. What is counted, and how:
+
+- A scan's body counts as often as it runs, of a `cond` the costliest branch, and a `while` not at all: the only ones on
+  accelerators are a dispatch's further rounds, which a balanced router does not need.
+- FLOPs are those of matrix products: `dot_general` as its shapes say; grouped products as if every row of their
+  operand were some expert's; attention kernels by their products of queries and keys, of which causality leaves half
+  (`moejax.kernels.attention.cost`).
+- Bytes sent are those of `moejax.planner.work.Transfer`, at axes of more than one device, in the order of the mesh.
+- Bytes moved are operands and results of every operation but reshapes and casts of type alone, which is more than a
+  compiler that fuses them would move.
+- An operation's phase is the innermost name of the vocabulary on its name stack, its pass what stands around it there:
+  `transpose` is backward, and `rematted_computation` inside of it is computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax import sharding
+from moejax.config import check
+from moejax.kernels.attention import cost
+from moejax.mesh import abstract_mesh
+from moejax.model import Program
+from moejax.planner.plan import Plan
+from moejax.planner.work import Pass, Phase, Transfer
+from moejax.train.step import make_train_step
+
+KINDS = {
+    "all_to_all": "all_to_all",
+    "ragged_all_to_all": "all_to_all",
+    "all_gather": "all_gather",
+    "all_gather_invariant": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "psum": "all_reduce",
+    "psum_invariant": "all_reduce",
+    "pmax": "all_reduce",
+    "ppermute": "ppermute",
+}
+_MOVES_NOTHING = frozenset(("pvary", "reshape", "squeeze", "expand_dims", "name", "stop_gradient", "axis_index"))
+_PHASES = frozenset(get_args(Phase))
+OTHER = "other"  # the phase of what stands in none
+_WORD = re.compile(r"\w+")
+
+TransferKey = tuple[str, str, str, tuple[str, ...]]  # phase, pass, kind, axes
+
+
+@dataclasses.dataclass
+class Counts:
+    """What one device does in one step.
+
+    Attributes:
+      flops_by_pass: (phase, pass) -> FLOPs of matrix products.
+      sent_by_pass: (phase, pass, kind, axes) -> bytes sent to other devices.
+      operands_by_pass: the same keys -> bytes of the collectives' operands.
+      moved_by_pass: (phase, pass) -> bytes read and written by every operation, as if none were fused.
+      saved: (name, shape, dtype) -> bytes that the forward pass's outermost loops stack up, most of it for the backward
+        pass; the name is a rematerialisation policy's, or the operation's that made it. Of one accumulation slice.
+      param_bytes: of the stored parameters.
+    """
+
+    flops_by_pass: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    sent_by_pass: Counter[TransferKey] = dataclasses.field(default_factory=Counter)
+    operands_by_pass: Counter[TransferKey] = dataclasses.field(default_factory=Counter)
+    moved_by_pass: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    saved: Counter[tuple[str, tuple[int, ...], str]] = dataclasses.field(default_factory=Counter)
+    param_bytes: float = 0.0
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """By phase."""
+        return _sum_keys(self.flops_by_pass, lambda phase, _: phase)
+
+    @property
+    def sent_bytes(self) -> dict[tuple[str, str, tuple[str, ...]], float]:
+        """By (phase, kind, axes), as `moejax.planner.work.sent_by_phase` has them."""
+        return _sum_keys(self.sent_by_pass, lambda phase, _, *kind_and_axes: (phase, *kind_and_axes))
+
+    @property
+    def operand_bytes(self) -> dict[tuple[str, str, tuple[str, ...]], float]:
+        """By (phase, kind, axes)."""
+        return _sum_keys(self.operands_by_pass, lambda phase, _, *kind_and_axes: (phase, *kind_and_axes))
+
+    @property
+    def moved_bytes(self) -> dict[str, float]:
+        """By phase."""
+        return _sum_keys(self.moved_by_pass, lambda phase, _: phase)
+
+
+def _sum_keys(counts: Counter[Any], key: Any) -> dict[Any, float]:
+    total: dict[Any, float] = defaultdict(float)
+    for names, value in counts.items():
+        total[key(*names)] += value
+    return dict(total)
+
+
+def trace(plan: Plan) -> Counts:
+    """Counts the step of a plan: the train step, or for prefill the forward pass to the logits of one position.
+
+    Raises:
+      ConfigError: the plan does not fit together, or is one of decoding, for which there is no step yet.
+    """
+    program, jaxpr = plan_jaxpr(plan)
+    counts = count(jaxpr, program.mesh.shape, training=plan.mode == "train")
+    leaves = jax.tree.leaves(program.table, is_leaf=lambda x: isinstance(x, sharding.Param))
+    counts.param_bytes = sum(4.0 * math.prod(NamedSharding(program.mesh, p.spec).shard_shape(p.shape)) for p in leaves)
+    return counts
+
+
+def plan_jaxpr(plan: Plan) -> tuple[Program, core.Jaxpr]:
+    """The plan's program on an abstract mesh, and what one device runs in a step."""
+    check(plan.mode != "decode", "mode='decode' has no program to trace yet; use 'train' or 'prefill'")
+    config = plan.train_config()
+    program = Program.from_config(config, abstract_mesh(plan.mesh))
+    if plan.mode == "train":
+        step = make_train_step(program, accumulate=plan.accumulate)
+        return program, device_program(step.trace(plan.batch_size, plan.seq_len).jaxpr)
+    forward = program.sharded(
+        program.next_token_logits,
+        (program.param_specs, program.batch_spec, P()),
+        P(program.batch_axes, sharding.VOCAB_AXES),
+    )
+    tokens_BS = jax.ShapeDtypeStruct((plan.batch_size, plan.seq_len), jnp.int32)
+    params = sharding.param_shapes(program.table, program.mesh)
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    return program, device_program(jax.jit(forward).trace(params, tokens_BS, position).jaxpr.jaxpr)
+
+
+def device_program(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """The body of the one `shard_map` in the jaxpr of a step."""
+    (body,) = (e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name == "shard_map")
+    return body
+
+
+def count(jaxpr: core.Jaxpr, axis_sizes: dict[str, int], *, training: bool = True) -> Counts:
+    """Counts a device's jaxpr on a mesh of these axes. Without `training`, what is not differentiated is forward."""
+    counts = Counts()
+    update = "update" if training else "forward"
+    for equation, stack, times in _walk(jaxpr, "", 1.0):
+        where = _phase(stack), _pass(stack, update)
+        counts.flops_by_pass[where] += times * flops(equation)
+        if equation.primitive.name not in _MOVES_NOTHING:
+            counts.moved_by_pass[where] += times * sum(map(_num_bytes, (*equation.invars, *equation.outvars)))
+        for transfer in _transfers(equation, where, axis_sizes):
+            key = (*where, transfer.kind, transfer.axes)
+            counts.sent_by_pass[key] += times * transfer.sent_bytes
+            counts.operands_by_pass[key] += times * transfer.operand_bytes
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and _pass(str(equation.source_info.name_stack), update) == "forward":
+            counts.saved.update(_stacked(equation))
+    for counter in (counts.flops_by_pass, counts.moved_by_pass):
+        _drop_zeros(counter)
+    return counts
+
+
+def _drop_zeros(counter: Counter[Any]) -> None:
+    for key in [key for key, value in counter.items() if not value]:
+        del counter[key]
+
+
+def _walk(jaxpr: core.Jaxpr, stack: str, times: float) -> Iterator[tuple[core.JaxprEqn, str, float]]:
+    """Every operation that is executed, the names around it, and how often."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        inside = f"{stack}/{equation.source_info.name_stack}"
+        bodies = [] if name == "pallas_call" else list(core.jaxprs_in_params(equation.params))
+        if not bodies:
+            yield equation, inside, times
+        elif name == "cond":
+            yield from max(([*_walk(body, inside, times)] for body in bodies), key=_cost)
+        elif name != "while":
+            for body in bodies:
+                yield from _walk(body, inside, times * equation.params.get("length", 1))
+
+
+def _cost(operations: list[tuple[core.JaxprEqn, str, float]]) -> tuple[float, int]:
+    return sum(times * flops(equation) for equation, _, times in operations), len(operations)
+
+
+def _phase(stack: str) -> str:
+    return next((word for word in reversed(_WORD.findall(stack)) if word in _PHASES), OTHER)
+
+
+def _pass(stack: str, update: str) -> Pass:
+    if "rematted_computation" in stack:
+        return "recompute"
+    if "transpose(" in stack:
+        return "backward"
+    return "forward" if "jvp(" in stack else update
+
+
+def _transfers(equation: core.JaxprEqn, where: tuple[str, Pass], sizes: dict[str, int]) -> Iterator[Transfer]:
+    """The collective that an equation is, if it is one and has more than one device."""
+    kind = KINDS.get(equation.primitive.name)
+    if kind is None:
+        return
+    named = equation.params.get("axis_name") or equation.params["axes"]
+    named = (named,) if isinstance(named, str) else named
+    axes = tuple(axis for axis in sizes if axis in named and sizes[axis] > 1)
+    groups = equation.params.get("axis_index_groups")
+    num_devices = len(groups[0]) if groups else math.prod(sizes[axis] for axis in axes)
+    if num_devices > 1:
+        operands = equation.invars[:1] if equation.primitive.name == "ragged_all_to_all" else equation.invars
+        yield Transfer(*where, kind, axes, sum(map(_num_bytes, operands)), num_devices)
+
+
+def flops(equation: core.JaxprEqn) -> float:
+    """FLOPs of the matrix products of an operation, 2 for a multiplication and an addition; 0 for what is none."""
+    if equation.primitive.name == "dot_general":
+        (contracting, _), _ = equation.params["dimension_numbers"]
+        lhs = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracting)
+    if equation.primitive.name == "pallas_call":
+        name = _kernel_name(equation)
+        return next((rule(equation, name) for prefix, rule in _KERNELS.items() if name.startswith(prefix)), 0.0)
+    return 0.0
+
+
+def _attention(equation: core.JaxprEqn, name: str) -> float:
+    """2 FLOPs a product, half of them behind the causal mask: see `moejax.kernels.attention.cost`."""
+    q_shape = next(x.aval.shape for x in equation.invars if jnp.issubdtype(x.aval.dtype, jnp.floating))
+    seq_len = q_shape[-2 if name.startswith("splash") else -3]  # [..., N, S, H] or [..., S, N, H]
+    return cost.products(name) * float(math.prod(q_shape)) * seq_len
+
+
+def _shapes(equation: core.JaxprEqn, ndim: int) -> list[tuple[int, ...]]:
+    """The shapes of the operands of so many dims."""
+    return [x.aval.shape for x in equation.invars if len(x.aval.shape) == ndim]
+
+
+def _grouped_rows(equation: core.JaxprEqn, _: str) -> float:
+    """Rows [N, D] times each its group's [D, F], all rows in some group."""
+    (rows, _), (_, d, f) = _shapes(equation, 2)[0], _shapes(equation, 3)[0]
+    return 2.0 * rows * d * f
+
+
+def _grouped_sums(equation: core.JaxprEqn, _: str) -> float:
+    """Rows [N, D] and [N, F] to a [D, F] for every group."""
+    (rows, d), (_, f) = _shapes(equation, 2)[:2]
+    return 2.0 * rows * d * f
+
+
+def _routing(equation: core.JaxprEqn, _: str) -> float:
+    """Activations [..., D] times the router's weights, D × E in either order, where the kernel is given those."""
+    x, w = (operand.aval.shape for operand in equation.invars[:2])
+    return 2.0 * math.prod(x) * math.prod(w) / x[-1] if x[-1] in w and 1 not in w else 0.0
+
+
+_KERNELS = {
+    "mha_": _attention,
+    "splash_mha_": _attention,
+    "grouped_matmul_drhs": _grouped_sums,
+    "grouped_matmul_": _grouped_rows,
+    "tgmm": _grouped_sums,
+    "gmm": _grouped_rows,
+    "top_k_routing": _routing,
+}
+
+
+def _kernel_name(equation: core.JaxprEqn) -> str:
+    params = equation.params
+    return params.get("name") or params["name_and_src_info"].name
+
+
+def _num_bytes(x: Any) -> float:
+    aval = x.aval
+    return float(math.prod(aval.shape)) * aval.dtype.itemsize if hasattr(aval, "dtype") else 0.0
+
+
+def _stacked(loop: core.JaxprEqn) -> Counter[tuple[str, tuple[int, ...], str]]:
+    """What a scan stacks up: (name, shape, dtype) -> bytes."""
+    found: Counter[tuple[str, tuple[int, ...], str]] = Counter()
+    (body,) = core.jaxprs_in_params(loop.params)
+    for result, inside in zip(loop.outvars, body.outvars, strict=True):
+        if len(result.aval.shape) > len(inside.aval.shape):  # not carried
+            found[_made_by(body, inside), result.aval.shape, str(result.aval.dtype)] += _num_bytes(result)
+    return found
+
+
+def _made_by(jaxpr: core.Jaxpr, var: Any) -> str:
+    """The name that a policy knows a value by, or else that of the operation that makes it, inner loops looked into."""
+    maker = next((e for e in jaxpr.eqns if any(out is var for out in e.outvars)), None)
+    if maker is None:
+        return "argument"
+    if maker.primitive.name == "name":
+        return maker.params["name"]
+    if maker.primitive.name in ("reduce_precision", *_MOVES_NOTHING):  # jax marks what a policy saves with the first
+        return _made_by(jaxpr, maker.invars[0])
+    bodies = [] if maker.primitive.name == "pallas_call" else core.jaxprs_in_params(maker.params)
+    *_, body = [None, *bodies]  # the last branch of a `cond` is the one that works
+    if body is None or len(body.outvars) != len(maker.outvars):
+        return maker.primitive.name
+    return _made_by(body, body.outvars[next(i for i, out in enumerate(maker.outvars) if out is var)])
