@@ -53,6 +53,12 @@ class Memory:
         return sum(self.categories.values())
 
     @property
+    def largest(self) -> str:
+        """The category that takes most."""
+        categories = self.categories
+        return max(categories, key=categories.__getitem__)
+
+    @property
     def categories(self) -> dict[str, float]:
         """Bytes by name."""
         fields = dataclasses.fields(self)[1:]

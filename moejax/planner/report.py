@@ -27,7 +27,8 @@ def layout(prediction: Prediction) -> str:
     plan = prediction.plan
     mesh, parallel, dispatch = plan.mesh, plan.parallel, plan.dispatch
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    across = f" ({mesh.host_axis} across hosts)" if mesh.hosts > 1 else ""
+    crossing = [name for name in mesh.shape if mesh.hosts_along(name) > 1]
+    across = f" ({' and '.join(crossing)} across hosts)" if crossing else ""
     choices = [f"{sizes}{across}"]
     if mesh.tensor > 1:
         choices.append("experts folded" if "tensor" in dispatch.expert_axes else "experts split")
@@ -161,29 +162,39 @@ def figure(choices: dict[int, Choice], limit_bytes: float, title: str) -> Any:
     import matplotlib.pyplot as plt  # an extra, and slow to import
 
     lengths = [f"{seq_len:,}" for seq_len in choices]
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    memory = [choice.best.memory.categories for choice in choices.values()]
-    times = [choice.best.time.by_phase for choice in choices.values()]
-    for ax, data, scale, unit in ((axes[0], memory, 1e9, "GB a device"), (axes[1], times, 1.0, "part of the step")):
-        names = list(dict.fromkeys(name for column in data for name in column))
-        totals = [1.0 if scale > 1 else sum(column.values()) for column in data]
-        bottom = [0.0] * len(data)
-        for i, name in enumerate(names):
-            values = [column.get(name, 0.0) / scale / total for column, total in zip(data, totals, strict=True)]
-            if max(values) > 0.005 * max(
-                sum(column.values()) / scale / t for column, t in zip(data, totals, strict=True)
-            ):
-                ax.bar(lengths, values, bottom=bottom, label=name, color=plt.get_cmap("tab20")(i % 20))
-            bottom = [b + v for b, v in zip(bottom, values, strict=True)]
-        ax.set(xlabel="tokens a sequence", ylabel=unit)
-        handles, labels = ax.get_legend_handles_labels()
-        ax.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
-    axes[0].axhline(limit_bytes / 1e9, color="black", linewidth=1, linestyle="--")
-    axes[0].set_title("memory at the peak (dashed: what there is)")
-    axes[1].set_title("time of a step, exposed communication included")
-    axes[0].set_ylim(top=1.05 * max(limit_bytes / 1e9, max(sum(column.values()) for column in memory) / 1e9))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    memory = [{k: v / 1e9 for k, v in choice.best.memory.categories.items()} for choice in choices.values()]
+    times = [
+        {k: v / choice.best.time.expected for k, v in choice.best.time.by_phase.items()} for choice in choices.values()
+    ]
+    _stack(left, lengths, memory)
+    _stack(right, lengths, times)
+    left.axhline(limit_bytes / 1e9, color="black", linewidth=1, linestyle="--")
+    left.set_ylim(top=1.05 * max(limit_bytes / 1e9, *(sum(column.values()) for column in memory)))
+    left.set(title="memory at the peak (dashed: what there is)", xlabel="tokens a sequence", ylabel="GB a device")
+    right.set(title="time of a step, by phase", xlabel="tokens a sequence", ylabel="part of the step")
     fig.suptitle(title)
     return fig
+
+
+def _stack(ax: Any, labels: list[str], columns: list[dict[str, float]]) -> None:
+    """Stacked bars; what is under half a percent of the tallest bar is left out."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    least = 0.005 * max(sum(column.values()) for column in columns)
+    names = [name for name in names if max(column.get(name, 0.0) for column in columns) > least]
+    bottom = [0.0] * len(columns)
+    for name, color in zip(names, _colors(len(names)), strict=True):
+        heights = [column.get(name, 0.0) for column in columns]
+        ax.bar(labels, heights, bottom=bottom, label=name, color=color)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    handles, texts = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], texts[::-1], loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
+
+
+def _colors(number: int) -> list[Any]:
+    import matplotlib.pyplot as plt
+
+    return [plt.get_cmap("tab20")(i % 20) for i in range(number)]
 
 
 def finite(value: Any) -> Any:

@@ -200,13 +200,20 @@ def meshes(cluster: Cluster, model: ModelConfig) -> Iterator[MeshConfig]:
             if model.num_experts % expert:
                 continue
             replica = num_devices // (tensor * pipeline * expert)
-            for host_axis in (PIPELINE, EXPERT, REPLICA):
-                try:
-                    yield MeshConfig(expert, pipeline, tensor, replica, hardware, hosts, host_axis)
-                except ConfigError:  # the hosts do not divide that axis
-                    continue
-                if hosts == 1:
-                    break
+            shape = {PIPELINE: pipeline, EXPERT: expert, REPLICA: replica}
+            for axis in _crossing_axes(shape, hosts):
+                yield MeshConfig(expert, pipeline, tensor, replica, hardware, hosts, axis)
+
+
+def _crossing_axes(shape: dict[str, int], hosts: int) -> list[str]:
+    """The axes that can be `MeshConfig.host_axis`, one of which is enough where they come to the same."""
+    if hosts == 1:
+        return [EXPERT]
+    if shape[REPLICA] % hosts == 0:
+        return [REPLICA]
+    if hosts % shape[REPLICA]:
+        return []
+    return [axis for axis in (PIPELINE, EXPERT) if shape[axis] % (hosts // shape[REPLICA]) == 0]
 
 
 def _divisors(n: int) -> list[int]:
