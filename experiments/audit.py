@@ -1,0 +1,150 @@
+"""Compiles plans for accelerators that are not there and holds the planner's prediction against the compiler.
+
+    python experiments/audit.py --config=moe_16x10b --target=h100_2x8 --config.parallel.remat=full   # one plan
+    python experiments/audit.py --lines=1,13 --max_error=0.1    # these lines of the grid, compiled now
+    python experiments/audit.py --grid                          # all of it: compiles what has no record yet
+
+A plan is the configuration's, on the mesh of the target's name. Its table has what the compiler can tell apart:
+arguments (parameters, optimizer, batch) and temporaries; the prediction's categories follow. The grid is that of
+`audit_cases`; its table is written to results/memory_audit.md. With --max_error the status is 1 where a prediction is
+further off. Compiling needs the extra `aot`. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import audit_cases
+import common
+import jax
+from absl import flags
+from audit_cases import Audited, Case, Compiled
+
+from moejax.config import TrainConfig, check
+from moejax.mesh import MeshConfig, build_mesh
+from moejax.model import Program
+from moejax.planner.memory import Memory, predict_memory
+from moejax.planner.plan import Plan
+from moejax.topology import compile_only_devices
+from moejax.train.step import make_train_step
+
+_TARGET = flags.DEFINE_string("target", "h100_2x8", "What to compile for, see moejax.topology.")
+_LINES = flags.DEFINE_list("lines", [], "Lines of the grid to compile, counted from 1.")
+_GRID_FLAG = flags.DEFINE_boolean("grid", False, "Audit every line of the grid; compiles those without a record.")
+_MAX_ERROR = flags.DEFINE_float("max_error", None, "The largest relative error that passes.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", str(audit_cases.FOLDER / "results" / "memory_audit.md"), "Where --grid's table goes.")
+
+
+def main(argv: list[str]) -> int:
+    flags.FLAGS.set_default("config", "moe_16x10b")
+    config, mesh_config, rest = common.parse_configs(argv)
+    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    if _GRID_FLAG.value:
+        audited = audit_grid()
+    elif _LINES.value:
+        audited = audit_lines([int(number) for number in _LINES.value])
+    else:
+        mesh_config = mesh_config if flags.FLAGS["mesh"].present else common.load_mesh_config(_TARGET.value)
+        audited = [audit_one(config, mesh_config, _TARGET.value)]
+    summary = audit_cases.summary(audited)
+    print(json.dumps({"groups": summary, "errors": [round(a.error, 4) for a in audited]}))
+    return int(_MAX_ERROR.value is not None and summary["all"]["worst_error"] > _MAX_ERROR.value)
+
+
+def audit_one(config: TrainConfig, mesh_config: MeshConfig, target: str) -> Audited:
+    """Compiles the plan of a configuration and prints it category by category."""
+    plan = Plan(
+        model=config.model,
+        mesh=mesh_config,
+        seq_len=config.data.seq_len,
+        batch_size=config.data.batch_size,
+        parallel=config.parallel,
+        dispatch=config.dispatch,
+        accumulate=config.accumulate,
+    )
+    case = Case(flags.FLAGS["config"].value, target, plan, used_for_fitting=False)
+    audited = Audited.of(case, compile_plan(plan, target))
+    print("\n".join(categories(predict_memory(plan), audited.compiled)))
+    return audited
+
+
+def audit_lines(numbers: list[int]) -> list[Audited]:
+    """Compiles these lines of the grid, whether they have a record or not, and leaves the record as it is."""
+    grid = audit_cases.read_grid()
+    for number in numbers:
+        check(1 <= number <= len(grid), f"lines={number} must be between 1 and {len(grid)}, the grid's last")
+    print(audit_cases.HEADER)
+    audited = []
+    for number in numbers:
+        case = Case.parse(grid[number - 1])
+        audited.append(Audited.of(case, compile_plan(case.plan, case.target)))
+        print(audited[-1].line, flush=True)
+    return audited
+
+
+def audit_grid() -> list[Audited]:
+    """Compiles what has no record, adds it, and writes the table of all."""
+    record = audit_cases.read_record()
+    for row in audit_cases.read_grid():
+        if audit_cases.key(row) not in record:
+            case = Case.parse(row)
+            compiled = compile_plan(case.plan, case.target)
+            audit_cases.append_record(row, compiled)
+            print(Audited.of(case, compiled).line, flush=True)
+    audited = audit_cases.recorded()
+    table = [audit_cases.summary_table(audited), "", audit_cases.HEADER, *(a.line for a in audited)]
+    print("\n".join(table))
+    versions = ", ".join(sorted({a.compiled.jax for a in audited}))
+    Path(_OUT.value).write_text("\n".join([*_preface(versions), *table]) + "\n")
+    return audited
+
+
+def _preface(versions: str) -> list[str]:
+    return [
+        "# Peak memory of a device: predicted, and compiled",
+        "",
+        f"`python experiments/audit.py --grid`, compiled with jax {versions}. What is fitted was at hand while the "
+        "formulas were written; nothing was changed for what is held out.",
+        "",
+    ]
+
+
+def compile_plan(plan: Plan, target: str) -> Compiled:
+    """Compiles the train step that follows the plan."""
+    config = plan.train_config()
+    program = Program.from_config(config, build_mesh(plan.mesh, compile_only_devices(target)))
+    train_step = make_train_step(program, config.optimizer, accumulate=config.accumulate)
+    lowered = train_step.lower(plan.batch_size, plan.seq_len)
+    began = time.perf_counter()
+    memory = lowered.compile().memory_analysis()
+    return Compiled(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        compile_s=round(time.perf_counter() - began, 1),
+        jax=jax.__version__,
+    )
+
+
+def categories(predicted: Memory, compiled: Compiled) -> list[str]:
+    """Markdown: what both sides know, then the prediction's parts."""
+    parts = predicted.categories
+    arguments = sum(parts[name] for name in ("parameters", "optimizer", "batch"))
+    rows: list[tuple[Any, ...]] = [
+        ("arguments", arguments, compiled.argument_bytes),
+        ("the rest", predicted.peak_bytes - arguments, compiled.peak_bytes - compiled.argument_bytes),
+        ("peak", predicted.peak_bytes, compiled.peak_bytes),
+    ]
+    lines = ["| | predicted, GB | compiled, GB | error |", "|---|---|---|---|"]
+    lines += [f"| {name} | {a / 1e9:.3f} | {b / 1e9:.3f} | {a / b - 1:+.1%} |" for name, a, b in rows]
+    lines += [f"| {name.replace('_', ' ')} | {size / 1e9:.3f} | | |" for name, size in parts.items() if size]
+    return [*lines, "", f"The peak is in the {predicted.moment}; compiled in {compiled.compile_s:.0f} s."]
+
+
+if __name__ == "__main__":
+    common.run(main)
