@@ -63,8 +63,7 @@ def load_cluster(name: str) -> Cluster:
     path = _find(name, MESH_CONFIGS)
     if path is None:
         raise ConfigError(_unknown("cluster", name, _names(MESH_CONFIGS)))
-    found = load_config_file(path, Cluster, "get_cluster", optional=True)
-    return found or Cluster.of_mesh(path.stem, load_config_file(path, MeshConfig))
+    return Cluster.of_mesh(path.stem, load_config_file(path, MeshConfig))
 
 
 def load_config(name: str) -> TrainConfig:

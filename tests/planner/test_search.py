@@ -1,0 +1,147 @@
+import dataclasses
+import functools
+import itertools
+
+import pytest
+
+from moejax.mesh import build_mesh
+from moejax.planner import search as module
+from moejax.planner.hardware import Cluster, get_device
+from moejax.planner.predict import check, predict, predict_step
+from moejax.planner.report import as_data, choice_table, finite, layout, memory_table, time_table, why
+from moejax.planner.search import DoesNotFitError, Request, default_batch_size, follows_rules, meshes, search
+from moejax.presets import mixtral_8x7b, moe_16x10b, tiny
+
+REFERENCE = Cluster("a100_64gb_2x8", get_device("a100_64gb"), 2, 8)
+
+
+def request(seq_len=1024, cluster=REFERENCE, model=None, **fields):
+    batch_size = fields.pop("batch_size", default_batch_size(seq_len, cluster.num_devices))
+    return Request(model or moe_16x10b(), cluster, seq_len, batch_size, **fields)
+
+
+@functools.cache
+def found(seq_len=1024, mode="train"):
+    return search(request(seq_len, mode=mode))
+
+
+def with_memory(cluster, num_bytes):
+    memory = type(cluster.device.memory_bytes)(num_bytes, "assumed", "this test")
+    return dataclasses.replace(cluster, device=dataclasses.replace(cluster.device, memory_bytes=memory))
+
+
+@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+@pytest.mark.parametrize("seq_len", [128, 10_240])
+def test_the_best_plan_can_be_built_and_fits(seq_len, mode):
+    choice = found(seq_len, mode)
+    best = choice.best
+    check(best.plan)
+    assert best.fits(REFERENCE.device.usable_bytes)
+    assert best.plan.mesh.num_devices == 16
+    assert best.time.low <= best.time.expected <= best.time.high
+    assert predict(best.plan, REFERENCE).time == best.time
+    if choice.runner_up:
+        assert choice.runner_up.plan.mesh.shape != best.plan.mesh.shape
+        assert choice.margin >= 0
+
+
+def test_on_a_small_cluster_no_plan_is_faster():
+    """The two stages against every combination of what they choose."""
+    cluster = Cluster("four", get_device("h100"), 1, 4)
+    r = request(512, cluster, batch_size=16, model=dataclasses.replace(moe_16x10b(), num_layers=4))
+    best = search(r).best.time.expected
+    layouts = list(module._layouts(r, 1))
+    every = itertools.chain.from_iterable(module._variants(plan) for plan in layouts)
+    times = [
+        predict_step(plan, cluster, r.assumptions).expected
+        for plan in every
+        if module.predict_memory(plan).peak_bytes <= r.limit_bytes
+    ]
+    assert len(times) > 500
+    assert best <= 1.01 * min(times)
+
+
+def test_more_memory_is_never_slower():
+    times = [
+        search(request(10_240, with_memory(REFERENCE, gigabytes * 1e9))).best.time.expected
+        for gigabytes in (48, 64, 96, 200)
+    ]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] < times[0]
+
+
+def test_what_does_not_fit_is_named_with_what_would():
+    r = request(10_240, with_memory(REFERENCE, 20e9), model=mixtral_8x7b())
+    with pytest.raises(DoesNotFitError) as error:
+        search(r)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "most of it optimizer" in message
+    assert "would fit" in message
+
+
+def test_the_smaller_batch_that_is_named_fits():
+    cluster = with_memory(REFERENCE, 13e9)
+    with pytest.raises(DoesNotFitError) as error:
+        search(request(10_240, cluster, batch_size=512))
+    words = str(error.value).split("batch_size=")
+    assert len(words) == 2
+    search(request(10_240, cluster, batch_size=int(words[1].split(",")[0])))
+
+
+def test_a_flip_is_where_the_other_plan_becomes_faster():
+    choice, r = found(10_240), request(10_240)
+    other = choice.runner_up
+    assert other
+    for flip in module.flips(r, choice.best, other, most=64.0):
+        lead = functools.partial(module._lead, r, choice.best, other, module._SCALED[flip.constant])
+        assert lead(flip.factor) <= 0
+        assert lead(flip.factor**0.5) > 0 or abs(flip.factor - 1) < 0.03
+
+
+def test_rules_are_followed_or_the_price_is_told():
+    choice = found(10_240)
+    assert choice.by_rules
+    assert follows_rules(choice.by_rules.plan)
+    assert choice.by_rules.time.expected >= choice.best.time.expected
+
+
+def test_meshes_take_every_device_and_cross_hosts_on_one_axis():
+    for cluster, model in ((REFERENCE, moe_16x10b()), (Cluster("large", get_device("h100"), 512, 8), moe_16x10b())):
+        every = list(meshes(cluster, model))
+        assert len({(str(m.shape), m.host_axis) for m in every}) == len(every) > 10
+        for mesh in every:
+            assert mesh.num_devices == cluster.num_devices
+            assert mesh.hosts_along(*mesh.axis_names) == cluster.hosts
+            assert mesh.hosts_along("tensor") == 1
+
+
+def test_a_planned_mesh_can_be_built(fake_devices):
+    mesh = found().best.plan.mesh
+    assert build_mesh(mesh, fake_devices(2, 8)).shape == mesh.shape
+
+
+def test_batches_shrink_as_sequences_grow():
+    assert [default_batch_size(n) for n in (1, 128, 1024, 4096, 10_240)] == [128, 128, 64, 32, 32]
+    assert default_batch_size(1024, 64) == 256
+
+
+def test_the_tables_hold_every_length():
+    choices = {n: found(n) for n in (128, 10_240)}
+    for text in (choice_table(choices), memory_table(choices), time_table(choices)):
+        lines = text.splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        assert len(lines) > 3
+    assert "10,240" in memory_table(choices)
+    explained = why(request(10_240), choices[10_240])
+    assert "binds" in explained
+    data = finite(as_data(choices[128]))
+    assert data["layout"] == layout(choices[128].best)
+    assert sum(data["memory_bytes"].values()) == pytest.approx(data["peak_bytes"])
+    assert sum(data["time_s"]["by_phase"].values()) == pytest.approx(data["step_s"])
+
+
+def test_a_model_that_nothing_divides_says_so():
+    odd = dataclasses.replace(tiny(), num_experts=7, num_layers=5, d_model=132, num_heads=3, num_kv_heads=3)
+    with pytest.raises(DoesNotFitError, match="no mesh of 16 devices divides the model's 7 experts"):
+        search(request(model=odd, batch_size=3))

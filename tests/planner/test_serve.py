@@ -1,0 +1,66 @@
+import dataclasses
+
+import pytest
+
+from moejax.config import DispatchConfig
+from moejax.mesh import MeshConfig
+from moejax.planner.flops import decode_flops
+from moejax.planner.plan import Plan
+from moejax.planner.serve import decode_work
+from moejax.planner.work import Product, Transfer, flops_by_phase, sent_by_phase
+from moejax.presets import moe_16x10b
+
+
+def plan(expert=8, pipeline=2, tensor=1, **fields):
+    fields = {"seq_len": 4096, "batch_size": 256} | fields
+    return Plan(moe_16x10b(), MeshConfig(expert, pipeline, tensor), mode="decode", **fields)
+
+
+@pytest.mark.parametrize("sizes", [(8, 2, 1), (16, 1, 1), (4, 2, 2), (1, 16, 1), (2, 1, 8)])
+def test_devices_together_do_the_model_once(sizes):
+    found = plan(*sizes)
+    total = 16 * sum(flops_by_phase(decode_work(found)).values())
+    assert total == pytest.approx(found.batch_size * decode_flops(found.model, found.seq_len))
+
+
+def test_the_cache_is_read_once_a_token():
+    """Of one device: keys and values of its sequences, layers and heads."""
+    found = plan()
+    reads = sum(
+        item.k * item.n * item.groups * item.times * 2
+        for item in decode_work(found)
+        if isinstance(item, Product) and item.phase == "attention" and item.groups > 1
+    )
+    m = found.model
+    cache = found.batch_size * (found.seq_len + 1) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 2
+    assert reads == pytest.approx(cache / 16)
+
+
+def test_experts_that_no_token_picks_are_not_read():
+    def weights(batch_size):
+        items = [item for item in decode_work(plan(1, 1, 1, batch_size=batch_size)) if isinstance(item, Product)]
+        return [item.groups for item in items if item.phase == "expert"]
+
+    assert weights(1) == pytest.approx([2, 2])
+    assert 2 < weights(4)[0] < 8
+    assert weights(1024) == pytest.approx([16, 16])
+
+
+def test_every_assignment_travels_and_returns():
+    found = plan(16, 1, 1)
+    m = found.model
+    sent = sent_by_phase(decode_work(found))
+    rows = found.batch_size / 16 * m.experts_per_token * 15 / 16
+    for phase in ("dispatch", "combine"):
+        assert sent[phase, "all_to_all", ("expert", "tensor")] == pytest.approx(rows * m.d_model * 2 * m.num_layers)
+
+
+def test_one_device_sends_nothing():
+    assert not [item for item in decode_work(plan(1, 1, 1)) if isinstance(item, Transfer)]
+
+
+def test_split_experts_meet_over_tensor():
+    split = plan(4, 2, 2, dispatch=DispatchConfig(expert_axes=("expert",)))
+    folded = dataclasses.replace(split, dispatch=DispatchConfig())
+    assert ("expert", "all_gather", ("tensor",)) in sent_by_phase(decode_work(split))
+    assert ("expert", "all_gather", ("tensor",)) not in sent_by_phase(decode_work(folded))
