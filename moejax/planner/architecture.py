@@ -209,7 +209,11 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A model: `layers` as (how many, which); `positions` are learned position embeddings (GPT-3), 0 for none."""
+    """A model: `layers` as (how many, which); `positions` are learned position embeddings (GPT-3), 0 for none.
+
+    `predicted` tokens beyond the next have modules of their own in training (MTP, DeepSeek-V3), each as deep as one
+    block and with logits of its own. They are left out of the published sizes, and so of all counts here.
+    """
 
     name: str
     d_model: int
@@ -218,6 +222,7 @@ class Architecture:
     tie_embeddings: bool = False
     layer_norm: bool = False
     positions: int = 0
+    predicted: int = 0
 
     @classmethod
     def from_config(cls, model: ModelConfig, name: str = "") -> Architecture:
@@ -321,7 +326,7 @@ def _latent(
 ) -> Architecture:  # fmt: skip
     mixer = LatentAttention(heads, q_rank, 512)
     stack = ((dense, Layer(mixer, FeedForward(dense_d_ff))), (layers - dense, Layer(mixer, experts)))
-    return Architecture(name, d_model, vocab, stack)
+    return Architecture(name, d_model, vocab, stack, predicted=int(name == "deepseek-v3"))
 
 
 def _gpt_oss(name: str, layers: int, experts: int) -> Architecture:
@@ -332,14 +337,16 @@ def _gpt_oss(name: str, layers: int, experts: int) -> Architecture:
     return Architecture(name, 2880, 201_088, stack)
 
 
-def _nemotron(name: str, d_model: int, pattern: tuple[int, int, int], mamba_heads: int, experts: Experts) -> Architecture:
+def _nemotron(
+    name: str, d_model: int, pattern: tuple[int, int, int], mamba_heads: int, experts: Experts
+) -> Architecture:
     """A hybrid of `pattern` (state-space, experts, attention) layers; squared ReLU, no gate."""
     stack = (
         (pattern[0], Layer(StateSpace(mamba_heads, 64, 128, 8), None)),
         (pattern[1], Layer(None, experts)),
         (pattern[2], Layer(Attention(32, 2, 128), None)),
     )
-    return Architecture(name, d_model, 131_072, stack)
+    return Architecture(name, d_model, 131_072, stack, predicted=2 if "super" in name else 0)
 
 
 def _gemma3_12b() -> Architecture:

@@ -25,8 +25,10 @@ from moejax.mesh import MeshConfig
 from moejax.planner.hardware import Cluster, Device, Link
 from moejax.planner.work import Product, Sweep, Transfer
 
-CATEGORIES = ("compute", "memory", "communication", "bubble", "optimizer")
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "mxfloat8": 1.0}
+CATEGORIES = ("compute", "memory", "communication", "bubble", "optimizer", "host")
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "float4": 0.5625}
+_WIDE_TPUS = ("tpu_v6e", "tpu7x")  # units of 256 × 256
+_FLOAT4 = ("b200", "b300", "gb200", "gb300")  # devices with float4 units, twice as fast as float8
 _PIPELINED = frozenset(("attention", "route", "dispatch", "expert", "combine", "pipeline"))
 _ROUTED = frozenset(("dispatch", "expert", "combine"))
 
@@ -36,17 +38,19 @@ class Assumptions:
     """What is not known of a run, each with its source. Spreads are relative, one way.
 
     Attributes:
-      tile: rows and columns that a product's kernel works on at once; half a tile is lost at an edge on average
-        (NVIDIA, "Matrix multiplication background", tile quantisation; a TPU's unit is 128 or 256 wide).
-      depth: terms of a sum before a tile's start and end are paid off; 64 gives attention with heads of 128 0.65 of the
-        rate of a large product, as FlashAttention-3 (arXiv 2407.08608, fig. 5) has in its forward pass on H100.
+      tile: rows and columns that a GPU's kernel works on at once; half a tile is lost at an edge on average (NVIDIA,
+        "Matrix multiplication background", tile quantisation). A TPU's is its unit, 128 or, from v6e, 256 wide.
+      depth: terms of a sum before a tile's start and end are paid off on a GPU; 64 gives attention with heads of 128
+        0.65 of the rate of a large product, as FlashAttention-3 (arXiv 2407.08608, fig. 5) has in its forward pass on
+        H100. On a TPU the unit's width: shorter sums leave a part of it empty.
       cores: cores of a GPU that take a tile each; half a wave is lost at the end on average (108 on A100, 132 on H100).
-      grouped: rate of a grouped product against one plain product of the same shapes: 649 of 798 TFLOP/s on H100,
-        tokamax's record for Mixtral's shape.
-      sustained: rate over a whole step against that of a product by itself, for power and clocks: 0.9, "measured" by
-        nobody in public with care; the spread covers 0.8 to 1.
-      float8: fraction of the datasheet's float8 rate that float8 products reach, scaling included: 0.6, the 1.3 to
-        1.5-fold of bfloat16's throughput that Transformer Engine's users report.
+      grouped: rate of a grouped product against one plain product of the same shapes: tokamax's records on H100 for
+        Mixtral's shape are 649 TFLOP/s forward and 390 to 595 for the weights' gradients, 590 over the three passes of
+        798.
+      sustained: rate over a whole step against that of a product by itself, for power and clocks, and for kernels that
+        are not the best one for each shape. Chosen on published dense runs (experiments/results/planner_accuracy.md).
+      float8: rate of float8 products, as a fraction of the datasheet's, before `sustained`: 0.75 gives H100 1.86 times
+        bfloat16's measured rate, casts counted apart.
       float32: rate of float32 products against bfloat16 (TF32).
       large_link: fraction of the wire that transfers of 64 MB and more reach inside a host: 371 of 450 GB/s, all-to-all
         of 470 MB between 8 H100 (arXiv 2603.07685, table 7).
@@ -63,9 +67,9 @@ class Assumptions:
     tile: float = 128.0
     depth: float = 64.0
     cores: float = 132.0
-    grouped: float = 649 / 798
-    sustained: float = 0.9
-    float8: float = 0.6
+    grouped: float = 590 / 798
+    sustained: float = 0.8
+    float8: float = 0.75
     float32: float = 0.5
     large_link: float = 371 / 450
     peer_s: float = 1.0e-6
@@ -93,6 +97,9 @@ class Step:
       parts: independent parts whose exchanges can run behind each other's products: batch_split × chunks.
       load: tokens of the busiest device's experts over the mean, for expert work whose size follows the load.
       rounds: mean rounds of a dropless dispatch.
+      host_s: seconds that the host takes to start the operations of the step; 0 where one program holds them all.
+      host_waits: part of the shorter of host's and device's time that is not hidden behind the longer, because the host
+        waits for results (sizes of buffers) before it can go on.
     """
 
     tokens: float = 0.0
@@ -102,6 +109,8 @@ class Step:
     parts: int = 1
     load: float = 1.0
     rounds: float = 1.0
+    host_s: float = 0.0
+    host_waits: float = 0.0
 
     def __post_init__(self) -> None:
         check(0 <= self.bubble < 1, f"bubble={self.bubble} must be at least 0 and below 1")
@@ -135,9 +144,9 @@ class Placement:
 class StepTime:
     """Seconds of one step: `expected` within `low` and `high`, and what they are spent on.
 
-    `by_phase` (the phases of the work, and "bubble") and `by_category` each add up to `expected`. `communication` is
-    every transfer's time by phase, hidden or not. `mfu` counts model FLOPs, `hfu` executed ones, both against the
-    device's datasheet peak. `spreads` are the seconds that each assumption moves the step by.
+    `by_phase` (the phases of the work, "bubble" and "host") and `by_category` each add up to `expected`.
+    `communication` is every transfer's time by phase, hidden or not. `mfu` counts model FLOPs, `hfu` executed ones,
+    both against the device's datasheet peak. `spreads` are the seconds that each assumption moves the step by.
     """
 
     low: float
@@ -160,7 +169,7 @@ class StepTime:
     @property
     def busy(self) -> float:
         """Part of the step in which the device computes what is wanted: not waiting, not in a bubble."""
-        idle = self.by_category["communication"] + self.by_category["bubble"]
+        idle = sum(self.by_category[name] for name in ("communication", "bubble", "host"))
         return 1 - idle / self.expected if self.expected else 0.0
 
 
@@ -168,16 +177,18 @@ def is_tpu(device: Device) -> bool:
     return device.name.startswith("tpu")
 
 
-def product_efficiency(m: float, n: float, k: float, groups: float, assumptions: Assumptions, cores: float) -> float:
-    """Part of a large product's rate that `groups` products [m, k] × [k, n] reach, in (0, 1), rising in each argument.
+def product_efficiency(m: float, n: float, k: float, groups: float, device: Device, assumptions: Assumptions) -> float:
+    """Part of a large product's rate that `groups` products [m, k] × [k, n] reach, in (0, 1), rising in each of them.
 
-    Half a tile lost at each edge of m and n, `depth` terms at the start of each tile, half a wave of tiles at the end;
-    a grouped product pays for its bookkeeping.
+    Half a tile is lost at each edge of m and n, `depth` terms at the start of each tile, and on a GPU half a wave of
+    tiles at the end.
     """
-    half = assumptions.tile / 2
-    tiles = groups * (m + half) * (n + half) / (assumptions.tile * assumptions.tile)
-    edges = m / (m + half) * n / (n + half) * k / (k + assumptions.depth)
-    return edges * tiles / (tiles + cores / 2)
+    if is_tpu(device):
+        tile = 256.0 if device.name in _WIDE_TPUS else 128.0
+        return m / (m + tile / 2) * n / (n + tile / 2) * k / (k + tile / 2)
+    tile, half = assumptions.tile, assumptions.tile / 2
+    tiles = groups * (m + half) * (n + half) / (tile * tile)
+    return m / (m + half) * n / (n + half) * k / (k + assumptions.depth) * tiles / (tiles + assumptions.cores / 2)
 
 
 def product_bytes(item: Product) -> float:
@@ -192,17 +203,18 @@ def product_bytes(item: Product) -> float:
 
 def product_seconds(item: Product, device: Device, assumptions: Assumptions) -> float:
     """Seconds of one of the entry's `times`, its launch included; see the module's docstring."""
-    rate = float(device.matmul_flops) * assumptions.sustained
+    rate = float(device.matmul_flops)
     if item.dtype == "float32":
         rate *= assumptions.float32
-    elif "float8" in item.dtype and device.float8_flops:
-        rate = max(rate, float(device.float8_flops) * assumptions.float8)
+    elif item.dtype in ("float8", "float4") and device.float8_flops:
+        double = 2.0 if item.dtype == "float4" and device.name in _FLOAT4 else 1.0
+        rate = max(rate, float(device.float8_flops) * assumptions.float8 * double)
+    rate *= assumptions.sustained
     m, n, k, groups = item.m, item.n, item.k, item.groups
     if m <= 0 or n <= 0 or k <= 0 or groups <= 0:
         return 0.0
-    tpu = is_tpu(device)
-    efficiency = product_efficiency(m, n, k, groups, assumptions, 0.0 if tpu else assumptions.cores)
-    if groups > 1 and item.phase == "expert" and not tpu:
+    efficiency = product_efficiency(m, n, k, groups, device, assumptions)
+    if groups > 1 and item.phase == "expert" and not is_tpu(device):
         efficiency *= assumptions.grouped
     seconds = 2.0 * m * n * k * groups / (rate * efficiency)
     return max(seconds, product_bytes(item) / float(device.copy_bytes_per_s)) + float(device.launch_s)
@@ -364,7 +376,12 @@ def _assemble(
         exposed_all = total_s - hidden_s + cost
         kept = 1 - bubble / (compute_s + memory_s + exposed_all)
     by_phase["bubble"] = bubble
+    running = compute_s + memory_s + total_s - hidden_s + cost
+    host = max(step.host_s - running, 0.0) + step.host_waits * min(step.host_s, running)
+    if host:
+        by_phase["host"] = host
     by_category = {
+        "host": host,
         "compute": compute_s * kept,
         "memory": memory_s * kept,
         "communication": (total_s - hidden_s + cost) * kept,
