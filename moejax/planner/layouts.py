@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from moejax.config import ConfigError, check
-from moejax.planner.architecture import Architecture, find_architecture
+from moejax.planner.architecture import Architecture
 from moejax.planner.hardware import Cluster, Constant, Device, get_device
+from moejax.planner.published_models import find_architecture
 
 Recompute = Literal["none", "selective", "half", "minimal", "custom", "full"]
 System = Literal["megatron", "torch", "jax"]
@@ -238,6 +239,7 @@ def parse_run(row: Mapping[str, str]) -> Run:
         graphs="graph" in left or (_is_nemo(said) and (device_name.startswith("gb") or "hybridep" in left)),
         small_gradients=_is_nemo(said),
         predicts_more=not re.search(r"(w/o|no|without) ?mtp", f"{layout} {row.get('model')}".lower()),
-        isl=whole.get("isl", 0), osl=whole.get("osl", 0), concurrency=whole.get("conc", 1),
+        isl=whole.get("isl", 0) or (int(number(row.get("seq")) or 0) if inference else 0),
+        osl=whole.get("osl", 0), concurrency=whole.get("conc", 1),
         unknown=unknown,
     )  # fmt: skip

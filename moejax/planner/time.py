@@ -17,12 +17,15 @@ spread; `StepTime.dominant` names the largest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from moejax.config import check
 from moejax.mesh import MeshConfig
-from moejax.planner.hardware import Cluster, Device, Link
+from moejax.planner.hardware import Cluster, Device
 from moejax.planner.work import Product, Sweep, Transfer
 
 CATEGORIES = ("compute", "memory", "communication", "bubble", "optimizer", "host")
@@ -173,22 +176,64 @@ class StepTime:
         return 1 - idle / self.expected if self.expected else 0.0
 
 
-def is_tpu(device: Device) -> bool:
-    return device.name.startswith("tpu")
+class Rates(NamedTuple):
+    """A device's figures under assumptions, as plain floats."""
+
+    tpu: bool
+    tile: float
+    depth: float
+    half_wave: float
+    grouped: float
+    flops: dict[str, float]
+    copy: float
+    launch: float
+    near: tuple[float, float, float]  # bytes/s of small and of large transfers, seconds
+    far: tuple[float, float]
+    peer: float
+    torus: int  # dims, 0 for a switch
 
 
-def product_efficiency(m: float, n: float, k: float, groups: float, device: Device, assumptions: Assumptions) -> float:
+@functools.lru_cache(maxsize=256)
+def rates(device: Device, assumptions: Assumptions) -> Rates:
+    """What products, sweeps and transfers run at on the device."""
+    tpu = device.name.startswith("tpu")
+    plain = float(device.matmul_flops)
+    float8 = max(plain, device.float8_flops * assumptions.float8)
+    flops = {
+        "bfloat16": plain,
+        "float16": plain,
+        "float32": plain * assumptions.float32,
+        "float8": float8,
+        "float4": max(plain, 2 * device.float8_flops * assumptions.float8) if device.name in _FLOAT4 else float8,
+    }
+    unit = 256.0 if device.name in _WIDE_TPUS else 128.0
+    fitted, large = float(device.inside.bytes_per_s), assumptions.large_link * float(device.inside.peak_bytes_per_s)
+    return Rates(
+        tpu=tpu,
+        tile=unit if tpu else assumptions.tile,
+        depth=unit / 2 if tpu else assumptions.depth,
+        half_wave=0.0 if tpu else assumptions.cores / 2,
+        grouped=1.0 if tpu else assumptions.grouped,
+        flops={name: value * assumptions.sustained for name, value in flops.items()},
+        copy=float(device.copy_bytes_per_s),
+        launch=float(device.launch_s),
+        near=(fitted, max(large - fitted, 0.0), float(device.inside.latency_s)),
+        far=(float(device.across.bytes_per_s), float(device.across.latency_s)),
+        peer=assumptions.peer_s,
+        torus=0 if not tpu else 3 if device.name in ("tpu_v4", "tpu_v5p", "tpu7x") else 2,
+    )
+
+
+def product_efficiency(m: float, n: float, k: float, groups: float, rate: Rates) -> float:
     """Part of a large product's rate that `groups` products [m, k] × [k, n] reach, in (0, 1), rising in each of them.
 
     Half a tile is lost at each edge of m and n, `depth` terms at the start of each tile, and on a GPU half a wave of
     tiles at the end.
     """
-    if is_tpu(device):
-        tile = 256.0 if device.name in _WIDE_TPUS else 128.0
-        return m / (m + tile / 2) * n / (n + tile / 2) * k / (k + tile / 2)
-    tile, half = assumptions.tile, assumptions.tile / 2
-    tiles = groups * (m + half) * (n + half) / (tile * tile)
-    return m / (m + half) * n / (n + half) * k / (k + assumptions.depth) * tiles / (tiles + assumptions.cores / 2)
+    tile = rate.tile
+    edge_m, edge_n = m + tile / 2, n + tile / 2
+    tiles = groups * edge_m * edge_n / (tile * tile)
+    return m / edge_m * n / edge_n * k / (k + rate.depth) * tiles / (tiles + rate.half_wave)
 
 
 def product_bytes(item: Product) -> float:
@@ -196,85 +241,72 @@ def product_bytes(item: Product) -> float:
 
     Grouped products of the phase "attention" are those of a fused kernel, whose scores never reach memory.
     """
-    m, n, k = item.m, item.n, item.k
-    elements = k * n + m * min(k, n) if item.phase == "attention" and item.groups > 1 else m * k + k * n + m * n
-    return elements * item.groups * _BYTES.get(item.dtype, 2.0)
+    m, n, k, groups = item.m, item.n, item.k, item.groups
+    elements = k * n + m * min(k, n) if groups > 1 and item.phase == "attention" else m * k + k * n + m * n
+    return elements * groups * _BYTES[item.dtype]
 
 
-def product_seconds(item: Product, device: Device, assumptions: Assumptions) -> float:
+def product_seconds(item: Product, rate: Rates) -> float:
     """Seconds of one of the entry's `times`, its launch included; see the module's docstring."""
-    rate = float(device.matmul_flops)
-    if item.dtype == "float32":
-        rate *= assumptions.float32
-    elif item.dtype in ("float8", "float4") and device.float8_flops:
-        double = 2.0 if item.dtype == "float4" and device.name in _FLOAT4 else 1.0
-        rate = max(rate, float(device.float8_flops) * assumptions.float8 * double)
-    rate *= assumptions.sustained
     m, n, k, groups = item.m, item.n, item.k, item.groups
     if m <= 0 or n <= 0 or k <= 0 or groups <= 0:
         return 0.0
-    efficiency = product_efficiency(m, n, k, groups, device, assumptions)
-    if groups > 1 and item.phase == "expert" and not is_tpu(device):
-        efficiency *= assumptions.grouped
-    seconds = 2.0 * m * n * k * groups / (rate * efficiency)
-    return max(seconds, product_bytes(item) / float(device.copy_bytes_per_s)) + float(device.launch_s)
+    flops_per_s = rate.flops[item.dtype] * product_efficiency(m, n, k, groups, rate)
+    if groups > 1 and item.phase == "expert":
+        flops_per_s *= rate.grouped
+    return max(2.0 * m * n * k * groups / flops_per_s, product_bytes(item) / rate.copy) + rate.launch
 
 
-def _bandwidth(link: Link, size: float, assumptions: Assumptions) -> float:
-    """What a transfer of `size` bytes reaches: the fitted line's, rising to `large_link` of the wire for large ones."""
-    fitted, large = float(link.bytes_per_s), assumptions.large_link * float(link.peak_bytes_per_s)
-    return fitted + max(large - fitted, 0.0) * size / (size + 64e6)
+def _bandwidth(rate: Rates, size: float) -> float:
+    """Inside a host, of a transfer of `size` bytes: the fitted line's, rising to that of large ones."""
+    return rate.near[0] + rate.near[1] * size / (size + 64e6)
 
 
-def transfer_seconds(item: Transfer, cluster: Cluster, placement: Placement, assumptions: Assumptions) -> float:
-    """Seconds of one of the entry's `times`, alone on its links.
+def transfer_seconds(item: Transfer, span: tuple[int, int], rate: Rates) -> float:
+    """Seconds of one of the entry's `times`, alone on its links, between `span`: (devices inside a host, hosts).
 
     all_to_all: each device sends 1/n of its operand to each other, over both links at once; what leaves a host goes
     over the device's own network card. With `item.hosts` > 1 two hops, one after the other: inside the host, then
-    across, with the same bytes there in fewer and larger messages. On a torus the bytes take several hops, half of half
-    of a ring's length in each of its dims.
+    across, with the same bytes there in fewer and larger messages. On a torus the bytes take several hops, a quarter of
+    a ring's length in each of its dims.
     all_gather, reduce_scatter: rings that use every link of the group; a host takes in what it lacks once, over the
-    cards of all of the group's devices that are in it. all_reduce is one after the other. ppermute: one message.
+    cards of all of the group's devices that are in it. all_reduce moves twice as much. ppermute: one message.
     """
-    n, size = item.num_devices, item.operand_bytes
+    n, size, kind = item.num_devices, item.operand_bytes, item.kind
     if n <= 1 or size <= 0:
         return 0.0
-    device = cluster.device
-    inside, hosts = placement.span(item.axes, n)
-    if cluster.one_network:
-        inside, hosts = n, 1
-    near, far = device.inside, device.across
-    latency = float(near.latency_s) if inside > 1 else 0.0
-    if hosts > 1:
-        latency += float(far.latency_s)
-    if item.kind == "all_to_all":
-        near_rate = _bandwidth(near, size, assumptions)
-        if is_tpu(device):
-            dims = 3 if device.name in ("tpu_v4", "tpu_v5p", "tpu7x") else 2
-            near_rate /= max(1.0, dims * inside ** (1 / dims) / 4)
-        far_s = size * (hosts - 1) / hosts / float(far.bytes_per_s)
+    inside, hosts = span
+    far, far_latency = rate.far
+    latency = rate.near[2] if inside > 1 else 0.0
+    if kind == "all_to_all":
+        latency += far_latency if hosts > 1 else 0.0
+        near = _bandwidth(rate, size)
+        if rate.torus:
+            near /= max(1.0, rate.torus * inside ** (1 / rate.torus) / 4)
+        far_s = size * (hosts - 1) / hosts / far
         if item.hosts > 1 and hosts > 1:
-            near_s = size * (inside - 1) / inside / near_rate
-            return latency + near_s + far_s + assumptions.peer_s * (inside + hosts - 2)
-        near_s = size * (inside - 1) / n / near_rate
-        return latency + max(near_s, far_s) + assumptions.peer_s * (n - 1)
-    if item.kind == "ppermute":
-        far_s = size / float(far.bytes_per_s) if hosts > 1 else 0.0
-        return latency + max(far_s, size / _bandwidth(near, size, assumptions) if inside > 1 else 0.0)
-    total = size * n if item.kind == "all_gather" else size
-    seconds = total * (n - 1) / n / _bandwidth(near, total, assumptions) if inside > 1 else 0.0
+            return latency + size * (inside - 1) / inside / near + far_s + rate.peer * (inside + hosts - 2)
+        return latency + max(size * (inside - 1) / n / near, far_s) + rate.peer * (n - 1)
+    if kind == "ppermute":
+        if hosts > 1:
+            return latency + far_latency + size / far
+        return latency + size / _bandwidth(rate, size)
+    total = size * n if kind == "all_gather" else size
+    seconds = total * (n - 1) / n / _bandwidth(rate, total) if inside > 1 else 0.0
     if hosts > 1:
-        seconds = max(seconds, total * (hosts - 1) / hosts / (inside * float(far.bytes_per_s)))
-    return (2 if item.kind == "all_reduce" else 1) * (seconds + latency * math.log2(n))
+        latency += far_latency * math.log2(2 * hosts)
+        seconds = max(seconds, total * (hosts - 1) / hosts / (inside * far))
+    return (2 if kind == "all_reduce" else 1) * seconds + latency
 
 
-def _transfer_class(item: Transfer) -> str:
-    """Which fraction of `Assumptions` says how much of the transfer is hidden."""
-    if item.phase in ("gather", "optimizer"):
-        return "gather"
-    if item.phase in ("dispatch", "combine"):
-        return "exchange"
-    return "stage" if item.phase == "pipeline" else "tensor"
+# Which fraction of `Assumptions` says how much of a phase's transfers is hidden; all others' is the tensor axis's.
+_CLASSES = {
+    "gather": "gather",
+    "optimizer": "gather",
+    "dispatch": "exchange",
+    "combine": "exchange",
+    "pipeline": "stage",
+}
 
 
 def _hidden(seconds: Mapping[str, float], cover: float, parts: int, assumptions: Assumptions) -> dict[str, float]:
@@ -305,31 +337,31 @@ def predict_time(
     `placement` says which axes of the transfers leave a host. `step` says what the list does not; without it there is
     no bubble, nothing to hide exchanges behind, balanced load, and throughput and MFU are 0.
     """
-    device = cluster.device
-    copy, launch = float(device.copy_bytes_per_s), float(device.launch_s)
+    rate = rates(cluster.device, assumptions)
     routed = step.load * step.rounds
-    compute: dict[str, float] = {}
-    memory: dict[str, float] = {}
-    raw: dict[tuple[str, str], float] = {}
+    compute: dict[str, float] = defaultdict(float)
+    memory: dict[str, float] = defaultdict(float)
+    raw: dict[str, float] = defaultdict(float)
     executed = wasted = optimizer = 0.0
     for item in work:
-        phase = item.phase
+        phase, kind = item.phase, type(item)
         factor = item.times * routed if phase in _ROUTED else item.times
-        if isinstance(item, Product):
-            compute[phase] = compute.get(phase, 0.0) + factor * product_seconds(item, device, assumptions)
-            flops = item.flops
+        if kind is Product:
+            compute[phase] += factor * product_seconds(item, rate)
+            flops = 2.0 * item.m * item.n * item.k * item.groups * item.times
             executed += flops
             if phase in _PIPELINED:
                 wasted += flops
-        elif isinstance(item, Sweep):
-            seconds = factor * (item.moved_bytes / copy + launch)
+        elif kind is Sweep:
+            seconds = factor * (item.moved_bytes / rate.copy + rate.launch)
             if phase == "optimizer":
                 optimizer += seconds
             else:
-                memory[phase] = memory.get(phase, 0.0) + seconds
+                memory[phase] += seconds
         else:
-            key = (_transfer_class(item), phase)
-            raw[key] = raw.get(key, 0.0) + factor * transfer_seconds(item, cluster, placement, assumptions)
+            n = item.num_devices
+            span = (n, 1) if cluster.one_network else placement.span(item.axes, n)
+            raw[phase] += factor * transfer_seconds(item, span, rate)
     executed -= wasted * step.bubble if step.bubble_counted else 0.0
     return _assemble(compute, memory, raw, optimizer, executed, cluster, assumptions, step)
 
@@ -337,7 +369,7 @@ def predict_time(
 def _assemble(
     compute: dict[str, float],
     memory: dict[str, float],
-    raw: dict[tuple[str, str], float],
+    raw: dict[str, float],
     optimizer: float,
     executed: float,
     cluster: Cluster,
@@ -346,23 +378,22 @@ def _assemble(
 ) -> StepTime:
     """Takes off what overlaps, adds the bubble, and moves each assumption by its spread."""
     totals = dict.fromkeys(("gather", "exchange", "stage", "tensor"), 0.0)
-    for (name, _), seconds in raw.items():
-        totals[name] += seconds
+    for phase, seconds in raw.items():
+        totals[_CLASSES.get(phase, "tensor")] += seconds
     compute_s, memory_s = sum(compute.values()), sum(memory.values())
     hidden = _hidden(totals, compute_s + memory_s, step.parts, assumptions)
     hidden_s, total_s = sum(hidden.values()), sum(totals.values())
-    cost = 0.0 if is_tpu(cluster.device) else assumptions.contention * hidden_s
+    cost = 0.0 if cluster.device.name.startswith("tpu") else assumptions.contention * hidden_s
     exposed = {name: 1 - hidden[name] / totals[name] if totals[name] else 1.0 for name in totals}
 
     by_phase: dict[str, float] = {}
-    communication: dict[str, float] = {}
     for amounts in (compute, memory):
         for phase, seconds in amounts.items():
             by_phase[phase] = by_phase.get(phase, 0.0) + seconds
-    for (name, phase), seconds in raw.items():
-        communication[phase] = communication.get(phase, 0.0) + seconds
-        paid = seconds * (exposed[name] + (cost / hidden_s if hidden_s else 0.0) * (1 - exposed[name]))
-        by_phase[phase] = by_phase.get(phase, 0.0) + paid
+    share = cost / hidden_s if hidden_s else 0.0
+    for phase, seconds in raw.items():
+        part = exposed[_CLASSES.get(phase, "tensor")]
+        by_phase[phase] = by_phase.get(phase, 0.0) + seconds * (part + share * (1 - part))
     if optimizer:
         by_phase["optimizer"] = by_phase.get("optimizer", 0.0) + optimizer
 
@@ -402,7 +433,7 @@ def _assemble(
         high=expected + half,
         by_phase=by_phase,
         by_category=by_category,
-        communication=communication,
+        communication=dict(raw),
         spreads=spreads,
         mfu=step.model_flops / devices * per_s / peak,
         hfu=executed * per_s / peak,
