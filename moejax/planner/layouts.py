@@ -37,6 +37,7 @@ class Run:
 
     `sharded` says that parameters are stored in shards (FSDP), not only the optimizer's state. `deduplicated` tokens
     travel once to a device however many of its experts they visit. `dense_dispatch` moves tokens by one-hot products.
+    `captured` is the part of the operations that CUDA graphs start, so that the host need not.
     """
 
     identifier: str
@@ -65,7 +66,7 @@ class Run:
     overlapped: bool = False
     tensor_overlap: bool = False
     compiled: bool = True
-    graphs: bool = False
+    captured: float = 0.0
     small_gradients: bool = False
     predicts_more: bool = True
     isl: int = 0
@@ -181,6 +182,13 @@ def _system(row: Mapping[str, str], cluster: Cluster, degrees: Mapping[str, floa
     return "megatron"
 
 
+def _captured(words: str, device: str, nemo: bool) -> float:
+    """NeMo's recipes with HybridEP capture their layers; those for NVL72 all but the experts."""
+    if "graph" in words or (nemo and "hybridep" in words):
+        return 1.0
+    return 0.5 if nemo and device.startswith("gb") else 0.0
+
+
 def _is_nemo(said: str) -> bool:
     return any(word in said for word in ("bridge", "nemo", "model_verification"))
 
@@ -235,8 +243,7 @@ def parse_run(row: Mapping[str, str]) -> Run:
         balanced="balanc" in left or "drop" in left or "performance" in said,
         overlapped=bool(re.search(r"overlap|hybridep.*forced", left)),
         compiled=system != "torch" or "compile" in left,
-        # NeMo's recipes for NVL72, and those with HybridEP on any device, capture their layers in graphs.
-        graphs="graph" in left or (_is_nemo(said) and (device_name.startswith("gb") or "hybridep" in left)),
+        captured=_captured(left, device_name, _is_nemo(said)),
         small_gradients=_is_nemo(said),
         predicts_more=not re.search(r"(w/o|no|without) ?mtp", f"{layout} {row.get('model')}".lower()),
         isl=whole.get("isl", 0) or (int(number(row.get("seq")) or 0) if inference else 0),

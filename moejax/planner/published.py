@@ -35,6 +35,9 @@ EAGER_PASSES = 2.0
 # Tensor collectives that run behind the products they feed, where the framework cuts both up (user buffers of
 # Transformer Engine, AsyncTP of torch, collective matmul of XLA).
 TENSOR_HIDDEN = 0.6
+# torch's scaled_dot_product_attention is FlashAttention-2, which reaches 35% on H100 where FlashAttention-3 has 75%
+# (arXiv 2407.08608, abstract).
+SDPA, HOPPER = 35 / 75, ("h100", "h100_96gb", "h200")
 # What eager PyTorch starts in a layer forward and backward, twice that in an expert layer, and for each expert: two
 # products three times, and with float8 their casts and transposes. A launch through Python and Transformer Engine takes
 # the host about 10 µs. Dropless layers ask the device how many tokens came: half of the host's time is then exposed.
@@ -315,7 +318,7 @@ def training_step(run: Run) -> Step:
 
 def host_seconds(run: Run) -> float:
     """Seconds that Python takes to start a step's operations, where no compiler or graph has made them one."""
-    if run.system == "jax" or run.graphs:
+    if run.system == "jax":
         return 0.0
     float8 = 1 if run.dtype == "bfloat16" else 3
     launches = 0.0
@@ -323,11 +326,13 @@ def host_seconds(run: Run) -> float:
         launches += count * LAYER_LAUNCHES * ((layer.mixer is not None) + (layer.ffn is not None)) / 2
         if isinstance(layer.ffn, Experts):
             launches += count * (LAYER_LAUNCHES + EXPERT_LAUNCHES * float8 * max(1.0, layer.ffn.num / run.ep))
-    return HOST_LAUNCH_S * launches * run.microbatches / run.pp
+    return HOST_LAUNCH_S * (1 - run.captured) * launches * run.microbatches / run.pp
 
 
 def predict_training(run: Run, assumptions: Assumptions = Assumptions()) -> StepTime:  # noqa: B008
     """The time of one optimizer step of `run`."""
-    if run.tensor_overlap:
-        assumptions = dataclasses.replace(assumptions, tensor_hidden=TENSOR_HIDDEN)
+    changes = {"tensor_hidden": TENSOR_HIDDEN} if run.tensor_overlap else {}
+    if run.system == "torch" and run.cluster.device.name in HOPPER:
+        changes["attention"] = SDPA
+    assumptions = dataclasses.replace(assumptions, **changes)
     return predict_time(training_work(run), run.cluster, placement(run), assumptions, step=training_step(run))

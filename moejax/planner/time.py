@@ -50,6 +50,7 @@ class Assumptions:
       grouped: rate of a grouped product against one plain product of the same shapes: tokamax's records on H100 for
         Mixtral's shape are 649 TFLOP/s forward and 390 to 595 for the weights' gradients, 590 over the three passes of
         798.
+      attention: rate of a fused attention's products against plain ones of the same efficiency.
       sustained: rate over a whole step against that of a product by itself, for power and clocks, and for kernels that
         are not the best one for each shape. Chosen on published dense runs (experiments/results/planner_accuracy.md).
       float8: rate of float8 products, as a fraction of the datasheet's, before `sustained`: 0.75 gives H100 1.86 times
@@ -71,6 +72,7 @@ class Assumptions:
     depth: float = 64.0
     cores: float = 132.0
     grouped: float = 590 / 798
+    attention: float = 1.0
     sustained: float = 0.8
     float8: float = 0.75
     float32: float = 0.5
@@ -183,7 +185,7 @@ class Rates(NamedTuple):
     tile: float
     depth: float
     half_wave: float
-    grouped: float
+    grouped: dict[str, float]  # by phase
     flops: dict[str, float]
     copy: float
     launch: float
@@ -213,7 +215,7 @@ def rates(device: Device, assumptions: Assumptions) -> Rates:
         tile=unit if tpu else assumptions.tile,
         depth=unit / 2 if tpu else assumptions.depth,
         half_wave=0.0 if tpu else assumptions.cores / 2,
-        grouped=1.0 if tpu else assumptions.grouped,
+        grouped={"expert": 1.0 if tpu else assumptions.grouped, "attention": assumptions.attention},
         flops={name: value * assumptions.sustained for name, value in flops.items()},
         copy=float(device.copy_bytes_per_s),
         launch=float(device.launch_s),
@@ -252,8 +254,8 @@ def product_seconds(item: Product, rate: Rates) -> float:
     if m <= 0 or n <= 0 or k <= 0 or groups <= 0:
         return 0.0
     flops_per_s = rate.flops[item.dtype] * product_efficiency(m, n, k, groups, rate)
-    if groups > 1 and item.phase == "expert":
-        flops_per_s *= rate.grouped
+    if groups > 1:
+        flops_per_s *= rate.grouped.get(item.phase, 1.0)
     return max(2.0 * m * n * k * groups / flops_per_s, product_bytes(item) / rate.copy) + rate.launch
 
 
