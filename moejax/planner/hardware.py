@@ -118,6 +118,7 @@ def _gpu(
     source: str,
     matmul: Constant | None = None,
     copy: Constant | None = None,
+    per_host: int = 8,
 ) -> Device:
     return Device(
         name=name,
@@ -130,7 +131,7 @@ def _gpu(
         copy_bytes_per_s=copy or _copy(memory_gbps * _GB),
         inside=inside,
         across=_across_gpu(across_gbps * _GB, f"{source}, one network card a GPU"),
-        devices_per_host=8,
+        devices_per_host=per_host,
         launch_s=_LAUNCH_GPU,
     )
 
@@ -209,6 +210,18 @@ def _devices() -> dict[str, Device]:
         _gpu(
             "b200", teraflops=2250, float8_teraflops=4500, gigabytes=180, memory_gbps=7700, inside=b200_link,
             across_gbps=100, source="NVIDIA B200",
+        ),
+        _gpu(
+            "b300", teraflops=2250, float8_teraflops=4500, gigabytes=288, memory_gbps=8000, inside=b200_link,
+            across_gbps=100, source="NVIDIA B300",
+        ),
+        _gpu(
+            "gb200", teraflops=2500, float8_teraflops=5000, gigabytes=186, memory_gbps=8000, inside=b200_link,
+            across_gbps=50, source="NVIDIA GB200 NVL72: one NVLink domain is a host here", per_host=72,
+        ),
+        _gpu(
+            "gb300", teraflops=2500, float8_teraflops=5000, gigabytes=279, memory_gbps=8000, inside=b200_link,
+            across_gbps=100, source="NVIDIA GB300 NVL72: one NVLink domain is a host here", per_host=72,
         ),
         _gpu(
             "mi250x_gcd", teraflops=191.5, float8_teraflops=0, gigabytes=64, memory_gbps=1600, inside=mi250x_link,

@@ -1,0 +1,153 @@
+"""Published inference runs: time to first token and time per output token, of engines that batch continuously.
+
+    times = predict_serving(parse_run({"layout": "vLLM TP4 isl1024 osl8192 conc4", ...}))
+    times.first_token, times.per_token
+
+The forward pass is a list of `Work`, as in training: of one prompt for the first token, of one token for each request
+in flight for the others. Requests arrive as others leave, so a prompt meets the others' decoding, and other prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from moejax.config import check
+from moejax.planner.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
+from moejax.planner.hardware import Constant
+from moejax.planner.layouts import Run
+from moejax.planner.published import placement
+from moejax.planner.time import Assumptions, predict_time
+from moejax.planner.work import Product, Sweep, Transfer, Work
+
+# An engine's own time for a step (scheduling, sampling) and for a request (tokenizer, queue, the way back).
+STEP_S = 1.0e-3
+REQUEST_S = 30e-3
+# Part of the other requests that start together with one: benchmarks send as many at once as are to be in flight, and
+# those of equal length keep step. This and REQUEST_S were chosen on 700 runs of aiconfigurator's silicon_sample.csv.
+TOGETHER = 0.2
+# A kernel's start inside a captured graph, against one from the host.
+GRAPH_LAUNCH = 0.5
+
+
+Linear = Callable[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingTime:
+    """Seconds. `prefill` is one prompt's forward pass, `decode` one step of all requests in flight, both undisturbed;
+    `first_token` and `per_token` hold what requests do to each other.
+    """
+
+    prefill: float
+    decode: float
+    first_token: float
+    per_token: float
+
+
+def forward_work(run: Run, requests: float, tokens: float, seen: float) -> Work:
+    """The forward pass of `requests`, each with `tokens` new tokens that see `seen` on average, on one device."""
+    work: Work = []
+    rows, d, dtype = requests * tokens, run.model.d_model, run.dtype
+
+    def linear(phase: str, m: float, n: float, k: float, times: float, groups: float = 1) -> None:
+        work.append(Product(phase, "forward", m, n, k, groups, times, dtype))  # type: ignore[arg-type]
+
+    def reduce(phase: str, times: float) -> None:
+        if run.tp > 1:
+            work.append(Transfer(phase, "forward", "all_reduce", ("tensor",), 2.0 * rows * d, run.tp, times))  # type: ignore
+
+    for count, layer in run.model:
+        work.append(Sweep("attention", "forward", 16.0 * rows * d, 2 * count))
+        _mix(work, run, layer, count, requests, tokens, seen, linear)
+        if layer.mixer is not None:
+            reduce("attention", count)
+        if isinstance(layer.ffn, FeedForward):
+            linear("expert", rows, layer.ffn.d_ff * (1 + layer.ffn.gated) / run.tp, d, count)
+            linear("expert", rows, d, layer.ffn.d_ff / run.tp, count)
+            work.append(Sweep("expert", "forward", 6.0 * rows * layer.ffn.d_ff / run.tp, count))
+        elif layer.ffn is not None:
+            _experts(work, run, layer.ffn, count, rows, linear)
+        if layer.ffn is not None:
+            reduce("expert", count)
+    work.append(
+        Product("logits", "forward", requests, run.model.vocab_size / run.tp, d, dtype="bfloat16")
+    )  # only the last token's
+    return work
+
+
+def _mix(
+    work: Work, run: Run, layer: Layer, count: int, requests: float, tokens: float, seen: float, linear: Linear
+) -> None:
+    mixer, rows, d = layer.mixer, requests * tokens, run.model.d_model
+    if mixer is None:
+        return
+    *inputs, (inner, _) = mixer.projections(d)
+    for d_in, d_out in inputs:
+        linear("attention", rows, d_out / run.tp, d_in, count)
+    linear("attention", rows, d, inner / run.tp, count)
+    if isinstance(mixer, StateSpace):
+        state = 4.0 * mixer.inner * mixer.state / run.tp  # float32, read and written once a request
+        work.append(Sweep("attention", "forward", requests * 2 * state + 12.0 * rows * mixer.inner / run.tp, 2 * count))
+        return
+    window = min(seen, mixer.window) if mixer.window else seen
+    latent = isinstance(mixer, LatentAttention) and tokens == 1  # absorbed: heads share one latent key
+    shared = mixer.num_heads / mixer.num_kv_heads if isinstance(mixer, Attention) else 1.0
+    score, value = (mixer.cache_dim, mixer.kv_rank) if latent else (mixer.score_dim, mixer.value_dim)  # type: ignore[union-attr]
+    if tokens == 1:  # the cache is what costs: heads of one group read the same keys
+        heads = 1.0 if latent else max(1.0, mixer.num_kv_heads / run.tp)
+        per = mixer.num_heads / run.tp if latent else shared
+        work.append(Product("attention", "forward", per, window, score, requests * heads, count))
+        work.append(Product("attention", "forward", per, value, window, 0 if latent else requests * heads, count))
+    else:
+        heads = mixer.num_heads / run.tp
+        work.append(Product("attention", "forward", tokens, window, score, requests * heads, count))
+        work.append(Product("attention", "forward", tokens, value, window, requests * heads, count))
+    work.append(Sweep("attention", "forward", 8.0 * rows * (mixer.q_dim + mixer.kv_dim) / run.tp, count))
+
+
+def _experts(work: Work, run: Run, ffn: Experts, count: int, rows: float, linear: Linear) -> None:
+    """Only the experts that somebody chose are read."""
+    d, width = run.model.d_model, ffn.width(run.model.d_model)
+    split = max(1, run.tp // run.ep) if run.ep > 1 else run.tp
+    chosen = ffn.num * (1 - (1 - ffn.per_token / ffn.num) ** rows)
+    groups, each = chosen / run.ep, rows * ffn.per_token / chosen
+    work.append(Product("route", "forward", rows, ffn.num, d, times=count))
+    work.append(Sweep("route", "forward", 8.0 * rows * ffn.num, 3 * count))  # scores, choice, order
+    for a, b in ((d, width), (width, d)) if ffn.latent else ():
+        linear("expert", rows, b, a, count)
+    linear("expert", each, ffn.d_ff * (1 + ffn.gated) / split, width, count, groups)
+    linear("expert", each, width, ffn.d_ff / split, count, groups)
+    if ffn.shared_d_ff:
+        linear("expert", rows, ffn.shared_d_ff * (1 + ffn.gated) / run.tp, d, count)
+        linear("expert", rows, d, ffn.shared_d_ff / run.tp, count)
+    moved = 4.0 * rows * ffn.per_token / run.ep * (width + ffn.d_ff / split)
+    work.append(Sweep("dispatch", "forward", moved, 2 * count))
+
+
+def predict_serving(run: Run, assumptions: Assumptions = Assumptions()) -> ServingTime:  # noqa: B008
+    """Times of a run with `run.concurrency` requests of `run.isl` tokens in and `run.osl` out.
+
+    A prompt's forward pass holds up the others' decoding; over the life of a request each of the others starts once.
+    A new prompt waits for half a decode step and for half of those that came with it.
+
+    Raises:
+      ConfigError: the prompt's length is not known.
+    """
+    check(run.isl > 0, "layout says no isl, the tokens of a prompt, and seq is empty")
+    concurrency, out = max(1, run.concurrency), max(1, run.osl)
+    where, device = placement(run), run.cluster.device
+    launch = Constant(GRAPH_LAUNCH * device.launch_s, "assumed", "inside a graph")
+    graphs = dataclasses.replace(run.cluster, device=dataclasses.replace(device, launch_s=launch))
+
+    def seconds(work: Work) -> float:
+        return predict_time(work, graphs, where, assumptions).expected + STEP_S
+
+    prefill = seconds(forward_work(run, 1, run.isl, run.isl / 2))
+    decode = seconds(forward_work(run, concurrency, 1, run.isl + out / 2))
+    return ServingTime(
+        prefill,
+        decode,
+        first_token=REQUEST_S + prefill * (1 + TOGETHER * (concurrency - 1) / 2) + decode / 2,
+        per_token=decode + (concurrency - 1) * prefill / out,
+    )
