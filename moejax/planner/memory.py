@@ -235,11 +235,8 @@ def _dispatch_backward(s: _Sizes) -> tuple[float, float]:
     slices = s.W * (_FLOAT32 + a)
     further = 2 * row, slices + s.W * _FLOAT32 * min(s.parts, 2) + 7 * hidden
     parts = min(s.parts, 2)
-    saved_rows = 0 if s.policy == "full" else 2
-    first = (
-        (4 - saved_rows) * parts * row,
-        slices + (2 * parts + (3 if s.policy in ("none", "minimal") else 5)) * hidden,
-    )
+    rows = (4 if s.policy == "full" else 2) * parts
+    first = rows * row, slices + (2 * parts + (3 if s.policy in ("none", "minimal") else 5)) * hidden
     return max(further, first, key=sum)
 
 
