@@ -110,13 +110,13 @@ class _Sizes:
             + 3 * m.d_model * m.shared_d_ff / (e * t)
             + m.d_model * (m.num_experts + 2) / e
         )
-        dense = m.d_model * (heads * m.head_dim // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
-        self.dense_layer = dense
-        self.dense_stored = m.num_dense_layers * dense / (e * p)
+        self.dense_layer = m.d_model * (heads * m.head_dim // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
+        spread = m.d_model * (heads * m.head_dim / t + 3 * m.dense_d_ff / t + 2) / (e * p)
+        dense_stored = m.num_dense_layers * spread
         self.vocab = m.vocab_size // (p * t)
         tables = 1 if m.tie_embeddings else 2
         self.table = self.vocab * m.d_model
-        self.stored = self.layers * (self.P_stored + self.W) + self.dense_stored + (tables * self.table + m.d_model) / e
+        self.stored = self.layers * (self.P_stored + self.W) + dense_stored + (tables * self.table + m.d_model) / e
 
         # Rows of the dispatch.
         capacity = dispatch.capacity(self.T, m)
