@@ -193,10 +193,19 @@ class _Sizes:
 
     @property
     def table_gradients(self) -> float:
-        """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model."""
+        """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model where a loop sums them up."""
         if self.on_tpu:
             return _FLOAT32 * self.table / self.plan.mesh.expert
-        return (2 if self.plan.parallel.num_microbatches > 1 else 1) * _FLOAT32 * self.table
+        return (1 if self.one_microbatch else 2) * _FLOAT32 * self.table
+
+    @property
+    def one_microbatch(self) -> bool:
+        return self.plan.parallel.num_microbatches == 1
+
+    @property
+    def logits(self) -> float:
+        """Of one microbatch, float32."""
+        return _FLOAT32 * self.sequences * self.plan.seq_len * self.vocab
 
 
 def _backward(s: _Sizes) -> Memory:
@@ -212,12 +221,14 @@ def _backward(s: _Sizes) -> Memory:
         weights += s.chunk * _FLOAT32 * (s.W + (s.P if s.gather_step else s.P_stored))
     attention = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
     tokens = a * D * (s.A * (1 + s.parts) + 6 * s.T)
+    # Without a loop over microbatches a GPU's schedule puts off the output table's gradient until after the layers.
+    logits = 2 * s.logits if s.one_microbatch and not s.on_tpu else 0.0
     return Memory(
         "backward", **s.state, gradients=gradients, compute_copies=s.copies,
         activations=s.activations + (s.chunk * s.saved_layer if many else 0) + a * D * s.microbatch,
         dispatch_buffers=rows,
         workspace=weights + experts + attention * (s.parts if s.policy != "full" else 1) + tokens,
-        logits=0.0, kv_cache=0.0, temporaries=0.0,
+        logits=logits, kv_cache=0.0, temporaries=0.0,
     )  # fmt: skip
 
 
@@ -241,13 +252,11 @@ def _dispatch_backward(s: _Sizes) -> tuple[float, float]:
 
 
 def _loss(s: _Sizes) -> Memory:
-    tokens = s.sequences * s.plan.seq_len
-    logits = _FLOAT32 * tokens * s.vocab
     number = s.plan.parallel.num_microbatches if s.policy == "none" else 1
     return Memory(
         "loss", **s.state, gradients=2 * _FLOAT32 * s.table + (_FLOAT32 * s.stored if s.plan.accumulate > 1 else 0),
         compute_copies=s.copies + (_FLOAT32 + s.a) * s.table,
-        activations=s.activations, dispatch_buffers=0.0, workspace=0.0, logits=(number + 2) * logits, kv_cache=0.0,
+        activations=s.activations, dispatch_buffers=0.0, workspace=0.0, logits=(number + 2) * s.logits, kv_cache=0.0,
         temporaries=0.0,
     )  # fmt: skip
 
