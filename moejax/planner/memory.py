@@ -165,16 +165,20 @@ class _Sizes:
         return total
 
     @property
+    def hidden(self) -> float:
+        """Hidden states of all microbatches."""
+        return self.a * self.plan.model.d_model * self.plan.parallel.num_microbatches * self.microbatch
+
+    @property
     def activations(self) -> float:
         """What the forward pass leaves for the backward pass."""
-        m, a = self.plan.model, self.a
-        tokens = self.plan.parallel.num_microbatches * self.microbatch
+        m = self.plan.model
         dense = 0.0
         if m.num_dense_layers:
-            shared = tokens / self.plan.mesh.pipeline
-            hidden = 0 if self.policy in ("full", "collectives") else a * 2 * m.dense_d_ff
+            shared = self.plan.parallel.num_microbatches * self.microbatch / self.plan.mesh.pipeline
+            hidden = 0 if self.policy in ("full", "collectives") else self.a * 2 * m.dense_d_ff
             dense = m.num_dense_layers * (self.saved_attention(shared) + hidden * shared)
-        return self.ticks * self.chunk * self.saved_layer + a * m.d_model * tokens + dense
+        return self.ticks * self.chunk * self.saved_layer + self.hidden + dense
 
     @property
     def layer_gradients(self) -> float:
@@ -252,12 +256,13 @@ def _dispatch_backward(s: _Sizes) -> tuple[float, float]:
 
 
 def _loss(s: _Sizes) -> Memory:
-    number = s.plan.parallel.num_microbatches if s.policy == "none" else 1
+    saved = s.plan.parallel.num_microbatches if s.policy == "none" else 0
+    accumulated = _FLOAT32 * s.stored if s.plan.accumulate > 1 else 0
     return Memory(
-        "loss", **s.state, gradients=2 * _FLOAT32 * s.table + (_FLOAT32 * s.stored if s.plan.accumulate > 1 else 0),
+        "loss", **s.state, gradients=_FLOAT32 * s.table + accumulated,
         compute_copies=s.copies + (_FLOAT32 + s.a) * s.table,
-        activations=s.activations, dispatch_buffers=0.0, workspace=0.0, logits=(number + 2) * s.logits, kv_cache=0.0,
-        temporaries=0.0,
+        activations=s.activations + 3 * s.hidden, dispatch_buffers=0.0, workspace=0.0, logits=(saved + 2) * s.logits,
+        kv_cache=0.0, temporaries=0.0,
     )  # fmt: skip
 
 
