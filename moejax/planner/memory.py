@@ -225,8 +225,8 @@ def _backward(s: _Sizes) -> Memory:
         weights += s.chunk * _FLOAT32 * (s.W + (s.P if s.gather_step else s.P_stored))
     attention = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
     tokens = a * D * (s.A * (1 + s.parts) + 6 * s.T)
-    # Without a loop over microbatches a GPU's schedule puts off the output table's gradient until after the layers.
-    logits = 2 * s.logits if s.one_microbatch and not s.on_tpu else 0.0
+    # Without a loop over microbatches the schedule puts off the output table's gradient until after the layers.
+    logits = (1 if s.on_tpu else 2) * s.logits if s.one_microbatch else 0.0
     return Memory(
         "backward", **s.state, gradients=gradients, compute_copies=s.copies,
         activations=s.activations + (s.chunk * s.saved_layer if many else 0) + a * D * s.microbatch,
@@ -246,7 +246,8 @@ def _dispatch_backward(s: _Sizes) -> tuple[float, float]:
     row, hidden = a * m.d_model * s.X, a * m.d_ff // s.width * s.X
     if s.on_tpu:
         combine = 2 * _FLOAT32 * s.assignments * m.d_model
-        return 4 * row + combine, s.W * (_FLOAT32 * min(s.parts, 2) + a) + 2 * hidden
+        weights = s.W * (_FLOAT32 * min(s.parts, 2) + a)
+        return max((4 * row + combine, weights + 2 * hidden), (6 * row, weights + 4 * hidden), key=sum)
     slices = s.W * (_FLOAT32 + a)
     further = 2 * row, slices + s.W * _FLOAT32 * min(s.parts, 2) + 7 * hidden
     parts = min(s.parts, 2)
