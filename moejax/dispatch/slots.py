@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.kernels.top_k_routing import reference
+from moejax.remat import NETWORK, named
 
 
 class Queue(NamedTuple):
@@ -105,5 +106,6 @@ def fill_buffer(x_TD: jax.Array, slots: Slots, experts_per_token: int) -> jax.Ar
 def read_buffer(y_ECD: jax.Array, slots: Slots, gate_TK: jax.Array) -> jax.Array:
     """Sums each token's rows, weighted by its gates in float32: [T, D] in y's dtype. What was dropped adds nothing."""
     rows = take_rows(y_ECD.reshape(-1, y_ECD.shape[-1]), slots.slot_TK.reshape(-1), slots.assignment_EC.reshape(-1, 1))
+    rows = named(rows, NETWORK)  # kept in place of the buffer, which has more of them
     rows_TKD = rows.reshape(*gate_TK.shape, -1)
     return jnp.einsum("tkd,tk->td", rows_TKD, gate_TK, preferred_element_type=jnp.float32).astype(y_ECD.dtype)

@@ -110,13 +110,13 @@ class _Sizes:
             + 3 * m.d_model * m.shared_d_ff / (e * t)
             + m.d_model * (m.num_experts + 2) / e
         )
-        dense = m.d_model * (heads * m.head_dim // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
-        self.dense_layer = dense
-        self.dense_stored = m.num_dense_layers * dense / (e * p)
+        self.dense_layer = m.d_model * (heads * m.head_dim // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
+        spread = m.d_model * (heads * m.head_dim / t + 3 * m.dense_d_ff / t + 2) / (e * p)
+        dense_stored = m.num_dense_layers * spread
         self.vocab = m.vocab_size // (p * t)
         tables = 1 if m.tie_embeddings else 2
         self.table = self.vocab * m.d_model
-        self.stored = self.layers * (self.P_stored + self.W) + self.dense_stored + (tables * self.table + m.d_model) / e
+        self.stored = self.layers * (self.P_stored + self.W) + dense_stored + (tables * self.table + m.d_model) / e
 
         # Rows of the dispatch.
         capacity = dispatch.capacity(self.T, m)
@@ -126,9 +126,10 @@ class _Sizes:
         if dispatch.strategy == "ragged":
             self.sent = min(self.sent, over * self.assignments)
             self.X = self.sent * self.width
-            self.sent_rows = self.assignments
-        else:
-            self.sent_rows = self.sent
+        if not self.exchanges:
+            self.sent = self.X = self.assignments
+        by_row = dispatch.strategy == "ragged" or not self.exchanges
+        self.sent_rows = self.assignments if by_row else self.sent
 
     @property
     def state(self) -> dict[str, float]:
@@ -136,24 +137,27 @@ class _Sizes:
         stored = self.stored * _FLOAT32
         return {"parameters": stored, "optimizer": 2 * stored, "batch": 3.0 * 4 * self.batch_tokens}
 
+    def saved_attention(self, tokens: float) -> float:
+        """Bytes that the policy saves of the attention of tokens that lie on this device, the layer's input with it."""
+        m, a, t = self.plan.model, self.a, self.plan.mesh.tensor
+        if self.policy == "full":
+            return a * m.d_model * tokens
+        total = a * m.d_model * (2 + t) * tokens  # input, gathered over `tensor`, scattered after
+        if self.policy != "collectives":  # queries, keys, values, results and the softmax's normaliser
+            total += tokens * (a * m.head_dim * 2 * (m.num_heads + m.num_kv_heads) + _FLOAT32 * m.num_heads)
+        return total
+
     @property
     def saved_layer(self) -> float:
         """Bytes that the policy saves of one layer and microbatch."""
         m, a = self.plan.model, self.a
-        t = self.plan.mesh.tensor
-        D, H, f = m.d_model, m.head_dim, m.d_ff // self.width
-        total = a * self.microbatch * D
+        D, f = m.d_model, m.d_ff // self.width
+        total = self.saved_attention(self.microbatch)
         if self.policy == "full":
             return total
-        part = a * D * (self.A + self.T + self.X)  # gathered for attention, scattered after it, arrived at the experts
-        if self.policy == "none":
-            part += a * D * self.assignments
-        else:
-            part += a * D * self.sent_rows
+        part = a * D * (self.X + self.assignments)  # arrived at the experts, come back from them
         if self.policy != "collectives":
-            queries, keys = m.num_heads // t * H, m.num_kv_heads // t * H
-            part += a * self.A * 2 * (queries + keys) + _FLOAT32 * self.A * m.num_heads // t
-            part += a * 2 * f * self.X + a * 2 * m.shared_d_ff * self.T
+            part += a * 2 * (f * self.X + m.shared_d_ff * self.T)
         total += self.parts * part
         if not self.on_tpu and self.parts > 1:  # what turns wait for
             again = 0 if self.width == 1 else self.sent
@@ -161,12 +165,20 @@ class _Sizes:
         return total
 
     @property
+    def hidden(self) -> float:
+        """Hidden states of all microbatches."""
+        return self.a * self.plan.model.d_model * self.plan.parallel.num_microbatches * self.microbatch
+
+    @property
     def activations(self) -> float:
         """What the forward pass leaves for the backward pass."""
-        m, a = self.plan.model, self.a
-        whole = self.plan.parallel.num_microbatches * self.microbatch * m.d_model * a
-        dense = m.num_dense_layers * whole / self.plan.mesh.pipeline
-        return self.ticks * self.chunk * self.saved_layer + whole + dense
+        m = self.plan.model
+        dense = 0.0
+        if m.num_dense_layers:
+            shared = self.plan.parallel.num_microbatches * self.microbatch / self.plan.mesh.pipeline
+            hidden = 0 if self.policy in ("full", "collectives") else self.a * 2 * m.dense_d_ff
+            dense = m.num_dense_layers * (self.saved_attention(shared) + hidden * shared)
+        return self.ticks * self.chunk * self.saved_layer + self.hidden + dense
 
     @property
     def layer_gradients(self) -> float:
@@ -185,48 +197,73 @@ class _Sizes:
 
     @property
     def table_gradients(self) -> float:
-        """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model."""
+        """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model where a loop sums them up."""
         if self.on_tpu:
             return _FLOAT32 * self.table / self.plan.mesh.expert
-        return (2 if self.plan.parallel.num_microbatches > 1 else 1) * _FLOAT32 * self.table
+        return (1 if self.one_microbatch else 2) * _FLOAT32 * self.table
+
+    @property
+    def one_microbatch(self) -> bool:
+        return self.plan.parallel.num_microbatches == 1
+
+    @property
+    def logits(self) -> float:
+        """Of one microbatch, float32."""
+        return _FLOAT32 * self.sequences * self.plan.seq_len * self.vocab
 
 
 def _backward(s: _Sizes) -> Memory:
     m, a = s.plan.model, s.a
-    D, f = m.d_model, m.d_ff // s.width
+    D = m.d_model
     many = s.ticks > 1
     gradients = s.layers * s.layer_gradients + (s.chunk * s.layer_gradients if many else 0) + s.table_gradients
     if s.plan.accumulate > 1:
         gradients += _FLOAT32 * s.stored
-    again = s.policy == "full" and not s.on_tpu  # the first round's insides are computed again before they are needed
-    summed = s.parts > 1 and not again  # gradients of the part before
-    weights = s.W * (_FLOAT32 * (1 + summed) + a) + s.P * a
-    if not s.on_tpu:
-        weights += s.W * (_FLOAT32 + again * a)
+    rows, experts = _dispatch_backward(s)
+    weights = s.P * a
     if s.plan.parallel.repeats > 1:  # the chunk's weights, cut out of the stage's
         weights += s.chunk * _FLOAT32 * (s.W + (s.P if s.gather_step else s.P_stored))
-    hidden = a * f * s.X * (2 if s.on_tpu else 11 if again else 7)
-    combine = 2 * _FLOAT32 * s.assignments * D if s.on_tpu else 0
     attention = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
-    rows = a * D * (s.A * (1 + s.parts) + 6 * s.T)
+    tokens = a * D * (s.A * (1 + s.parts) + 6 * s.T)
+    # Without a loop over microbatches the schedule puts off the output table's gradient until after the layers.
+    logits = (1 if s.on_tpu else 2) * s.logits if s.one_microbatch else 0.0
     return Memory(
         "backward", **s.state, gradients=gradients, compute_copies=s.copies,
         activations=s.activations + (s.chunk * s.saved_layer if many else 0) + a * D * s.microbatch,
-        dispatch_buffers=a * D * s.X * (4 if s.on_tpu else 5 if again else 2) + combine,
-        workspace=weights + hidden + attention * (s.parts if s.policy != "full" else 1) + rows,
-        logits=0.0, kv_cache=0.0, temporaries=0.0,
+        dispatch_buffers=rows,
+        workspace=weights + experts + attention * (s.parts if s.policy != "full" else 1) + tokens,
+        logits=logits, kv_cache=0.0, temporaries=0.0,
     )  # fmt: skip
 
 
+def _dispatch_backward(s: _Sizes) -> tuple[float, float]:
+    """Rows of buffers, and weights and hidden rows of the experts, in the backward pass of a layer's dispatch.
+
+    The larger of two moments: in a further round, computed again, while gradients of the first round and of the part
+    before wait; or earlier, in the first round of all parts, where rows are many for the size of the experts.
+    """
+    m, a = s.plan.model, s.a
+    row, hidden = a * m.d_model * s.X, a * m.d_ff // s.width * s.X
+    if s.on_tpu:
+        combine = 2 * _FLOAT32 * s.assignments * m.d_model
+        weights = s.W * (_FLOAT32 * min(s.parts, 2) + a)
+        return max((4 * row + combine, weights + 2 * hidden), (6 * row, weights + 4 * hidden), key=sum)
+    slices = s.W * (_FLOAT32 + a)
+    further = 2 * row, slices + s.W * _FLOAT32 * min(s.parts, 2) + 7 * hidden
+    parts = min(s.parts, 2)
+    rows = (4 if s.policy == "full" else 2) * parts
+    first = rows * row, slices + (2 * parts + (3 if s.policy in ("none", "minimal") else 5)) * hidden
+    return max(further, first, key=sum)
+
+
 def _loss(s: _Sizes) -> Memory:
-    tokens = s.sequences * s.plan.seq_len
-    logits = _FLOAT32 * tokens * s.vocab
-    number = s.plan.parallel.num_microbatches if s.policy == "none" else 1
+    saved = s.plan.parallel.num_microbatches if s.policy == "none" else 0
+    accumulated = _FLOAT32 * s.stored if s.plan.accumulate > 1 else 0
     return Memory(
-        "loss", **s.state, gradients=2 * _FLOAT32 * s.table + (_FLOAT32 * s.stored if s.plan.accumulate > 1 else 0),
+        "loss", **s.state, gradients=_FLOAT32 * s.table + accumulated,
         compute_copies=s.copies + (_FLOAT32 + s.a) * s.table,
-        activations=s.activations, dispatch_buffers=0.0, workspace=0.0, logits=(number + 2) * logits, kv_cache=0.0,
-        temporaries=0.0,
+        activations=s.activations + 3 * s.hidden, dispatch_buffers=0.0, workspace=0.0, logits=(saved + 2) * s.logits,
+        kv_cache=0.0, temporaries=0.0,
     )  # fmt: skip
 
 

@@ -1,0 +1,159 @@
+"""Predicted peak memory: what it must do whatever the figures are, and what the compilers said."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import audit_cases
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import DispatchConfig, ParallelConfig
+from moejax.mesh import MeshConfig
+from moejax.model import Program
+from moejax.planner.memory import predict_memory
+from moejax.planner.plan import Plan
+from moejax.presets import moe_16x10b, tiny
+from moejax.train.step import make_train_step
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICIES = ("full", "collectives", "minimal", "none")
+MESHES = (
+    MeshConfig(expert=8, pipeline=2, hardware="h100"),
+    MeshConfig(expert=4, pipeline=2, tensor=2, hardware="tpu_v5p"),
+    MeshConfig(expert=2, pipeline=4, tensor=2, hardware="a100_64gb"),
+)
+
+
+@pytest.fixture(params=MESHES, ids=lambda mesh: f"{mesh.expert}x{mesh.pipeline}x{mesh.tensor}_{mesh.hardware}")
+def plan(request):
+    parallel = ParallelConfig(num_microbatches=4, remat="none")
+    return Plan(moe_16x10b(), request.param, seq_len=1024, batch_size=64, parallel=parallel)
+
+
+def with_parallel(plan, **changes):
+    return dataclasses.replace(plan, parallel=dataclasses.replace(plan.parallel, **changes))
+
+
+def with_dispatch(plan, **changes):
+    return dataclasses.replace(plan, dispatch=dataclasses.replace(plan.dispatch, **changes))
+
+
+def peak(plan):
+    return predict_memory(plan).peak_bytes
+
+
+def rising(values):
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
+def test_the_peak_is_the_sum_of_its_categories(plan):
+    memory = predict_memory(plan)
+    assert memory.peak_bytes == sum(memory.categories.values())
+    assert all(size >= 0 for size in memory.categories.values())
+    names = {field.name for field in dataclasses.fields(memory)} - {"moment"}
+    assert set(memory.categories) == names
+
+
+def test_stronger_rematerialisation_takes_less(plan):
+    assert rising([peak(with_parallel(plan, remat=policy)) for policy in POLICIES[:-1]])
+    assert peak(with_parallel(plan, remat="minimal")) <= peak(plan)
+
+
+def test_more_microbatches_save_fewer_activations(plan):
+    saved = [predict_memory(with_parallel(plan, num_microbatches=n)).activations for n in (8, 4, 2, 1)]
+    assert rising(saved)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_more_sequences_and_longer_ones_take_more(plan, policy):
+    plan = with_parallel(plan, remat=policy)
+    assert rising([peak(dataclasses.replace(plan, batch_size=size)) for size in (32, 64, 128, 256)])
+    assert rising([peak(dataclasses.replace(plan, seq_len=length)) for length in (256, 1024, 4096, 8192)])
+
+
+def test_more_layers_and_larger_experts_take_more(plan):
+    for name, values in {
+        "num_layers": (16, 32, 64),
+        "d_ff": (2048, 4096, 8192),
+        "vocab_size": (32_000, 64_000),
+    }.items():
+        variants = [dataclasses.replace(plan, model=dataclasses.replace(plan.model, **{name: v})) for v in values]
+        assert rising([peak(variant) for variant in variants])
+
+
+def test_larger_buffers_take_more(plan):
+    assert rising([peak(with_dispatch(plan, capacity_factor=factor)) for factor in (1.0, 1.5, 2.0, 4.0)])
+
+
+def test_gathering_layer_by_layer_takes_less(plan):
+    assert peak(with_parallel(plan, gather="layer")) < peak(plan)
+
+
+def test_replicas_with_their_own_sequences_change_nothing(plan):
+    mesh = dataclasses.replace(plan.mesh, replica=4)
+    assert peak(dataclasses.replace(plan, mesh=mesh, batch_size=4 * plan.batch_size)) == peak(plan)
+
+
+def test_decoding_holds_keys_and_values_of_all_that_was_read(plan):
+    decode = dataclasses.replace(plan, mode="decode")
+    longer = dataclasses.replace(decode, seq_len=2 * plan.seq_len)
+    memory, m = predict_memory(decode), plan.model
+    whole = m.num_layers * plan.batch_size * (plan.seq_len + 1) * 2 * m.num_kv_heads * m.head_dim * 2
+    assert memory.kv_cache == whole / plan.mesh.num_devices
+    assert 1.99 < predict_memory(longer).kv_cache / memory.kv_cache < 2
+    assert memory.optimizer == memory.gradients == 0
+    assert memory.peak_bytes < peak(dataclasses.replace(plan, mode="prefill")) < peak(plan)
+
+
+@pytest.mark.parametrize("layout", [(4, 2, 2), (2, 2, 4), (16, 1, 1)], ids=str)
+@pytest.mark.parametrize("expert_axes", [("expert",), ("expert", "tensor")], ids=len)
+@pytest.mark.parametrize("changes", [{}, {"num_dense_layers": 2, "dense_d_ff": 64, "shared_d_ff": 128}], ids=len)
+def test_what_is_stored_is_counted_exactly(layout, expert_axes, changes):
+    """Parameters and moments against the train state's shards; what is replicated is small."""
+    model = dataclasses.replace(tiny(), num_layers=6, num_kv_heads=4, **changes)
+    expert, pipeline, tensor = layout
+    mesh_config = MeshConfig(expert=expert, pipeline=pipeline, tensor=tensor)
+    plan = Plan(model, mesh_config, 64, 32, dispatch=DispatchConfig(expert_axes=expert_axes))
+    devices = np.array(jax.devices()[:16]).reshape(layout)
+    program = Program.from_config(plan.train_config(), jax.sharding.Mesh(devices, mesh_config.axis_names))
+    shapes = make_train_step(program).state_shapes
+    held = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves((shapes.params, shapes.opt_state))
+    )
+    memory = predict_memory(plan)
+    assert memory.parameters + memory.optimizer == pytest.approx(held, rel=2e-3)
+
+
+AUDITED = audit_cases.recorded()
+
+
+def test_the_record_has_what_was_promised():
+    """Three models, four lengths, two targets, and a third of the cases held out."""
+    cases = [audited.case for audited in AUDITED]
+    assert len(cases) >= 40
+    assert len({case.model for case in cases}) == 3
+    assert {case.plan.seq_len for case in cases} == {128, 1024, 4096, 10_240}
+    assert {case.plan.parallel.remat for case in cases} == set(POLICIES)
+    assert sum(not case.used_for_fitting for case in cases) >= len(cases) / 3 - 1
+
+
+def test_predictions_are_near_what_was_compiled():
+    """The record is the compilers' of one jax version; experiments/audit.py makes it anew."""
+    for name, group in audit_cases.summary(AUDITED).items():
+        assert group["mean_error"] < 0.05, name
+        assert group["worst_error"] < 0.10, name
+
+
+@pytest.mark.slow
+def test_the_compiler_still_says_so():
+    """In a process of its own, for the compiler reads its environment when it is loaded."""
+    command = [sys.executable, ROOT / "experiments/audit.py", "--lines=2,6", "--max_error=0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["groups"]["all"]["cases"] == 2
