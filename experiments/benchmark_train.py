@@ -28,7 +28,7 @@ from absl import flags  # noqa: E402
 from moejax.config import check  # noqa: E402
 from moejax.mesh import build_mesh  # noqa: E402
 from moejax.model import Program  # noqa: E402
-from moejax.train.sizes import device_memory_bytes  # noqa: E402
+from moejax.train.memory_guard import MemoryUse  # noqa: E402
 from moejax.train.step import make_train_step  # noqa: E402
 
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps that are timed.", lower_bound=1)
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         "first_step_seconds": times["first step"],
         "tokens_per_step": tokens,
         "steps": len(timed),
-        "device_memory_bytes": device_memory_bytes(compiled),
+        "device_memory_bytes": MemoryUse.of(compiled).total,
         "mesh": dict(mesh_config.shape),
         "hardware": mesh_config.hardware,
         "jax": jax.__version__,

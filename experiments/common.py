@@ -30,6 +30,7 @@ from moejax.mesh import MeshConfig, use_virtual_devices
 from moejax.overrides import apply_overrides, load_config_file, split_overrides
 from moejax.presets import PRESETS
 from moejax.train.checkpoint import CheckpointError
+from moejax.train.schedule import DECIDES, Bucket, load_buckets
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ _CONFIG = flags.DEFINE_string(
     "config", "tiny", "What to train: a name in experiments/configs, a preset, or a Python file with get_config()."
 )
 _MESH = flags.DEFINE_string(
-    "mesh", "cpu_16", "What to run on: a name in mesh_configs, or a Python file with get_config()."
+    "mesh", "cpu_16", "What to run on: a name in mesh_configs, or a Python file with get_config(), such as a plan."
 )
 _DATA = flags.DEFINE_string(
     "data", None, "Files, globs or folders, separated by commas, to train on; short for --config.data.paths."
@@ -61,7 +62,8 @@ _HELP = flags.DEFINE_boolean("help", False, "Show this help and every field that
 def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig, list[str]]:
     """Parses the flags and returns the two configurations, and `argv` without flags: its first item and positionals.
 
-    `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name.
+    `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name. If `--mesh` is a plan,
+    the configuration has what its first bucket decides, and no flag may change that: a plan holds as a whole.
 
     Raises:
       ConfigError: a flag, a name, a file or an override that is wrong.
@@ -84,10 +86,30 @@ def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig, list[st
 
     config = _apply("config", load_config(_CONFIG.value), config_overrides)
     mesh_config = _apply("mesh", load_mesh_config(_MESH.value), mesh_overrides)
+    buckets = plan_buckets()
+    if buckets:
+        _check_undecided(config_overrides, mesh_overrides)
+    config = buckets[0].applied(config) if buckets else config
     if _HELP.value:
         print(_help(config, mesh_config))
         sys.exit(0)
     return config, mesh_config, remaining
+
+
+def plan_buckets() -> tuple[Bucket, ...]:
+    """The buckets of the plan that `--mesh` names; none if it is a mesh alone. For use after the flags are parsed."""
+    path = _find(_MESH.value, MESH_CONFIGS)
+    return load_buckets(path) if path is not None else ()
+
+
+def _check_undecided(config_overrides: dict[str, str], mesh_overrides: dict[str, str]) -> None:
+    decided = [f"--mesh.{path}" for path in mesh_overrides]
+    decided += [f"--config.{path}" for path in config_overrides if path.startswith(DECIDES)]
+    if decided:
+        raise ConfigError(
+            f"{', '.join(decided)} cannot be changed: --mesh={_MESH.value} is a plan, which decides it; "
+            "change the plan's file, or use a mesh without get_buckets()"
+        )
 
 
 def _field_hint(name: str) -> str:

@@ -33,7 +33,7 @@ from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh, compiler_options
 from moejax.model import Program
 from moejax.moe import mixture_of_experts
 from moejax.topology import compile_only_devices
-from moejax.train.sizes import device_memory_bytes
+from moejax.train.memory_guard import MemoryUse
 from moejax.train.step import make_train_step
 
 _TARGET = flags.DEFINE_string(
@@ -178,7 +178,7 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> Any:
 
 def memory(compiled: Any) -> int:
     """Bytes at the peak on one device, arguments and results included."""
-    return compiled.memory_analysis().peak_memory_in_bytes if _TARGET.value else device_memory_bytes(compiled)
+    return compiled.memory_analysis().peak_memory_in_bytes if _TARGET.value else MemoryUse.of(compiled).total
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
     python experiments/train.py
     python experiments/train.py --config=small --data=~/texts --tokenizer=bpe
     python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --workdir=runs/deep
+    python experiments/train.py --config=mixed --mesh=cpu_16_mixed     # a plan: lengths mixed, each on its own mesh
 
 A run that was stopped goes on where it was when it is started again with its --workdir.
 """
@@ -31,12 +32,13 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     config, mesh_config, rest = common.parse_configs(argv)
     check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    buckets = common.plan_buckets()
     common.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     console = Console(stderr=True)
     console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}", highlight=False)
-    summary = Trainer(config, mesh, workdir).run()
+    summary = Trainer(config, mesh, workdir, buckets).run()
     show(summary, config.steps, workdir, console)
     print(json.dumps(dataclasses.asdict(summary)))
 
@@ -59,6 +61,14 @@ def show(summary: Summary, steps: int, workdir: Path, console: Console) -> None:
         f"{summary.capacity_switches} switches waited {summary.capacity_seconds_waited:.1f} s",
         "memory per device": f"{summary.device_memory_bytes / 2**20:.0f} MiB, as compiled",
     }
+    if len(summary.buckets) > 1:
+        rows["moves between meshes"] = f"{summary.reshards} in {summary.reshard_seconds:.1f} s"
+    for bucket in summary.buckets if len(summary.buckets) > 1 else ():
+        mesh = " × ".join(f"{axis} {size}" for axis, size in bucket.mesh.items())
+        rows[f"{bucket.batch_size} × {bucket.seq_len:,} tokens"] = (
+            f"{bucket.steps} steps of {bucket.step_seconds:.2f} s, {bucket.tokens_per_second:,.0f} tokens/s, "
+            f"{mesh}, remat {bucket.remat}, {bucket.device_memory_bytes / 2**20:.0f} MiB"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

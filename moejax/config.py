@@ -269,7 +269,8 @@ class DataConfig:
 
     `batch_size` counts the sequences of one optimizer step over the whole mesh, each of `seq_len` tokens. `tokenizer`
     is "bytes", "bpe" (trained on the corpus to `tokenizer_vocab_size` and cached) or the path of a tokenizer.json.
-    `eval_fraction` of the files, chosen by a hash of their names, is held out.
+    `eval_fraction` of the files, chosen by a hash of their names, is held out. Of a plan with several lengths, steps on
+    the same mesh come `block_steps` in a row: a change of mesh moves the whole state.
     """
 
     paths: tuple[str, ...] = ()
@@ -279,9 +280,10 @@ class DataConfig:
     batch_size: int = 32
     eval_fraction: float = 0.05
     seed: int = 0
+    block_steps: int = 16
 
     def __post_init__(self) -> None:
-        _check_positive(self, "seq_len", "batch_size")
+        _check_positive(self, "seq_len", "batch_size", "block_steps")
         check(
             self.tokenizer_vocab_size > 256,
             f"tokenizer_vocab_size={self.tokenizer_vocab_size} must be more than 256: BPE starts from the 256 bytes",
@@ -316,6 +318,7 @@ class TrainConfig:
     eval_every: int = 100
     eval_batches: int = 8
     sample_tokens: int = 128  # generated at the end of a run; 0 for none
+    memory_limit_bytes: int = 0  # of a device, which a step is made to fit in; 0: what the device's runtime says
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -326,7 +329,7 @@ class TrainConfig:
             f"{self.balance.bias_update_rate > 0} with balance.bias_update_rate={self.balance.bias_update_rate}: "
             "the bias is what the rate moves",
         )
-        _check_not_negative(self, "sample_tokens")
+        _check_not_negative(self, "sample_tokens", "memory_limit_bytes")
         check(
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len={self.data.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}",

@@ -170,26 +170,36 @@ def load_config_file(path: str | Path, expected_type: type[T]) -> T:
     Raises:
       ConfigError: there is no such file, it has no `get_config`, it fails, or it returns something else.
     """
+    name = expected_type.__name__
+    config = call_in_file(path, "get_config", name)
+    if config is None:
+        raise ConfigError(f"{path} has no get_config(); define get_config() -> {name}")
+    if not isinstance(config, expected_type):
+        raise ConfigError(f"{path}: get_config() returned {config!r:.80}; it must return a {name}")
+    return config
+
+
+def call_in_file(path: str | Path, function: str, returns: str) -> Any:
+    """Runs the Python file at `path` and then its `function()`, which `returns` something; None if it has none.
+
+    Raises:
+      ConfigError: there is no such file, or it fails.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; use a Python file with get_config() -> {expected_type.__name__}")
+        raise ConfigError(f"{path} does not exist; use a Python file with {function}() -> {returns}")
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        config = get_config() if callable(get_config) else None
+        called = getattr(module, function, None)
+        return called() if callable(called) else None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:
         raise ConfigError(f"{path} failed{_line(error, path)}: {type(error).__name__}: {_one_line(error)}") from error
-    if not callable(get_config):
-        raise ConfigError(f"{path} has no get_config(); define get_config() -> {expected_type.__name__}")
-    if not isinstance(config, expected_type):
-        raise ConfigError(f"{path}: get_config() returned {config!r:.80}; it must return a {expected_type.__name__}")
-    return config
 
 
 def _one_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ POSITIVE = {
     BalanceConfig: "window",
     ParallelConfig: "num_microbatches repeats",
     OptimizerConfig: "learning_rate eps clip_norm",
-    DataConfig: "seq_len batch_size",
+    DataConfig: "seq_len batch_size block_steps",
     CheckpointConfig: "every keep",
     TrainConfig: "steps accumulate eval_every eval_batches",
 }
@@ -34,7 +34,7 @@ NOT_NEGATIVE = {
     "max_dropped_fraction max_idle_experts",
     ParallelConfig: "batch_split",
     OptimizerConfig: "warmup_steps weight_decay",
-    TrainConfig: "sample_tokens",
+    TrainConfig: "sample_tokens memory_limit_bytes",
 }
 CHOICES = {
     ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'", "router_score": "'softmax', 'sigmoid'"},

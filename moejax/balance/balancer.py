@@ -159,9 +159,13 @@ class ExpertLoadBalancer:
             idle_experts_L=(load_LE == 0).sum(-1, dtype=jnp.int32),
         )
 
+    def wanted_index(self, state: BalanceState) -> jax.Array:
+        """Which of `balance.capacity_factors` the next step is to run with, int32; the last, if it has not so many."""
+        return state.size_by_load + state.sizes_for_rounds
+
     def capacity_index(self, state: BalanceState) -> jax.Array:
         """Which of `capacity_factors` the next step is to run with, int32."""
-        return jnp.minimum(state.size_by_load + state.sizes_for_rounds, len(self.capacity_factors) - 1)
+        return jnp.minimum(self.wanted_index(state), len(self.capacity_factors) - 1)
 
     def _choose_size(self, state: BalanceState) -> BalanceState:
         """At the end of each window, the size for the next. All steps of the window ran with the same.

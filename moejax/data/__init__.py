@@ -6,18 +6,21 @@ import dataclasses
 import os
 
 from moejax.config import DataConfig
+from moejax.data.buckets import BucketShape, make_bucketed_loader
 from moejax.data.corpora import Document, hash_documents, load_corpus, split_documents
 from moejax.data.loader import make_loader
 from moejax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, make_tokenizer
 
 __all__ = [
     "BpeTokenizer",
+    "BucketShape",
     "ByteTokenizer",
     "Data",
     "Document",
     "Tokenizer",
     "load_corpus",
     "load_data",
+    "make_bucketed_loader",
     "make_loader",
     "make_tokenizer",
     "split_documents",

@@ -61,18 +61,26 @@ def make_loader(
     encoded = encode_documents(documents, tokenizer)
     rows = Rows(encoded, config.seq_len, tokenizer.separator, config.seed if train else None)
     if train:
-        ds = grain.MapDataset.range(sys.maxsize)
-        ds = WindowShuffleMapDataset(ds, window_size=rows.per_epoch, seed=_window_seed(config.seed))
-    else:
-        held, needed = sum(map(len, encoded)), batch_size * config.seq_len + 1
-        if held < needed:
-            _log.warning("held-out text of %d tokens is repeated to fill one batch, which takes %d", held, needed)
-        num_rows = max(rows.per_epoch, batch_size)
-        ds = grain.MapDataset.range(num_rows)
-        ds = WindowShuffleMapDataset(ds, window_size=num_rows, seed=_HELD_OUT_SEED)
+        return start(shuffled_batches(rows, batch_size, config.seed))
+    held, needed = sum(map(len, encoded)), batch_size * config.seq_len + 1
+    if held < needed:
+        _log.warning("held-out text of %d tokens is repeated to fill one batch, which takes %d", held, needed)
+    num_rows = max(rows.per_epoch, batch_size)
+    ds = WindowShuffleMapDataset(grain.MapDataset.range(num_rows), window_size=num_rows, seed=_HELD_OUT_SEED)
+    return start(ds.batch(batch_size, drop_remainder=True).map(rows))
+
+
+def shuffled_batches(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset:
+    """The endless batches of `rows`, shuffled among an epoch's worth of them; any of them can be asked for."""
     # Rows are numbers until here and are gathered a batch at a time: an array per row would be mostly overhead.
-    ds = ds.batch(batch_size, drop_remainder=True).map(rows)
-    return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    ds = grain.MapDataset.range(sys.maxsize)
+    ds = WindowShuffleMapDataset(ds, window_size=rows.per_epoch, seed=_window_seed(seed))
+    return ds.batch(batch_size, drop_remainder=True).map(rows)
+
+
+def start(batches: grain.MapDataset) -> grain.DatasetIterator:
+    """An iterator that makes batches ahead in two threads."""
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -139,11 +147,12 @@ class Rows:
         """An epoch's documents in their order, and where each ends in its stream."""
         order = np.arange(len(self._lengths))
         if self._seed is not None:
-            order = _generator(self._seed, epoch).permutation(order)
+            order = make_generator(self._seed, epoch).permutation(order)
         return order, np.cumsum(self._lengths[order])
 
 
-def _generator(seed: int, *key: int) -> np.random.Generator:
+def make_generator(seed: int, *key: int) -> np.random.Generator:
+    """Draws that depend on `seed` and `key` alone, on every machine."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=key)))
 
 

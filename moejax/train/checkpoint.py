@@ -33,9 +33,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from grain import checkpoint as grain_checkpoint
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from moejax.sharding import NUM_STACK_DIMS
+from moejax.train.reshard import restack, restackable
 
 STATE, DATA, METADATA, CHECKSUMS = "state", "data", "metadata", "checksums.json"
 _NOT_SUMMED = (
@@ -309,9 +310,9 @@ def _restore_state(directory: pathlib.Path, template: PyTree) -> PyTree:
     restored = _read(directory, {name: leaf.sharding for name, leaf in wanted.items() if name not in set(restacked)})
     # One at a time: a leaf may be less sharded as it is stored than as it is wanted.
     for name in restacked:
-        sharding = stored_sharding(tuple(stored[name].shape), wanted[name].sharding)
+        sharding = restackable(tuple(stored[name].shape), wanted[name].sharding)
         leaf = _read(directory, {name: sharding})[name]
-        restored[name] = jax.block_until_ready(_reshape(leaf, wanted[name].shape, wanted[name].sharding))
+        restored[name] = jax.block_until_ready(restack(leaf, wanted[name].shape, wanted[name].sharding))
         leaf.delete()
     return jax.tree.unflatten(jax.tree.structure(template), [restored[name] for name in wanted])
 
@@ -336,30 +337,6 @@ def _check_same_leaves(directory: pathlib.Path, stored: Mapping[str, Any], wante
 def _same_layers(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
     n = NUM_STACK_DIMS
     return len(have) == len(want) >= n and math.prod(have[:n]) == math.prod(want[:n]) and have[n:] == want[n:]
-
-
-def stored_sharding(shape: tuple[int, ...], wanted: NamedSharding) -> NamedSharding:
-    """A sharding of a restacked leaf's stored `shape` that is as close to the `wanted` one as its dims divide.
-
-    Trailing dims keep theirs. The mesh axes of a leading dim that they do not divide move to another leading dim that
-    they do, or are dropped: the leaf is then replicated over them until it has been reshaped.
-    """
-    spec = list(wanted.spec) + [None] * (len(shape) - len(wanted.spec))
-    leading: list[Any] = [None] * NUM_STACK_DIMS
-    for dim, axes in enumerate(spec[:NUM_STACK_DIMS]):
-        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        size = math.prod(wanted.mesh.shape[name] for name in names)
-        candidates = [dim, *(other for other in range(NUM_STACK_DIMS) if spec[other] is None)]
-        fits = [d for d in candidates if leading[d] is None and shape[d] % size == 0]
-        if names and fits:
-            leading[fits[0]] = axes
-    return NamedSharding(wanted.mesh, PartitionSpec(*leading, *spec[NUM_STACK_DIMS:]), memory_kind=wanted.memory_kind)
-
-
-def _reshape(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    # Inside the function an explicit mesh must be told the sharding, and an automatic one must not be.
-    inside = sharding if AxisType.Explicit in sharding.mesh.axis_types else None
-    return jax.jit(lambda x: jax.lax.reshape(x, shape, out_sharding=inside), out_shardings=sharding)(leaf)
 
 
 def _read(directory: pathlib.Path, shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:

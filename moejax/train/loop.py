@@ -12,7 +12,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -24,100 +24,50 @@ from jax.sharding import Mesh
 from moejax.balance import BalanceReport
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import Data, load_data, make_loader
-from moejax.model import Program
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.memory_guard import device_limit
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
 from moejax.train.sample import generate
+from moejax.train.schedule import Bucket, Schedule
 from moejax.train.sizes import StepSizes
-from moejax.train.step import TrainState, make_train_step
+from moejax.train.step import TrainState
+from moejax.train.summary import FROM_METRICS, Summary, Timing
 
 PROMPT_TOKENS = 32
-FROM_METRICS = (  # of the last step, or of the window that ends with it: fields of `Summary`
-    "loss", "eval_loss", "eval_bits_per_byte", "window_tokens", "window_load_cv", "window_load_cv_worst",
-    "window_load_cv_floor", "window_load_max_over_mean_worst", "window_dropped_fraction", "window_rounds",
-    "window_idle_experts", "capacity_factor",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a run came to. Seconds are wall clock; losses are nats a token, or bits a byte of text.
-
-    The figures from `window_tokens` to `window_idle_experts` are over so many of the last tokens (see
-    `moejax.balance.BalanceReport`); `capacity_factor` is the size of the dispatch's buffers in the last step, and
-    `capacity_seconds_waited` what the switches to other sizes cost.
-    """
-
-    step: int
-    resumed_from: int
-    interrupted: bool
-    loss: float
-    eval_loss: float
-    eval_bits_per_byte: float
-    tokens_per_second: float
-    step_seconds: float
-    first_step_seconds: float
-    total_seconds: float
-    window_tokens: float
-    window_load_cv: float
-    window_load_cv_worst: float
-    window_load_cv_floor: float
-    window_load_max_over_mean_worst: float
-    window_dropped_fraction: float
-    window_rounds: float
-    window_idle_experts: float
-    capacity_factor: float
-    capacity_switches: int
-    capacity_seconds_waited: float
-    device_memory_bytes: int
-    sample: str | None
-
-
-class Timing:
-    """Seconds of each step, and of everything up to the end of the first; and the sizes that they ran with."""
-
-    def __init__(self, sizes: StepSizes) -> None:
-        self.sizes, self.steps, self.first_step = sizes, [], math.nan
-
-    def add(self, seconds: float, since: float) -> None:
-        if not self.steps:
-            self.first_step = time.perf_counter() - since
-        self.steps.append(seconds)
-
-    @property
-    def median(self) -> float:
-        """Of the steps after the first, which warms up."""
-        return statistics.median(self.steps[1:] or self.steps or [math.nan])
 
 
 class Trainer:
     """Trains as `config` says on `mesh`, in `workdir`; a run that was stopped there goes on where it was.
 
+    With the `buckets` of a plan, they say how on the mesh's devices, and each step's batch is of one of them. Held-out
+    text is then in rows of the longest, and evaluated on its mesh.
+
     Raises:
       ConfigError: the configuration, the mesh or the data cannot work; before anything is compiled or written.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, workdir: str | pathlib.Path) -> None:
-        self.config, self.workdir = config, pathlib.Path(workdir)
-        self.program = Program.from_config(config, mesh)
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, workdir: str | pathlib.Path, buckets: Sequence[Bucket] = ()
+    ) -> None:
+        self.workdir = pathlib.Path(workdir)
+        self.schedule = Schedule.of_buckets(config, buckets, mesh)
+        self.config = config = self.schedule.configs[-1]
+        self.train_step = self.schedule.train_steps[-1]
+        self.program = self.train_step.program
         self.data: Data = load_data(config.data)
         check(
             self.data.tokenizer.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
             f"{self.data.tokenizer.vocab_size}",
         )
-        self.train_step = make_train_step(
-            self.program, config.optimizer, steps=config.steps, accumulate=config.accumulate
-        )
-        self.tokens_per_step = config.data.batch_size * config.data.seq_len
         self._stop = False
         self._outside: dict[str, str] = {}  # figures of the balance that are out of their bounds
         self._start = time.perf_counter()
 
     def run(self) -> Summary:
         """Trains to `config.steps`, or to a SIGTERM or SIGINT, which save and end the run after the step in hand."""
-        batches = make_loader(self.config.data, self.data.train_documents, self.data.tokenizer)
+        batches = self.schedule.make_loader(self.data)
         checkpoint = self.config.checkpoint
         with (
             Checkpointer(self.workdir / "checkpoints", keep=checkpoint.keep, every=checkpoint.every) as checkpointer,
@@ -144,10 +94,16 @@ class Trainer:
     def _metadata(self) -> dict[str, Any]:
         return {
             "config": dataclasses.asdict(self.config),
-            "mesh": dict(self.program.mesh.shape),
+            "mesh": dict(self.schedule.at.program.mesh.shape),
+            "draws": self._draws(),
             "data": self.data.fingerprint,
             "versions": {"jax": jax.__version__},
         }
+
+    def _draws(self) -> list[list[int]]:
+        """What decides, beside the data, which batch comes when: [seq_len, batch_size, group] and `block_steps`."""
+        shapes = self.schedule.shapes
+        return [*map(list, shapes), [self.config.data.block_steps]] if len(shapes) > 1 else []
 
     def _restore_or_init(self, checkpointer: Checkpointer, batches: Any) -> tuple[TrainState, int]:
         restored = checkpointer.restore(self.train_step.state_shapes, batches)
@@ -162,6 +118,12 @@ class Trainer:
                 f"data.{name}={ours[name]} must be {saved[name]}, as in the run that {self.workdir} holds; "
                 "use that, or another workdir",
             )
+        draws = metadata.get("draws", [])
+        check(
+            draws == self._draws(),
+            f"buckets of [seq_len, batch_size, group], [block_steps] are {self._draws()} and must be {draws}, as in "
+            f"the run that {self.workdir} holds; use its plan, or another workdir",
+        )
         if metadata["data"] != self.data.fingerprint:
             raise ConfigError(
                 f"the training text or tokenizer is not the one that the run in {self.workdir} was started with; "
@@ -176,20 +138,35 @@ class Trainer:
         """Runs the steps after `first`; returns the state, the last step's line of metrics and the times taken."""
         config, line = self.config, {}
         evaluate = self._make_evaluate()
-        sizes = StepSizes(self.train_step, config.data.batch_size, config.data.seq_len)
-        timing = Timing(sizes)
+        limit = config.memory_limit_bytes or device_limit(self.program.mesh)
+        sizes = StepSizes(self.schedule.train_steps, self.schedule.shapes, limit)
+        timing = Timing(sizes, self.schedule)
         with Progress(config.steps, first) as progress, sizes:
             progress.message("compiling the train step")
-            index = int(self.train_step.program.balancer.capacity_index(state.balance))
+            index = int(self.program.balancer.wanted_index(state.balance))
+            if limit:
+                sizes.prepare(index)
             for step in range(first + 1, config.steps + 1):
-                compiled = self._compiled(sizes, index, step)
                 began = time.perf_counter()
                 batch = next(batches)
-                state, metrics = compiled(state, self.train_step.put_batch(batch))
+                data_seconds = time.perf_counter() - began
+                bucket = int(batch.get("bucket", 0))
+                sizes.use(bucket, index, last=self._last_window(step))
+                state, reshard_seconds = self.schedule.move(state, bucket)
+                began = time.perf_counter()
+                ran, (state, metrics) = sizes.run(state, self.schedule.at.put_batch(batch))
                 line = self._line(metrics, batch)
                 index = int(line.pop("next_capacity_index"))
-                timing.add(time.perf_counter() - began, since=self._start)
-                line |= {"step_seconds": timing.steps[-1], "tokens_per_second": self.tokens_per_step / timing.steps[-1]}
+                seconds = data_seconds + time.perf_counter() - began
+                timing.add(bucket, seconds, since=self._start)
+                seq_len = batch["tokens"].shape[1]
+                line |= {
+                    "step_seconds": seconds,
+                    "tokens_per_second": batch["tokens"].size / seconds,
+                    "bucket_seq_len": seq_len,
+                    "remat": ran.step.program.parallel.remat_policy(seq_len),
+                    "reshard_seconds": reshard_seconds,
+                }
                 if step % config.eval_every == 0 or step == config.steps:
                     line |= evaluate(state.params)
                 if writer is not None:
@@ -205,10 +182,10 @@ class Trainer:
                 line |= evaluate(state.params)
         return state, line, timing
 
-    def _compiled(self, sizes: StepSizes, index: int, step: int) -> Any:
-        """The step to run at `step`; others are made ready as long as a window ends before the last step."""
+    def _last_window(self, step: int) -> bool:
+        """Whether no window of the balancer ends between `step` and the last step: no further size is wanted then."""
         window = self.config.balance.window
-        return sizes.use(index, last=math.ceil(step / window) * window >= self.config.steps)
+        return math.ceil(step / window) * window >= self.config.steps
 
     def _check_finite(self, step: int, line: dict[str, float], checkpointer: Checkpointer) -> None:
         if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) and line["invalid_tokens"] == 0:
@@ -232,9 +209,10 @@ class Trainer:
         """One line of metrics.jsonl, but for the time it took; waits for the step to end."""
         scalars = {k: v for k, v in metrics.items() if isinstance(v, jax.Array) and v.ndim == 0}
         scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
-        bits = scalars["cross_entropy"] * self.tokens_per_step / math.log(2)
+        num_tokens = batch["targets"].size
+        bits = scalars["cross_entropy"] * num_tokens / math.log(2)
         num_bytes = self.data.tokenizer.num_bytes(batch["targets"])
-        return scalars | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": self.tokens_per_step}
+        return scalars | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": num_tokens}
 
     def _make_evaluate(self) -> Callable[[Any], dict[str, float]]:
         """A function from parameters to held-out figures, over the same batches every time."""
@@ -242,11 +220,13 @@ class Trainer:
         loader = make_loader(self.config.data, self.data.eval_documents, tokenizer, train=False)
         held_out = list(itertools.islice(loader, self.config.eval_batches))
         num_bytes = sum(tokenizer.num_bytes(batch["targets"]) for batch in held_out)
+        last = len(self.schedule.train_steps) - 1
 
         def evaluate(params: Any) -> dict[str, float]:
+            params = self.schedule.params_for(params, last)
             batches = map(self.train_step.put_batch, held_out)
             nats = [float(self.train_step.evaluate(params, batch)["cross_entropy"]) for batch in batches]
-            bits = sum(nats) * self.tokens_per_step / math.log(2)
+            bits = sum(nats) * held_out[0]["targets"].size / math.log(2)
             return {"eval_loss": statistics.fmean(nats), "eval_bits_per_byte": bits / num_bytes}
 
         return evaluate
@@ -259,7 +239,7 @@ class Trainer:
         text_ids = tokenizer.encode(self.data.eval_documents[0].text[: 8 * PROMPT_TOKENS])
         prompt = np.asarray([tokenizer.separator, *text_ids[: PROMPT_TOKENS - 1]], np.int32)
         tokens_BS = generate(
-            self.program, state.params, prompt, self.config.sample_tokens, vocab_size=tokenizer.vocab_size
+            self.schedule.at.program, state.params, prompt, self.config.sample_tokens, vocab_size=tokenizer.vocab_size
         )
         return tokenizer.decode(tokens_BS[0])
 
@@ -269,12 +249,15 @@ class Trainer:
             step=int(state.step),
             resumed_from=first,
             interrupted=self._stop,
-            tokens_per_second=self.tokens_per_step / timing.median,
-            step_seconds=timing.median,
+            tokens_per_second=timing.tokens_per_second,
+            step_seconds=timing.step_seconds,
             first_step_seconds=timing.first_step,
             capacity_switches=timing.sizes.switches,
             capacity_seconds_waited=timing.sizes.seconds_waited,
             device_memory_bytes=timing.sizes.device_memory_bytes,
+            reshards=self.schedule.reshards,
+            reshard_seconds=self.schedule.reshard_seconds,
+            buckets=timing.buckets(),
             sample=None if self._stop else self._sample(state),
             total_seconds=time.perf_counter() - self._start,
             **{name: float(figures.get(name, math.nan)) for name in FROM_METRICS},

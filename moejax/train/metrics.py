@@ -20,6 +20,7 @@ from absl import logging
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class MetricsWriter:
@@ -53,12 +54,13 @@ class MetricsWriter:
             filename_suffix=f".{time.time_ns()}",
         )
 
-    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat | str]) -> None:
         """Appends one line for `step`, which must come after every step written so far.
 
         Args:
           step: the optimizer step, counted from 1.
-          metrics: scalars by name (Python, NumPy or JAX; whoever passes a `jax.Array` waits for it here).
+          metrics: scalars by name (Python, NumPy or JAX; whoever passes a `jax.Array` waits for it here), or words,
+            which TensorBoard does not get.
 
         Raises:
           ValueError: if the step is not a new one, or a name or value cannot be written.
@@ -75,7 +77,8 @@ class MetricsWriter:
         self._file.flush()
         self._last_step = step
         for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if isinstance(value, float):
+                self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes and closes both; harmless when called again."""
@@ -90,7 +93,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads what a `MetricsWriter` wrote: a dict a line, `step` an int and everything else a float.
+    """Reads what a `MetricsWriter` wrote: a dict a line, `step` an int and everything else a float or a word.
 
     `path` is the file or the run's directory. A last line that a kill tore is left out, with a warning.
 
@@ -101,24 +104,34 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if path.is_dir():
         path = path / METRICS_FILE
     return [
-        {name: value if name == "step" else float(value) for name, value in record.items()}
+        {name: value if name == "step" else _decode(value) for name, value in record.items()}
         for _, record in _records(path)
     ]
 
 
-def _to_float(name: str, value: SupportsFloat) -> float:
+def _to_float(name: str, value: SupportsFloat | str) -> float | str:
+    if isinstance(value, str):
+        if value in _NOT_FINITE:
+            raise ValueError(f"metrics[{name!r}]={value!r} reads as a number; pass the float")
+        return value
     try:
         return float(value)
     except TypeError as error:
         raise ValueError(f"metrics[{name!r}]={value!r} must be a scalar") from error
 
 
-def _encode(value: float) -> float | str:
+def _encode(value: float | str) -> float | str:
+    if isinstance(value, str):
+        return value
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _decode(value: float | str) -> float | str:
+    return value if isinstance(value, str) and value not in _NOT_FINITE else float(value)
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,54 +1,103 @@
-"""The train step compiled for each size of the dispatch's buffers, ahead of need, so that a switch does not wait.
+"""The train step compiled for each bucket and size of the dispatch's buffers, ahead of need, so that none waits.
 
-Compiling leaves Python's lock alone for most of its time, so a thread beside the training loop can do it. The sizes
-next to the one in use are compiled there, the larger first. A switch to one that is not ready waits for it, so which
-step runs with which size never depends on the machine's speed.
+Compiling leaves Python's lock alone for most of its time, so a thread beside the training loop can do it. The other
+buckets at the size in use are compiled there first, then the sizes next to it, the larger first. A switch to a step
+that is not ready waits for it, so which step runs when never depends on the machine's speed.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
+from absl import logging
+
+from moejax.data import BucketShape
+from moejax.train.memory_guard import DoesNotFitError, FittedStep, fit, is_out_of_memory
 from moejax.train.step import TrainStep
+
+Key = tuple[int, int]  # bucket, size
 
 
 class StepSizes:
-    """`sizes.use(index)` is the step compiled for that size; use it as a context manager.
+    """`sizes.use(bucket, index)` is the step compiled for that; use it as a context manager.
 
-    `switches` counts the changes of size and `seconds_waited` is what they cost in all; `device_memory_bytes` is that
-    of the largest size used.
+    Each is made to fit in `memory_limit_bytes` (see `moejax.train.memory_guard`). `switches` counts the changes of size
+    and `seconds_waited` is what they, and the first use of a bucket after the first, cost in all.
 
     Args:
-        train_step: the step, and with its balancer the sizes.
-        batch_size: sequences of a batch.
-        seq_len: tokens of a sequence.
+        train_steps: of each bucket, the step, and with its balancer the sizes.
+        shapes: of each bucket's batches.
+        memory_limit_bytes: of one device, 0 for no limit.
     """
 
-    def __init__(self, train_step: TrainStep, batch_size: int, seq_len: int) -> None:
-        self._train_step, self._shape = train_step, (batch_size, seq_len)
-        self._factors = train_step.program.balancer.capacity_factors
+    def __init__(
+        self, train_steps: Sequence[TrainStep], shapes: Sequence[BucketShape], memory_limit_bytes: int = 0
+    ) -> None:
+        self._train_steps, self._limit = tuple(train_steps), memory_limit_bytes
+        self._shapes = [(shape.batch_size, shape.seq_len) for shape in shapes]
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
-        self._steps: dict[int, Future[Any]] = {}
-        self._current: int | None = None
-        self.switches, self.seconds_waited, self.device_memory_bytes = 0, 0.0, 0
+        self._steps: dict[Key, Future[FittedStep]] = {}
+        self._current: Key | None = None
+        self.used: dict[Key, FittedStep] = {}
+        self.switches, self.seconds_waited = 0, 0.0
 
-    def use(self, index: int, *, last: bool = False) -> Any:
-        """The compiled step of a size; waits until there is one. After the `last` switch nothing more is compiled."""
-        if index != self._current:
+    @property
+    def device_memory_bytes(self) -> int:
+        """That of the largest step used."""
+        return max((step.memory.total for step in self.used.values()), default=0)
+
+    def use(self, bucket: int, index: int, *, last: bool = False) -> FittedStep:
+        """The compiled step of a bucket and size; waits until there is one.
+
+        A bucket that has fewer sizes uses its last. After the `last` switch no further size is compiled.
+
+        Raises:
+            DoesNotFitError: a `ConfigError`, where no step down brings the memory below the limit.
+        """
+        key = self._clamped(bucket, index)
+        if key != self._current:
             began = time.perf_counter()
-            self._cancel_others(index)
-            compiled = self._submit(index).result()
-            self.device_memory_bytes = max(self.device_memory_bytes, device_memory_bytes(compiled))
+            self._cancel_others(key)
+            key = self._fitting(key)
             if self._current is not None:
-                self.switches += 1
+                self.switches += key[1] != self._current[1]
                 self.seconds_waited += time.perf_counter() - began
-            self._current = index
-            for neighbour in () if last else (index + 1, index - 1):
-                if 0 <= neighbour < len(self._factors):
-                    self._submit(neighbour)
-        return self._steps[index].result()
+            self._current = key
+            for other in self._wanted_next(key, last):
+                self._submit(other)
+        return self.used[key]
+
+    def run(self, state: Any, batch: Any) -> tuple[FittedStep, Any]:
+        """Runs the step in use; where memory runs out as it starts, the next one down the ladder that does.
+
+        Raises:
+            JaxRuntimeError: the step failed otherwise, or after it had taken the state's memory for its own.
+        """
+        while True:
+            step = self.used[self._current]
+            try:
+                return step, step(state, batch)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error) or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                    raise
+            shape = self._shapes[self._current[0]]
+            self.used[self._current] = fit(step.step, *shape, self._limit, refused=True)
+
+    def prepare(self, index: int) -> None:
+        """Compiles every bucket at a size, so that what cannot fit is known before anything is trained.
+
+        Raises:
+            DoesNotFitError: as `use`.
+        """
+        keys = [self._clamped(bucket, index) for bucket in range(len(self._train_steps))]
+        for key in keys:
+            self._submit(key)
+        for key in keys:
+            self._fitting(key)
 
     def __enter__(self) -> StepSizes:
         return self
@@ -56,22 +105,40 @@ class StepSizes:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _submit(self, index: int) -> Future[Any]:
-        if index not in self._steps:
-            step = self._train_step.with_capacity(self._factors[index])
-            self._steps[index] = self._pool.submit(lambda: step.lower(*self._shape).compile())
-        return self._steps[index]
+    def _sizes(self, bucket: int) -> tuple[float, ...]:
+        return self._train_steps[bucket].program.balancer.capacity_factors
 
-    def _cancel_others(self, index: int) -> None:
+    def _clamped(self, bucket: int, index: int) -> Key:
+        return bucket, min(index, len(self._sizes(bucket)) - 1)
+
+    def _wanted_next(self, key: Key, last: bool) -> Iterator[Key]:
+        """What may be asked for after `key`, the soonest first."""
+        bucket, index = key
+        for other in range(len(self._train_steps)):
+            yield self._clamped(other, index)
+        if not last:
+            yield from ((bucket, near) for near in (index + 1, index - 1) if 0 <= near < len(self._sizes(bucket)))
+
+    def _fitting(self, key: Key) -> Key:
+        """`key`, or the next smaller size of its bucket that fits in memory; it is then in `used`."""
+        bucket, index = key
+        try:
+            self.used[key] = self._submit(key).result()
+        except DoesNotFitError as error:
+            if index == 0:
+                raise
+            factor, smaller = (self._sizes(bucket)[i] for i in (index, index - 1))
+            logging.warning("Buffers of capacity %g do not fit, %g is tried: %s", factor, smaller, error)
+            return self._fitting((bucket, index - 1))
+        return key
+
+    def _submit(self, key: Key) -> Future[FittedStep]:
+        if key not in self._steps:
+            bucket, index = key
+            step = self._train_steps[bucket].with_capacity(self._sizes(bucket)[index])
+            self._steps[key] = self._pool.submit(fit, step, *self._shapes[bucket], self._limit)
+        return self._steps[key]
+
+    def _cancel_others(self, key: Key) -> None:
         """Takes out of the queue what is not wanted first; what is being compiled goes on."""
-        self._steps = {i: step for i, step in self._steps.items() if i == index or not step.cancel()}
-
-
-def device_memory_bytes(compiled: Any) -> int:
-    """What the compiled step takes on one device: arguments, outputs that are not arguments' memory, temporaries.
-
-    On CPU XLA's own peak figure leaves temporaries out, so the parts are added up.
-    """
-    m = compiled.memory_analysis()
-    total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return max(total, m.peak_memory_in_bytes)
+        self._steps = {other: step for other, step in self._steps.items() if other == key or not step.cancel()}

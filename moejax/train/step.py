@@ -43,8 +43,8 @@ class TrainStep:
     `moejax.balance.load_statistics`), `grad_norm` (before clipping), `learning_rate`, and `load_LE`, the assignments
     each expert got in this step. Of the balancer's window come the scalars of `moejax.balance.BalanceReport` and, by
     layer, that report itself, as `balance`. `capacity_factor` is what this step was compiled with and
-    `next_capacity_index` which of `program.balancer.capacity_factors` the balancer wants next: `with_capacity` makes
-    the step that has it, for the same state.
+    `next_capacity_index` which of `program.balancer.capacity_factors` the balancer wants next (a program with fewer
+    takes its last): `with_capacity` makes the step that has it, for the same state.
     """
 
     def __init__(self, program: Program, optimizer: OptimizerConfig, steps: int, accumulate: int = 1) -> None:
@@ -152,7 +152,7 @@ class TrainStep:
         metrics |= {
             "balance": balancer.report(balance),
             "capacity_factor": jnp.float32(self.program.dispatch.capacity_factor),
-            "next_capacity_index": balancer.capacity_index(balance),
+            "next_capacity_index": balancer.wanted_index(balance),
         }
         return TrainState(state.step + 1, params, opt_state, balance), metrics
 

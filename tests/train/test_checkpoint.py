@@ -21,7 +21,8 @@ from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax.train import checkpoint
-from moejax.train.checkpoint import Checkpointer, CheckpointError, stored_sharding
+from moejax.train.checkpoint import Checkpointer, CheckpointError
+from moejax.train.reshard import restackable
 
 NUM_LAYERS = 4
 ODD_BITS = np.array([0x7FC00001, 0xFFC12345, 0x7F800000, 0x80000000, 1, 0x3F800000, 0, 2], np.uint32)  # NaNs, inf, -0
@@ -129,11 +130,11 @@ def test_restores_the_same_values_onto_another_mesh(saved, shape, repeats):
     assert_bit_identical(restored, wanted)
 
 
-def test_stored_sharding_keeps_what_divides():
+def test_restackable_keeps_what_divides():
     wanted = NamedSharding(make_mesh((4, 2, 2)), PartitionSpec(None, "pipeline", None, "expert"))
 
     def spec(*shape):
-        return tuple(stored_sharding((*shape, 8, 8), wanted).spec)
+        return tuple(restackable((*shape, 8, 8), wanted).spec)
 
     assert spec(1, 4, 1) == (None, "pipeline", None, "expert", None)
     assert spec(1, 1, 4) == (None, None, "pipeline", "expert", None), "the stages' axis moves to the layers"

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from moejax.data import BucketShape
 from moejax.train.sizes import StepSizes
 
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -31,14 +32,18 @@ class FakeStep:
         return SimpleNamespace(lower=lambda *shape: SimpleNamespace(compile=compile_it))
 
 
+def one_bucket(step):
+    return StepSizes([step], [BucketShape(16, 8)])
+
+
 def test_neighbours_are_compiled_the_larger_first_and_nothing_twice():
     step = FakeStep()
-    with StepSizes(step, 8, 16) as sizes:
-        assert sizes.use(1).factor == 1.5
-        assert sizes.use(1).factor == 1.5
+    with one_bucket(step) as sizes:
+        assert sizes.use(0, 1).compiled.factor == 1.5
+        assert sizes.use(0, 1).compiled.factor == 1.5
         assert (sizes.switches, sizes.seconds_waited) == (0, 0.0)
-        assert sizes.use(2).factor == 2.0
-        assert sizes.use(1, last=True).factor == 1.5
+        assert sizes.use(0, 2).compiled.factor == 2.0
+        assert sizes.use(0, 1, last=True).compiled.factor == 1.5
         assert sizes.switches == 2
         assert sizes.device_memory_bytes == 200
     assert step.compiled[:2] == [1.5, 2.0]
@@ -47,23 +52,23 @@ def test_neighbours_are_compiled_the_larger_first_and_nothing_twice():
 
 def test_a_size_that_is_asked_for_comes_before_those_in_the_queue():
     step = FakeStep(permits=1)
-    with StepSizes(step, 8, 16) as sizes:
-        sizes.use(1)
+    with one_bucket(step) as sizes:
+        sizes.use(0, 1)
         threading.Timer(0.05, step.permits.release, [2]).start()
-        assert sizes.use(3, last=True).factor == 3.0
+        assert sizes.use(0, 3, last=True).compiled.factor == 3.0
     assert step.compiled in ([1.5, 3.0], [1.5, 2.0, 3.0]), "after what may be in hand, before 1.0"
 
 
 def test_the_last_size_has_no_neighbours_made():
     step = FakeStep()
-    with StepSizes(step, 8, 16) as sizes:
-        sizes.use(2, last=True)
+    with one_bucket(step) as sizes:
+        sizes.use(0, 2, last=True)
     assert step.compiled == [2.0]
 
 
 def test_a_size_that_cannot_be_compiled_fails_only_when_it_is_asked_for():
     step = FakeStep()
-    with StepSizes(step, 8, 16) as sizes:
-        assert sizes.use(3).factor == 3.0
+    with one_bucket(step) as sizes:
+        assert sizes.use(0, 3).compiled.factor == 3.0
         with pytest.raises(RuntimeError, match="does not fit"):
-            sizes.use(4)
+            sizes.use(0, 4)

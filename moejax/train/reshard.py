@@ -1,0 +1,68 @@
+"""The train state's way between meshes of the same devices, and between stackings of the layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moejax.sharding import NUM_STACK_DIMS
+
+
+def lie_alike(template: Any, other: Any) -> bool:
+    """Whether the leaves of two trees of `jax.ShapeDtypeStruct`s have the same shapes and shardings."""
+    pairs = zip(jax.tree.leaves(template), jax.tree.leaves(other), strict=True)
+    return all(one.shape == two.shape and one.sharding == two.sharding for one, two in pairs)
+
+
+def reshard(tree: Any, template: Any, *, donate: bool = False) -> Any:
+    """The arrays of `tree` as the `template`'s shapes and shardings say: the same numbers, to the bit.
+
+    Leaf by leaf, so that at most one is there twice: with `donate`, what is moved is deleted.
+
+    Args:
+        tree: `jax.Array`s.
+        template: `jax.ShapeDtypeStruct`s with a `NamedSharding` on a mesh of the same devices. A leaf's leading three
+            dims may be stacked differently.
+    """
+
+    def move(leaf: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.shape == want.shape:
+            moved = jax.device_put(leaf, want.sharding)
+        else:
+            moved = jax.device_put(leaf, restackable(leaf.shape, want.sharding))
+            moved = restack(moved, want.shape, want.sharding)
+        jax.block_until_ready(moved)
+        stays = leaf.shape == want.shape and leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+        if donate and not stays:  # what stays where it is shares its memory
+            leaf.delete()
+        return moved
+
+    return jax.tree.map(move, tree, template)
+
+
+def restackable(shape: tuple[int, ...], wanted: NamedSharding) -> NamedSharding:
+    """A sharding of a leaf's present `shape`, before it is restacked, as close to the `wanted` one as its dims divide.
+
+    Trailing dims keep theirs. The mesh axes of a leading dim that they do not divide move to another leading dim that
+    they do, or are dropped: the leaf is then replicated over them until it has been reshaped.
+    """
+    spec = list(wanted.spec) + [None] * (len(shape) - len(wanted.spec))
+    leading: list[Any] = [None] * NUM_STACK_DIMS
+    for dim, axes in enumerate(spec[:NUM_STACK_DIMS]):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        size = math.prod(wanted.mesh.shape[name] for name in names)
+        candidates = [dim, *(other for other in range(NUM_STACK_DIMS) if spec[other] is None)]
+        fits = [d for d in candidates if leading[d] is None and shape[d] % size == 0]
+        if names and fits:
+            leading[fits[0]] = axes
+    return NamedSharding(wanted.mesh, PartitionSpec(*leading, *spec[NUM_STACK_DIMS:]), memory_kind=wanted.memory_kind)
+
+
+def restack(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """The leaf with its leading dims stacked as those of `shape`, which is to lie as `sharding` says."""
+    # Inside the function an explicit mesh must be told the sharding, and an automatic one must not be.
+    inside = sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    return jax.jit(lambda x: jax.lax.reshape(x, shape, out_sharding=inside), out_shardings=sharding)(leaf)

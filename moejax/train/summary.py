@@ -1,0 +1,124 @@
+"""What a run came to: the times of its steps while it runs, and its summary at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+
+from moejax.train.schedule import Schedule
+from moejax.train.sizes import StepSizes
+
+FROM_METRICS = (  # of the last step, or of the window that ends with it: fields of `Summary`
+    "loss", "eval_loss", "eval_bits_per_byte", "window_tokens", "window_load_cv", "window_load_cv_worst",
+    "window_load_cv_floor", "window_load_max_over_mean_worst", "window_dropped_fraction", "window_rounds",
+    "window_idle_experts", "capacity_factor",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketSummary:
+    """The steps of one length, as they ran: after the memory guard. Times are medians, as in `Summary`."""
+
+    seq_len: int
+    batch_size: int
+    mesh: dict[str, int]
+    remat: str
+    num_microbatches: int
+    accumulate: int
+    steps: int
+    step_seconds: float
+    tokens_per_second: float
+    device_memory_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run came to. Seconds are wall clock; losses are nats a token, or bits a byte of text.
+
+    `step_seconds` is the median; with several buckets their medians' mean, each counted as often as it was drawn. The
+    figures from `window_tokens` to `window_idle_experts` are over so many of the last tokens (see
+    `moejax.balance.BalanceReport`); `capacity_factor` is the size of the dispatch's buffers in the last step, and
+    `capacity_seconds_waited` what the switches to other sizes, and first uses of further buckets, cost. `reshards`
+    counts moves of the state between meshes, and `reshard_seconds` is what they took in all.
+    """
+
+    step: int
+    resumed_from: int
+    interrupted: bool
+    loss: float
+    eval_loss: float
+    eval_bits_per_byte: float
+    tokens_per_second: float
+    step_seconds: float
+    first_step_seconds: float
+    total_seconds: float
+    window_tokens: float
+    window_load_cv: float
+    window_load_cv_worst: float
+    window_load_cv_floor: float
+    window_load_max_over_mean_worst: float
+    window_dropped_fraction: float
+    window_rounds: float
+    window_idle_experts: float
+    capacity_factor: float
+    capacity_switches: int
+    capacity_seconds_waited: float
+    device_memory_bytes: int
+    reshards: int
+    reshard_seconds: float
+    buckets: tuple[BucketSummary, ...]
+    sample: str | None
+
+
+class Timing:
+    """Seconds of each step by bucket, and of everything up to the end of the first; and what they ran with."""
+
+    def __init__(self, sizes: StepSizes, schedule: Schedule) -> None:
+        self.sizes, self.schedule, self.first_step = sizes, schedule, math.nan
+        self._steps: list[list[float]] = [[] for _ in schedule.configs]
+
+    def add(self, bucket: int, seconds: float, since: float) -> None:
+        if not any(self._steps):
+            self.first_step = time.perf_counter() - since
+        self._steps[bucket].append(seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        times = [(len(steps), _median(steps)) for steps in self._steps if steps]
+        return sum(n * median for n, median in times) / sum(n for n, _ in times) if times else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        counts = list(map(len, self._steps))
+        tokens = sum(
+            n * shape.seq_len * shape.batch_size for n, shape in zip(counts, self.schedule.shapes, strict=True)
+        )
+        return tokens / sum(counts) / self.step_seconds if any(counts) else math.nan
+
+    def buckets(self) -> tuple[BucketSummary, ...]:
+        """Of the buckets that were drawn."""
+        return tuple(self._bucket(i) for i, steps in enumerate(self._steps) if steps)
+
+    def _bucket(self, bucket: int) -> BucketSummary:
+        shape, steps = self.schedule.shapes[bucket], self._steps[bucket]
+        used = [step for (which, _), step in self.sizes.used.items() if which == bucket]
+        program, median = used[-1].step.program, _median(steps)
+        return BucketSummary(
+            seq_len=shape.seq_len,
+            batch_size=shape.batch_size,
+            mesh=dict(program.mesh.shape),
+            remat=program.parallel.remat_policy(shape.seq_len),
+            num_microbatches=program.parallel.num_microbatches,
+            accumulate=used[-1].step.accumulate,
+            steps=len(steps),
+            step_seconds=median,
+            tokens_per_second=shape.seq_len * shape.batch_size / median,
+            device_memory_bytes=max(step.memory.total for step in used),
+        )
+
+
+def _median(seconds: list[float]) -> float:
+    """Of the steps after the first, which warms up."""
+    return statistics.median(seconds[1:] or seconds)
