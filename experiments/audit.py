@@ -20,6 +20,7 @@ from typing import Any
 import audit_cases
 import common
 import jax
+import loading
 from absl import flags
 from audit_cases import Audited, Case, Compiled
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     elif _LINES.value:
         audited = audit_lines([int(number) for number in _LINES.value])
     else:
-        mesh_config = mesh_config if flags.FLAGS["mesh"].present else common.load_mesh_config(_TARGET.value)
+        mesh_config = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(_TARGET.value)
         audited = [audit_one(config, mesh_config, _TARGET.value)]
     summary = audit_cases.summary(audited)
     print(json.dumps({"groups": summary, "errors": [round(a.error, 4) for a in audited]}))
@@ -147,4 +148,4 @@ def categories(predicted: Memory, compiled: Compiled) -> list[str]:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

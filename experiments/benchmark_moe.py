@@ -32,6 +32,7 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
+import loading
 import numpy as np
 from absl import flags
 from jax.sharding import PartitionSpec as P
@@ -262,4 +263,4 @@ def report(
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

@@ -27,9 +27,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
+import loading
 import numpy as np
 from absl import flags
 from jax import lax
@@ -166,4 +166,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

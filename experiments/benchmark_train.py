@@ -22,6 +22,7 @@ import statistics  # noqa: E402
 
 import common  # noqa: E402
 import jax  # noqa: E402
+import loading  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
@@ -87,4 +88,4 @@ def random_batch(batch_size: int, seq_len: int, vocab_size: int) -> dict[str, np
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

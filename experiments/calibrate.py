@@ -22,6 +22,7 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
+import loading
 import numpy as np
 from absl import flags
 from jax import lax
@@ -157,4 +158,4 @@ def show(console: Console, curves: dict[str, dict[int, float]]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

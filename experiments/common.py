@@ -1,4 +1,4 @@
-"""What the scripts share: their flags, their configurations and how JAX is started.
+"""What scripts share that take a model and a mesh: their flags, their configurations and how JAX is started.
 
 A script reads:
 
@@ -8,7 +8,7 @@ A script reads:
         ...
 
     if __name__ == "__main__":
-        common.run(main)
+        loading.run(main)
 """
 
 from __future__ import annotations
@@ -18,25 +18,20 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 from absl import flags
+from loading import MESH_CONFIGS, find, load_config, load_mesh_config
 
-from moejax.config import BalanceConfig, ConfigError, TrainConfig
+from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig, use_virtual_devices
-from moejax.overrides import apply_overrides, load_config_file, split_overrides
-from moejax.presets import PRESETS
-from moejax.train.checkpoint import CheckpointError
+from moejax.overrides import apply_overrides, split_overrides
 from moejax.train.schedule import DECIDES, Bucket, load_buckets
 
 T = TypeVar("T")
-
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "experiments" / "configs"
-MESH_CONFIGS = ROOT / "mesh_configs"
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", "What to train: a name in experiments/configs, a preset, or a Python file with get_config()."
@@ -98,7 +93,7 @@ def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig, list[st
 
 def plan_buckets() -> tuple[Bucket, ...]:
     """The buckets of the plan that `--mesh` names; none if it is a mesh alone. For use after the flags are parsed."""
-    path = _find(_MESH.value, MESH_CONFIGS)
+    path = find(_MESH.value, MESH_CONFIGS)
     return load_buckets(path) if path is not None else ()
 
 
@@ -127,44 +122,6 @@ def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
         return apply_overrides(config, overrides)
     except ConfigError as error:
         raise ConfigError(f"--{prefix}.{error}") from None
-
-
-def load_config(name: str) -> TrainConfig:
-    """The configuration of a file, of a name in experiments/configs, or the defaults around a preset's model."""
-    path = _find(name, CONFIGS)
-    if path is not None:
-        return load_config_file(path, TrainConfig)
-    if name in PRESETS:
-        model = PRESETS[name]()
-        return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
-    raise ConfigError(_unknown("config", name, {*_names(CONFIGS), *PRESETS}))
-
-
-def load_mesh_config(name: str) -> MeshConfig:
-    """The mesh of a file, or of a name in mesh_configs."""
-    path = _find(name, MESH_CONFIGS)
-    if path is None:
-        raise ConfigError(_unknown("mesh", name, _names(MESH_CONFIGS)))
-    return load_config_file(path, MeshConfig)
-
-
-def _find(name: str, folder: Path) -> Path | None:
-    """The file that `name` stands for: itself if it ends in .py (from here or the repository), else in `folder`."""
-    if name.endswith(".py"):
-        path = Path(name).expanduser()
-        return path if path.exists() or not (ROOT / path).exists() else ROOT / path
-    path = folder / f"{name}.py"
-    return path if path.exists() else None
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
-
-
-def _unknown(flag: str, name: str, names: set[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"--{flag}={name} does not exist; {hint}use one of {', '.join(sorted(names))}, or a path that ends in .py"
 
 
 def _help(config: TrainConfig, mesh_config: MeshConfig) -> str:
@@ -231,15 +188,3 @@ def default_cache_dir() -> str:
     """`moejax/xla` in the user's cache folder."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return str(Path(cache_home) / "moejax" / "xla")
-
-
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs `main(sys.argv)` and exits. What the user can mend is one line on stderr, without a traceback.
-
-    The status is 2 for a `ConfigError`, 1 for checkpoints that cannot be used and for a loss that is not finite.
-    """
-    try:
-        sys.exit(main(sys.argv))
-    except (ConfigError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)

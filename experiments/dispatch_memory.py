@@ -21,6 +21,7 @@ from typing import Any
 
 import common
 import jax
+import loading
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
         common.setup_jax(mesh_config)
         mesh = build_mesh(mesh_config)
     else:
-        mesh_config = mesh_config if flags.FLAGS["mesh"].present else common.load_mesh_config(target)
+        mesh_config = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(target)
         mesh = build_mesh(mesh_config, compile_only_devices(target))
     rows, results = [], {}
     for name, dispatch in designs(config).items():
@@ -201,4 +202,4 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import loading
 from absl import flags
 from rich.console import Console
 
@@ -183,4 +184,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

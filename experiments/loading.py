@@ -19,9 +19,9 @@ from pathlib import Path
 
 from absl import flags
 
-from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig
+from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check
 from moejax.mesh import MeshConfig
-from moejax.overrides import load_config_file
+from moejax.overrides import call_in_file, load_config_file
 from moejax.planner.hardware import Cluster
 from moejax.presets import PRESETS
 from moejax.train.checkpoint import CheckpointError
@@ -60,15 +60,20 @@ def load_model(name: str) -> ModelConfig:
 
 def load_cluster(name: str) -> Cluster:
     """The cluster of a name in mesh_configs or of a file: its `get_cluster()`, else the devices that its mesh takes."""
-    path = _find(name, MESH_CONFIGS)
+    path = find(name, MESH_CONFIGS)
     if path is None:
         raise ConfigError(_unknown("cluster", name, _names(MESH_CONFIGS)))
-    return Cluster.of_mesh(path.stem, load_config_file(path, MeshConfig))
+    found = call_in_file(path, "get_cluster", "Cluster")
+    check(
+        found is None or isinstance(found, Cluster),
+        f"{path}: get_cluster() returned {found!r:.80}; it must return a moejax.planner.hardware.Cluster",
+    )
+    return found or Cluster.of_mesh(path.stem, load_config_file(path, MeshConfig))
 
 
 def load_config(name: str) -> TrainConfig:
     """The configuration of a file, of a name in experiments/configs, or the defaults around a preset's model."""
-    path = _find(name, CONFIGS)
+    path = find(name, CONFIGS)
     if path is not None:
         return load_config_file(path, TrainConfig)
     if name in PRESETS:
@@ -79,13 +84,13 @@ def load_config(name: str) -> TrainConfig:
 
 def load_mesh_config(name: str) -> MeshConfig:
     """The mesh of a file, or of a name in mesh_configs."""
-    path = _find(name, MESH_CONFIGS)
+    path = find(name, MESH_CONFIGS)
     if path is None:
         raise ConfigError(_unknown("mesh", name, _names(MESH_CONFIGS)))
     return load_config_file(path, MeshConfig)
 
 
-def _find(name: str, folder: Path) -> Path | None:
+def find(name: str, folder: Path) -> Path | None:
     """The file that `name` stands for: itself if it ends in .py (from here or the repository), else in `folder`."""
     if name.endswith(".py"):
         path = Path(name).expanduser()

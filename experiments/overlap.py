@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import loading
 from absl import flags
 
 from moejax import hlo
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
             dispatch=dataclasses.replace(config.dispatch, chunks=chunks),
             data=dataclasses.replace(config.data, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value),
         )
-        mesh = mesh_config if flags.FLAGS["mesh"].present else common.load_mesh_config(target)
+        mesh = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(target)
         rows.append({"target": target, "batch_split": batch_split, "chunks": chunks} | measure(target, mesh, variant))
         print(line(rows[-1]), flush=True)
     if _OUT.value:
@@ -110,4 +111,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

@@ -2,7 +2,8 @@
 
     python experiments/plan.py --model=moe_16x10b --cluster=a100_64gb_2x8 --seq_len=128,1024,4096,10240
     python experiments/plan.py --cluster=h100_2x8 --mode=decode --seq_len=4096 --batch_size=256
-    python experiments/plan.py --cluster=h100_2x8 --seq_len=1024 --out=runs/plan.py && python experiments/train.py --mesh=runs/plan.py
+    python experiments/plan.py --cluster=h100_2x8 --seq_len=1024 --out=plan.py
+    python experiments/train.py --config=moe_16x10b --mesh=plan.py
 
 Nothing is run or compiled: the figures are closed forms, which experiments/audit.py holds against the compiler. Several
 lengths are planned one by one; --out writes them as one run of mixed lengths. Ends with one line of JSON.
@@ -32,8 +33,8 @@ _BATCH_SIZE = flags.DEFINE_list(
     "longer they are (128 of 128 tokens to 32 of 10,240 on 16 devices).",
 )  # fmt: skip
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "prefill", "decode"], "What is planned: a training step, the forward pass of a batch, or "
-    "one token more for each sequence.",
+    "mode", "train", ["train", "prefill", "decode"],
+    "What is planned: a training step, the forward pass of a batch, or one token more for each sequence.",
 )  # fmt: skip
 _CALIBRATION = flags.DEFINE_string("calibration", None, "Figures of the device as experiments/calibrate.py wrote them.")
 _CAPACITY = flags.DEFINE_float("capacity_factor", 1.5, "Room of the dispatch's buffers over the balanced load.", 1e-3)

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import common
+import loading
 from absl import flags
 
 from moejax.config import ConfigError, check
@@ -29,7 +29,7 @@ from moejax.planner.published_memory import training_memory
 from moejax.planner.serving import predict_serving
 
 _RUNS = flags.DEFINE_string(
-    "runs", str(common.ROOT / "experiments" / "data" / "measured_runs.csv"), "A table of measured runs, CSV."
+    "runs", str(loading.ROOT / "experiments" / "data" / "measured_runs.csv"), "A table of measured runs, CSV."
 )
 _OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
 
@@ -58,8 +58,7 @@ class Outcome:
 
 
 def main(argv: list[str]) -> None:
-    _, _, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    loading.parse_flags(argv)
     outcomes = [predict(row) for row in read(_RUNS.value)]
     lines = [HEADER, *map(line, outcomes), *summary(outcomes)]
     print("\n".join(lines))
@@ -196,4 +195,4 @@ def summary(outcomes: list[Outcome]) -> list[str]:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import common
+import loading
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -83,4 +84,4 @@ def show(summary: Summary, steps: int, workdir: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    loading.run(main)

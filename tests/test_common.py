@@ -4,6 +4,7 @@ from pathlib import Path
 
 import common
 import jax
+import loading
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -39,7 +40,7 @@ def error_of(*arguments):
 
 def test_defaults():
     config, mesh_config, remaining = parse()
-    assert config == common.load_config("tiny")
+    assert config == loading.load_config("tiny")
     assert config.model == tiny()
     assert mesh_config == MeshConfig(expert=4, pipeline=2, tensor=2)
     assert remaining == ["script.py"]
@@ -74,7 +75,7 @@ def test_data_shortcuts():
     [
         (
             ["--config=tinny"],
-            "--config=tinny does not exist; did you mean tiny? use one of load_balance, mixtral_8x7b,",
+            "--config=tinny does not exist; did you mean tiny? use one of load_balance, mixed,",
         ),
         (["--mesh=cpu16"], "--mesh=cpu16 does not exist; did you mean cpu_16? use one of a100_64gb_2x8,"),
         (["--mesh=no.py"], "no.py does not exist; use a Python file with get_config() -> MeshConfig"),
@@ -138,7 +139,7 @@ def test_run_turns_a_config_error_into_one_line(raised, status, capsys):
             raise raised
 
     with pytest.raises(SystemExit) as stop:
-        common.run(main)
+        loading.run(main)
     assert (stop.value.code or 0) == status
     assert capsys.readouterr().err == ("error: a=1 must be 2\n" if raised else "")
 
@@ -152,7 +153,7 @@ def test_a_script_runs_on_virtual_devices(tmp_path):
         "    config, mesh_config, _ = common.parse_configs(argv)\n"
         "    common.setup_jax(mesh_config)\n"
         "    print(moejax.build_mesh(mesh_config).size)\n"
-        "common.run(main)\n"
+        "loading.run(main)\n"
     )
     command = [sys.executable, str(script), f"--compilation_cache_dir={tmp_path / 'cache'}"]
     done = subprocess.run([*command, "--mesh.expert=3"], capture_output=True, text=True, cwd=tmp_path, check=True)

@@ -329,7 +329,7 @@ def host_seconds(run: Run) -> float:
     return HOST_LAUNCH_S * (1 - run.captured) * launches * run.microbatches / run.pp
 
 
-def predict_training(run: Run, assumptions: Assumptions = Assumptions()) -> StepTime:  # noqa: B008
+def predict_training(run: Run, assumptions: Assumptions = Assumptions()) -> StepTime:
     """The time of one optimizer step of `run`."""
     changes = {"tensor_hidden": TENSOR_HIDDEN} if run.tensor_overlap else {}
     if run.system == "torch" and run.cluster.device.name in HOPPER:

@@ -125,7 +125,7 @@ def _experts(work: Work, run: Run, ffn: Experts, count: int, rows: float, linear
     work.append(Sweep("dispatch", "forward", moved, 2 * count))
 
 
-def predict_serving(run: Run, assumptions: Assumptions = Assumptions()) -> ServingTime:  # noqa: B008
+def predict_serving(run: Run, assumptions: Assumptions = Assumptions()) -> ServingTime:
     """Times of a run with `run.concurrency` requests of `run.isl` tokens in and `run.osl` out.
 
     A prompt's forward pass holds up the others' decoding; over the life of a request each of the others starts once.

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import common
 import jax
+import loading
 import numpy as np
 import pytest
 
@@ -61,7 +61,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(corpus):
-    return apply_overrides(common.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
+    return apply_overrides(loading.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
 
 
 def mesh(*shape):

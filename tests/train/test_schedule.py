@@ -5,6 +5,7 @@ import itertools
 
 import common
 import jax
+import loading
 import numpy as np
 import pytest
 
@@ -55,7 +56,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(corpus):
-    return apply_overrides(common.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
+    return apply_overrides(loading.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
 
 
 class TestPlanFile:
