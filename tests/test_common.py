@@ -148,7 +148,7 @@ def test_a_script_runs_on_virtual_devices(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         f'"""What it does."""\nimport sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "experiments")!r}]\n'
-        "import common, jax, moejax\n"
+        "import common, jax, loading, moejax\n"
         "def main(argv):\n"
         "    config, mesh_config, _ = common.parse_configs(argv)\n"
         "    common.setup_jax(mesh_config)\n"
