@@ -1,0 +1,86 @@
+"""The planner's scripts, each in a process of its own, for their flags do not go together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moejax.mesh import MeshConfig
+from moejax.overrides import load_config_file
+from moejax.planner.hardware import get_device, load_calibration
+from moejax.train.schedule import load_buckets
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script, *arguments, status=0):
+    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr[-2000:]
+    return done
+
+
+def figures_of(done):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_plan_is_written_as_a_mesh_that_trains(tmp_path):
+    out, saved = tmp_path / "plan.py", tmp_path / "plan.json"
+    done = run("plan", "--seq_len=1024,4096", f"--out={out}", f"--json={saved}")
+    figures = figures_of(done)
+    assert json.loads(saved.read_text()) == figures
+    assert list(figures["choices"]) == ["1024", "4096"]
+    buckets = load_buckets(out)
+    assert [bucket.seq_len for bucket in buckets] == [1024, 4096]
+    assert load_config_file(out, MeshConfig) == buckets[0].mesh
+    for bucket, choice in zip(buckets, figures["choices"].values(), strict=True):
+        assert bucket.mesh.num_devices == 16
+        assert bucket.parallel.remat == choice["plan"]["parallel"]["remat"]
+    for part in ("| length |", "| memory, GB |", "| time, ms |", "tokens: ", "tokens/ms forward"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seq_len=12x"], "--seq_len=12x: '12x' must be a positive whole number"),
+        (["--batch_size=1,2"], "--batch_size=1,2 has 2 numbers for 4 lengths"),
+        (["--cluster=h100"], "--cluster=h100 does not exist; did you mean h100_2x8?"),
+        (["--model=moe"], "--config=moe does not exist"),
+        (["--mode=serve"], "flag --mode=serve"),
+        (["--seqlen=5"], "--seqlen does not exist; did you mean --seq_len?"),
+        (["--seq_len=10240", "--batch_size=65536"], "do not fit on a100_64gb_2x8"),
+    ],
+)
+def test_wrong_requests_are_one_line(arguments, message, tmp_path):
+    out = tmp_path / "plan.py"
+    done = run("plan", f"--out={out}", *arguments, status=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_cluster_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import dataclasses\n"
+        "from moejax.planner.hardware import Cluster, Constant, get_device\n"
+        "def get_cluster():\n"
+        "    memory = Constant(40e9, 'datasheet', 'mine')\n"
+        "    return Cluster('mine', dataclasses.replace(get_device('h100'), name='mine', memory_bytes=memory), 1, 8)\n"
+    )
+    figures = figures_of(run("plan", f"--cluster={path}", "--seq_len=1024", "--mode=decode"))
+    plan = figures["choices"]["1024"]["plan"]
+    assert plan["mesh"]["hardware"] == "custom"
+    assert figures["choices"]["1024"]["peak_bytes"] < 40e9
+
+
+def test_calibration_measures_this_machine_and_the_planner_takes_it(tmp_path):
+    path = tmp_path / "calibration.json"
+    figures = figures_of(run("calibrate", "--seconds=0.01", "--mesh.expert=2", f"--out={path}"))["figures"]
+    device = load_calibration(path, get_device("cpu"))
+    assert device.matmul_flops == figures["matmul_flops"] > 0
+    assert device.inside.bytes_per_s == figures["inside"]["bytes_per_s"] > 0
+    run("plan", "--model=tiny", "--cluster=cpu_16", "--seq_len=64", f"--calibration={path}")
