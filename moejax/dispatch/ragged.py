@@ -96,7 +96,8 @@ def _one_round(
         if TENSOR in config.expert_axes:
             y_RD = experts.on_groups(weights, x_RD, hops.size_e)
         else:
-            y_RD = _split_experts(experts, weights, x_RD, hops.size_e)
+            with jax.named_scope("expert"):
+                y_RD = _split_experts(experts, weights, x_RD, hops.size_e)
         with jax.named_scope("combine"):
             y_ND = exchange.to_senders(y_RD, y_ND, hops)
     with jax.named_scope("combine"):

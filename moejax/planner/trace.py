@@ -11,7 +11,8 @@ The program is the trainer's own, on a mesh that has only names, sizes and a pla
 - FLOPs are those of matrix products: `dot_general` as its shapes say; grouped products as if every row of their
   operand were some expert's; attention kernels by their products of queries and keys, of which causality leaves half
   (`moejax.kernels.attention.cost`).
-- Bytes sent are those of `moejax.planner.work.Transfer`, at axes of more than one device, in the order of the mesh.
+- Bytes sent are those of `moejax.planner.work.Transfer`, at axes of more than one device, in the order of the mesh. A
+  ragged exchange moves as many rows as both its ends have room for.
 - Bytes moved are operands and results of every operation but reshapes and casts of type alone, which is more than a
   compiler that fuses them would move.
 - An operation's phase is the innermost name of the vocabulary on its name stack, its pass what stands around it there:
@@ -126,6 +127,8 @@ def trace(plan: Plan) -> Counts:
 def plan_jaxpr(plan: Plan) -> tuple[Program, core.Jaxpr]:
     """The plan's program on an abstract mesh, and what one device runs in a step."""
     check(plan.mode != "decode", "mode='decode' has no program to trace yet; use 'train' or 'prefill'")
+    if plan.mode == "prefill":
+        plan = dataclasses.replace(plan, accumulate=1)
     config = plan.train_config()
     program = Program.from_config(config, abstract_mesh(plan.mesh))
     if plan.mode == "train":
@@ -216,8 +219,10 @@ def _transfers(equation: core.JaxprEqn, where: tuple[str, Pass], sizes: dict[str
     groups = equation.params.get("axis_index_groups")
     num_devices = len(groups[0]) if groups else math.prod(sizes[axis] for axis in axes)
     if num_devices > 1:
-        operands = equation.invars[:1] if equation.primitive.name == "ragged_all_to_all" else equation.invars
-        yield Transfer(*where, kind, axes, sum(map(_num_bytes, operands)), num_devices)
+        num_bytes = sum(map(_num_bytes, equation.invars))
+        if equation.primitive.name == "ragged_all_to_all":
+            num_bytes = min(map(_num_bytes, equation.invars[:2]))
+        yield Transfer(*where, kind, axes, num_bytes, num_devices)
 
 
 def flops(equation: core.JaxprEqn) -> float:
@@ -227,7 +232,7 @@ def flops(equation: core.JaxprEqn) -> float:
         lhs = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracting)
     if equation.primitive.name == "pallas_call":
-        name = _kernel_name(equation)
+        name = equation.params["name"] or "grouped_matmul_tpu"  # megablox gives its kernels no names
         return next((rule(equation, name) for prefix, rule in _KERNELS.items() if name.startswith(prefix)), 0.0)
     return 0.0
 
@@ -239,21 +244,11 @@ def _attention(equation: core.JaxprEqn, name: str) -> float:
     return cost.products(name) * float(math.prod(q_shape)) * seq_len
 
 
-def _shapes(equation: core.JaxprEqn, ndim: int) -> list[tuple[int, ...]]:
-    """The shapes of the operands of so many dims."""
-    return [x.aval.shape for x in equation.invars if len(x.aval.shape) == ndim]
-
-
-def _grouped_rows(equation: core.JaxprEqn, _: str) -> float:
-    """Rows [N, D] times each its group's [D, F], all rows in some group."""
-    (rows, _), (_, d, f) = _shapes(equation, 2)[0], _shapes(equation, 3)[0]
-    return 2.0 * rows * d * f
-
-
-def _grouped_sums(equation: core.JaxprEqn, _: str) -> float:
-    """Rows [N, D] and [N, F] to a [D, F] for every group."""
-    (rows, d), (_, f) = _shapes(equation, 2)[:2]
-    return 2.0 * rows * d * f
+def _grouped(equation: core.JaxprEqn, _: str) -> float:
+    """Rows [N, D] times each its group's [D, F], every row in some group; or [N, D] and [N, F] to a [D, F] a group."""
+    shapes = [x.aval.shape for x in equation.invars if jnp.issubdtype(x.aval.dtype, jnp.floating)]
+    (rows, d), right = shapes[:2]
+    return 2.0 * rows * d * right[1] if len(right) == 2 else 2.0 * rows * math.prod(right[1:])
 
 
 def _routing(equation: core.JaxprEqn, _: str) -> float:
@@ -265,17 +260,9 @@ def _routing(equation: core.JaxprEqn, _: str) -> float:
 _KERNELS = {
     "mha_": _attention,
     "splash_mha_": _attention,
-    "grouped_matmul_drhs": _grouped_sums,
-    "grouped_matmul_": _grouped_rows,
-    "tgmm": _grouped_sums,
-    "gmm": _grouped_rows,
+    "grouped_matmul_": _grouped,
     "top_k_routing": _routing,
 }
-
-
-def _kernel_name(equation: core.JaxprEqn) -> str:
-    params = equation.params
-    return params.get("name") or params["name_and_src_info"].name
 
 
 def _num_bytes(x: Any) -> float:

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from moejax.kernels import manual
-
-_TILE = 512  # rows, contracted elements and columns of a tile, at most: 3 MB of vector memory in bfloat16
-_LANES = 128  # tiles are multiples of the width of a vector register
+from moejax.kernels.grouped_matmul import cost
 
 
 def forward(x_ND: jax.Array, w_eDF: jax.Array, size_e: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -64,4 +62,4 @@ def _pad(x_ND: jax.Array, tile: int) -> jax.Array:
 
 
 def _tiling(*dims: int) -> tuple[int, ...]:
-    return tuple(min(_TILE, -(-dim // _LANES) * _LANES) for dim in dims)
+    return tuple(map(cost.tile, dims))

@@ -1,0 +1,122 @@
+"""Counts of a compiled step, to hold against those of its trace: FLOPs, bytes that collectives send, peak memory.
+
+compiled = make_train_step(program).lower(batch_size, seq_len).compile()
+found = compiled_counts(compiled, plan)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from moejax import hlo
+from moejax.hlo import Instruction, Module
+from moejax.kernels.attention import cost
+from moejax.planner.passes import BYTES
+from moejax.planner.plan import Plan
+
+_KINDS = {
+    "all-to-all": "all_to_all",
+    "ragged-all-to-all": "all_to_all",
+    "all-gather": "all_gather",
+    "reduce-scatter": "reduce_scatter",
+    "all-reduce": "all_reduce",
+    "collective-permute": "ppermute",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledCounts:
+    """What one device does in one run of a compiled step.
+
+    Attributes:
+      flops: of matrix products, custom calls of kernels included.
+      sent_bytes: by kind, as `moejax.planner.work.Kind` names them.
+      written_bytes: by kind, what would be sent had the compiler not narrowed anything. The program gathers weights in
+        float32 and casts them where they are used; XLA for GPUs moves the cast in front of the gather where it can (in
+        the forward pass's loop, not in the backward pass's, whose gathers it has taken apart from their uses), which
+        halves these bytes. It is this figure that the trace has.
+      asynchronous: by kind, the part of these bytes whose collectives start and end as instructions of their own.
+      peak_bytes: of memory, the compiler's own figure.
+    """
+
+    flops: float
+    sent_bytes: dict[str, float]
+    written_bytes: dict[str, float]
+    asynchronous: dict[str, float]
+    peak_bytes: int
+
+
+def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
+    """Counts a compiled step of the plan, for GPUs or TPUs, trip counts of its loops multiplied.
+
+    Raises:
+      ValueError: the text of the program has a form that `moejax.hlo` cannot read.
+    """
+    module = hlo.parse(compiled.as_text(), kernel_flops(plan))
+    sent, written, asynchronous = Counter[str](), Counter[str](), Counter[str]()
+    for computation, instruction, times in executed(module):
+        found = hlo.collective(module, computation, instruction)
+        if found and found.sent_bytes:
+            kind = _KINDS[found.kind]
+            sent[kind] += times * found.sent_bytes
+            narrowed = _gathers_weights(kind, instruction) and _bytes_of_float32(instruction) / instruction.num_bytes
+            written[kind] += times * found.sent_bytes * (narrowed or 1)
+            asynchronous[kind] += times * found.sent_bytes * found.asynchronous
+    return CompiledCounts(
+        flops=module.computation_flops(module.entry),
+        sent_bytes=dict(sent),
+        written_bytes=dict(written),
+        asynchronous={kind: asynchronous[kind] / size for kind, size in sent.items()},
+        peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
+    )
+
+
+def _gathers_weights(kind: str, x: Instruction) -> bool:
+    """Whether it is a gather in the phase `gather`, by the name that the program gave it."""
+    name = re.search(r'op_name="([^"]*)"', x.attributes)
+    return kind == "all_gather" and name is not None and re.search(r"\bgather\b[^/]*/all_gather", name[1]) is not None
+
+
+def _bytes_of_float32(x: Instruction) -> float:
+    return 4.0 * sum(map(math.prod, x.arrays))
+
+
+def executed(module: Module) -> Iterator[tuple[str, Instruction, int]]:
+    """Every instruction that is run, with its computation and how often; those inside fusions are not listed."""
+
+    def visit(computation: str, times: int) -> Iterator[tuple[str, Instruction, int]]:
+        for x in module.computations[computation].values():
+            yield computation, x, times
+            if x.opcode in ("while", "conditional", "call"):
+                inside = times * (module.trip_count(x) if x.opcode == "while" else 1)
+                for name in x.called:
+                    yield from visit(name, inside)
+
+    yield from visit(module.entry, 1)
+
+
+def kernel_flops(plan: Plan) -> Callable[[Instruction], float]:
+    """FLOPs of the custom calls of the kernels that the plan's step has, by the rules of `moejax.planner.trace`."""
+    platform = "tpu" if plan.mesh.hardware.startswith("tpu") else "gpu"
+    seq_len, _ = cost.padded(platform, plan.seq_len, plan.model.head_dim, BYTES[plan.model.dtype])
+
+    def flops(call: Instruction) -> float:
+        shapes = _operand_shapes(call)
+        if "top_k_routing" in call.attributes and len(shapes) > 1:
+            return 2.0 * math.prod(shapes[0]) * plan.model.num_experts
+        if "grouped_matmul_" in call.attributes:
+            left, right = (shape for shape in shapes if len(shape) > 1)
+            return 2.0 * math.prod(left) * right[1] if len(right) == 2 else 2.0 * left[0] * math.prod(right[1:])
+        return cost.custom_call_flops(call.attributes, seq_len)
+
+    return flops
+
+
+def _operand_shapes(call: Instruction) -> list[tuple[int, ...]]:
+    found = re.search(r"operand_layout_constraints=\{(.*?\})\}", call.attributes)
+    return [tuple(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", found[1])] if found else []

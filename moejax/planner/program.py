@@ -1,0 +1,397 @@
+"""What one step of moejax costs one device, in closed form: every matrix product, every transfer, the main sweeps.
+
+It reads as the program does (`moejax.model`): embedding, layers with attention, routing, dispatch, experts, combine,
+then logits and loss; what weights cost by themselves; the optimizer. Each part says what its forward pass does and
+what a rematerialisation policy knows the result as; `moejax.planner.passes` writes the other passes from that.
+
+For FLOPs by phase and pass, bytes sent by (phase, pass, kind, axes) and bytes of parameters it equals the trace of the
+program for accelerators exactly (tests/planner/test_program.py), a microsecond an entry. Bubbles are computed there, so
+they count. Sweeps are the main ones of a compiler that fuses elementwise work, which no trace can tell.
+
+Names: B sequences of a device in one forward-backward pass, b those of a part of a microbatch, S sequence, s = S /
+tensor, T = b s tokens of a part, D model, E experts, e this device's, C rows a sender reserves for an expert.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from moejax import sharding
+from moejax.config import check
+from moejax.kernels.attention import cost
+from moejax.kernels.grouped_matmul.cost import padded_rows
+from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
+from moejax.pipeline import num_ticks
+from moejax.planner.passes import Passes, Result
+from moejax.planner.plan import Plan
+from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer, Work
+from moejax.sharding import Param
+
+# Products of queries by tokens in the attention kernels, forward and backward.
+_ATTENTION_PRODUCTS = {
+    "gpu": (cost.PRODUCTS["mha_forward"], cost.PRODUCTS["mha_backward"]),
+    "tpu": (cost.PRODUCTS["splash_mha_fwd"], cost.PRODUCTS["splash_mha_dq"] + cost.PRODUCTS["splash_mha_dkv"]),
+}
+_POSITIONS_BLOCK = 64  # tokens of a block in which `moejax.dispatch.slots.positions` counts by a product
+_SENDERS = (EXPERT, TENSOR)  # whose tokens meet at an expert
+_STATISTICS = (2, 7)  # arrays of `moejax.balance.LayerStats`: with a number for each expert, and with one alone
+
+
+def work(plan: Plan) -> Work:
+    """What each device does in a step of the plan, on accelerators; a mesh of CPUs counts as one of GPUs.
+
+    Raises:
+      ConfigError: the plan does not fit together, or is one of decoding, for which there is no step yet.
+    """
+    check(plan.mode != "decode", "mode='decode' has no program yet; use 'train' or 'prefill'")
+    step = _Step(plan)
+    items = [*step.embed(), *step.dense_layers(), *step.layers(), *step.pipeline(), *step.weights()]
+    if plan.mode == "prefill":
+        return [item for item in (*items, *step.next_token()) if item.stage == "forward"]
+    return [*items, *step.logits(), *step.loss(), *step.update()]
+
+
+def param_bytes(plan: Plan) -> float:
+    """Bytes of the parameters that one device stores."""
+    step = _Step(plan)
+    return sum(4 * step.stored_elements(p) for _, p in _named(step.table))
+
+
+class _Step(Passes):
+    """One step of a plan, part by part."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__({REPLICA: 1} | plan.mesh.shape, plan.model.dtype, plan.parallel.remat_policy(plan.seq_len))
+        self.plan, self.model, self.parallel, self.dispatch = plan, plan.model, plan.parallel, plan.dispatch
+        sharding.check_layout(
+            plan.model, plan.dispatch, plan.parallel, plan.mesh,
+            batch_size=plan.batch_size, seq_len=plan.seq_len,
+            accumulate=plan.accumulate if plan.mode == "train" else 1,
+        )  # fmt: skip
+        mesh, m = plan.mesh, plan.model
+        self.platform = "tpu" if mesh.hardware.startswith("tpu") else "gpu"
+        self.table = sharding.param_table(m, plan.dispatch, plan.parallel, mesh)
+        self.passes = plan.accumulate if plan.mode == "train" else 1
+
+        self.B = plan.batch_size // (self.size[REPLICA] * self.size[EXPERT] * self.passes)
+        self.S, self.s = plan.seq_len, plan.seq_len // self.size[TENSOR]
+        microbatch = self.B // plan.parallel.num_microbatches
+        self.exchanges = self.size[EXPERT] * self.size[TENSOR] > 1
+        self.parts = plan.parallel.batch_split or math.gcd(microbatch, 2 if self.exchanges else 1)
+        self.microbatch, self.b = microbatch, microbatch // self.parts
+        self.ticks = num_ticks(plan.parallel.num_microbatches, self.size[PIPELINE], plan.parallel.repeats)
+        self.chunk = m.num_moe_layers // (plan.parallel.repeats * self.size[PIPELINE])
+        self.layer_runs = self.passes * self.ticks * self.chunk
+
+    # The parts, in the order of the program.
+
+    def embed(self) -> Iterator[Product | Transfer | Sweep]:
+        """Rows of this device's part of the table, summed over the parts of the vocabulary."""
+        whole, local = (self.B * length * self.model.d_model for length in (self.S, self.s))
+        yield Sweep("embed", "forward", 2 * whole * self.itemsize, self.passes)
+        yield Sweep("embed", "backward", 2 * whole * 4, self.passes)
+        yield from self.transfer("embed", "reduce_scatter", (TENSOR,), whole * self.itemsize, self.passes)
+        kind: Kind = "reduce_scatter" if self.model.num_dense_layers else "all_reduce"
+        yield from self.transfer("embed", kind, (PIPELINE,), local * self.itemsize, self.passes)
+
+    def attention(self, b: float, times: float) -> Iterator[Product | Transfer | Sweep]:
+        """A layer's attention on `b` sequences: heads split over `tensor`, all tokens gathered."""
+        m, t = self.model, self.size[TENSOR]
+        heads, kv_heads, tokens = m.num_heads // t, m.num_kv_heads // t, b * self.S
+        local = b * self.s * m.d_model * self.itemsize
+        yield from self.transfer("attention", "all_gather", (TENSOR,), local, times, "network")
+        yield from self.product("attention", tokens, heads * m.head_dim, m.d_model, times, "projection")
+        yield from self.product("attention", tokens, 2 * kv_heads * m.head_dim, m.d_model, times, "projection")
+        yield from self.scores(b, heads, times)
+        yield from self.product("attention", tokens, m.d_model, heads * m.head_dim, times, "network")
+        yield from self.transfer("attention", "reduce_scatter", (TENSOR,), local * t, times, "network")
+        yield from self.sweep("attention", b * self.s * m.d_model, times, forward=5, backward=8)  # norm, residual
+        yield from self.sweep(
+            "attention", tokens * (heads + kv_heads) * m.head_dim, times, forward=2, backward=2
+        )  # RoPE
+
+    def scores(self, b: float, heads: int, times: float) -> Iterator[Product]:
+        """The kernel on padded tokens; causality leaves half of each product of queries by tokens."""
+        m = self.model
+        S, H = cost.padded(self.platform, self.S, m.head_dim, self.itemsize)
+        forward, backward = _ATTENTION_PRODUCTS[self.platform]
+        for stage in self.stages("scores"):
+            yield Product("attention", stage, S, S / 2, H, b * heads, forward * times, m.dtype)
+        yield Product("attention", "backward", S, S / 2, H, b * heads, backward * times, m.dtype)
+        if self.platform == "tpu":  # the result times its gradient, which GPUs have another kernel for
+            yield Product("attention", "backward", 1, 1, H, b * heads * S, times, "float32")
+
+    def swiglu(self, tokens: float, d_ff: int, times: float) -> Iterator[Product | Sweep]:
+        """A feed-forward that every token visits: shared experts, and that of dense layers."""
+        yield from self.product("expert", tokens, 2 * d_ff, self.model.d_model, times, "projection")
+        yield from self.product("expert", tokens, self.model.d_model, d_ff, times, "unused")
+        yield from self.sweep("expert", tokens * d_ff, times, forward=3, backward=5)
+
+    def dense_layers(self) -> Iterator[Product | Transfer | Sweep]:
+        """The leading dense layers, each stage of the pipeline on its share of the batch."""
+        m, stages = self.model, self.size[PIPELINE]
+        if not m.num_dense_layers:
+            return
+        b, times = self.B / stages, self.passes * m.num_dense_layers
+        yield from self.attention(b, times)
+        yield from self.swiglu(b * self.s, m.dense_d_ff, times)
+        yield from self.sweep("expert", b * self.s * m.d_model, times, forward=3, backward=5)
+        local = b * self.s * m.d_model * self.itemsize
+        yield from self.transfer("pipeline", "all_gather", (PIPELINE,), local, self.passes)
+
+    def layers(self) -> Iterator[Product | Transfer | Sweep]:
+        """The layers of this stage in every tick of the pipeline, on each part of the microbatch."""
+        times = self.layer_runs * self.parts
+        yield from self.attention(self.b, times)
+        yield from self.route(times)
+        yield from self.mixture(times)
+        if self.model.shared_d_ff:
+            yield from self.swiglu(self.T, self.model.shared_d_ff, times)
+
+    @property
+    def T(self) -> int:
+        return self.b * self.s
+
+    def route(self, times: float) -> Iterator[Product | Sweep]:
+        """The router's kernel; its backward pass makes the logits again."""
+        m = self.model
+        for stage in self.stages("anew"):
+            yield Product("route", stage, self.T, m.num_experts, m.d_model, times=times, dtype="float32")
+        yield Product("route", "backward", self.T, m.num_experts, m.d_model, times=times, dtype="float32")
+        yield Product("route", "backward", self.T, m.d_model, m.num_experts, times=times, dtype="float32")
+        yield Product("route", "backward", m.d_model, m.num_experts, self.T, times=times, dtype="float32")
+        yield from self.sweep("route", self.T * m.d_model, times, forward=3, backward=5)  # norm
+
+    def mixture(self, times: float) -> Iterator[Product | Transfer | Sweep]:
+        """Tokens to their experts and back, by the strategy of the dispatch."""
+        assignments = self.T * self.model.experts_per_token
+        if self.grouped and not self.exchanges:
+            rows = assignments
+            yield from self.experts(rows, times, "result")
+        elif self.grouped:
+            rows = self.ragged_rows * self.dispatch.chunks
+            yield from self.ragged(times)
+        else:
+            rows = self.capacity * self.model.num_experts
+            yield from self.buffers(times)
+        yield from self.sweep("dispatch", (rows + assignments) * self.model.d_model, times, forward=1, backward=1)
+        yield from self.sweep("combine", (rows + assignments) * self.model.d_model, times, forward=1, backward=1)
+        yield from self.weighted_sum(times)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether experts take rows sorted by expert, not buffers of equal size."""
+        return self.dispatch.strategy == "ragged" or (self.dispatch.strategy == "dropless" and not self.exchanges)
+
+    def weighted_sum(self, times: float) -> Iterator[Product]:
+        """Of a token's results, by its gates: a product of [1, K] and [K, D] for each."""
+        m = self.model
+        for stage, number in (("forward", 1), ("backward", 2)):
+            yield Product("combine", stage, 1, m.d_model, m.experts_per_token, self.T, number * times, "float32")
+
+    @property
+    def capacity(self) -> int:
+        return self.dispatch.capacity(self.T, self.model)
+
+    def buffers(self, times: float) -> Iterator[Product | Transfer | Sweep]:
+        """One round of buffers of equal size, in chunks that travel and compute by themselves."""
+        m, d = self.model, self.dispatch
+        if d.strategy == "capacity":
+            yield from self.highest_gates(times)
+        yield from self.told("dispatch", "all_reduce", _SENDERS, 4, times, "anew")  # the number of rounds
+        rows, chunks = m.num_experts * self.capacity / d.chunks, times * d.chunks
+        full, packed = rows * m.d_model * self.itemsize, self.packed_bytes(rows)
+        exchange = functools.partial(
+            self.transfer, kind="all_to_all", axes=d.expert_axes, times=chunks, result="network", hosts=d.hosts
+        )
+        yield from exchange("dispatch", num_bytes=packed, back_bytes=full)
+        yield from self.experts(rows, chunks, "network")
+        yield from exchange("combine", num_bytes=full, back_bytes=packed)
+
+    def packed_bytes(self, rows: float) -> float:
+        """Rows on their way to experts: as they are, or a byte a number and a scale."""
+        return rows * (
+            self.model.d_model + 4 if self.dispatch.payload == "float8" else self.model.d_model * self.itemsize
+        )
+
+    def highest_gates(self, times: float) -> Iterator[Product | Transfer]:
+        """Every device sorts all senders' assignments by gate, and counts positions anew by a product."""
+        assignments, E = self.T * self.model.experts_per_token, self.model.num_experts
+        for _ in ("gate", "expert"):
+            yield from self.told("dispatch", "all_gather", _SENDERS, 4 * assignments, times, "result")  # sorted
+        yield from self.told("dispatch", "all_reduce", _SENDERS, 4 * E, times, "result")
+        block = min(_POSITIONS_BLOCK, self.T)
+        for stage in self.stages("result"):
+            yield Product("dispatch", stage, block, E, block, math.ceil(self.T / block), times, "float32")
+
+    @property
+    def ragged_rows(self) -> int:
+        """Rows of a receiver's buffer for one chunk."""
+        _, senders = self.devices(self.dispatch.expert_axes)
+        room = self.capacity * self.model.num_experts // self.dispatch.chunks
+        return min(room, senders * self.T * self.model.experts_per_token)
+
+    def ragged(self, times: float) -> Iterator[Product | Transfer | Sweep]:
+        """Exactly the rows that are assigned; as the trace does, as many as sender and receiver have room for."""
+        m, d = self.model, self.dispatch
+        yield from self.told("dispatch", "all_gather", d.expert_axes, 4 * m.num_experts, times, "anew")
+        yield from self.told("dispatch", "all_reduce", _SENDERS, 4, times, "anew")
+        chunks = times * d.chunks
+        yield from self.ragged_hops("dispatch", chunks)
+        yield from self.experts(self.ragged_rows, chunks, "network")
+        yield from self.ragged_hops("combine", chunks)
+
+    def ragged_hops(self, phase: Phase, times: float) -> Iterator[Transfer]:
+        """Inside the host from the sender's rows to those for all hosts' receivers, then across to one receiver's."""
+        axes, num_devices = self.devices(self.dispatch.expert_axes)
+        hosts, here = self.dispatch.hosts, self.T * self.model.experts_per_token
+        hops = [(min(here, hosts * self.ragged_rows), num_devices // hosts), (self.ragged_rows, hosts)]
+        for rows, devices in hops if hosts > 1 else [(min(here, self.ragged_rows), num_devices)]:
+            there, back = self.packed_bytes(rows), rows * self.model.d_model * self.itemsize
+            if phase == "combine":
+                there, back = back, there
+            for stage in (*self.stages("network"), "backward") if devices > 1 else ():
+                num_bytes = back if stage == "backward" else there
+                yield Transfer(phase, stage, "all_to_all", axes, num_bytes, devices, times)
+
+    def experts(self, rows: float, times: float, result: Result) -> Iterator[Product | Transfer | Sweep]:
+        """This device's experts on its rows. Where their width is split, rows of all of `tensor` are gathered."""
+        m, t = self.model, self.size[TENSOR]
+        _, expert_devices = self.devices(self.dispatch.expert_axes)
+        e, width = m.num_experts // expert_devices, m.d_ff
+        if TENSOR not in self.dispatch.expert_axes:
+            num_bytes, width, rows = rows * m.d_model * self.itemsize, m.d_ff // t, rows * t
+            if self.dispatch.strategy == "ragged":
+                yield from self.told("expert", "all_gather", (TENSOR,), 4 * e, times, "result")  # rows of each expert
+            yield from self.transfer("expert", "all_gather", (TENSOR,), num_bytes, times, "network")
+            yield from self.transfer("expert", "reduce_scatter", (TENSOR,), num_bytes * t, times, "network")
+        if self.grouped:
+            rows = padded_rows(self.platform, rows)
+        yield from self.product("expert", rows / e, 2 * width, m.d_model, times, "projection", groups=e)
+        yield from self.product("expert", rows / e, m.d_model, width, times, result, groups=e)
+        yield from self.sweep("expert", rows * width, times, forward=3, backward=5)
+
+    def pipeline(self) -> Iterator[Transfer | Sweep]:
+        """Every tick hands the next stage its microbatch; at the end the first stage hands all of them to all."""
+        one = self.microbatch * self.s * self.model.d_model * self.itemsize
+        times, everything = self.passes * self.ticks, one * self.parallel.num_microbatches
+        yield from self.transfer("pipeline", "ppermute", (PIPELINE,), one, times)
+        yield from self.told("pipeline", "all_reduce", (PIPELINE,), everything, self.passes)
+        if not self.model.num_dense_layers:  # what every stage has embedded: the sum of its gradient
+            yield from self.only("pipeline", "backward", (PIPELINE,), everything, self.passes)
+        elements = one / self.itemsize
+        yield Sweep("pipeline", "forward", 4 * elements * self.itemsize, times)
+        yield Sweep("pipeline", "backward", 4 * elements * self.itemsize, times)
+        for numbers in self.statistics():
+            yield from self.told("route", "all_reduce", (REPLICA, EXPERT, TENSOR), 4 * numbers, self.passes)
+
+    def statistics(self) -> list[int]:
+        """Numbers in each array of sums that the router's losses and figures need of this stage's layers."""
+        layers, (by_expert, alone) = self.parallel.repeats * self.chunk, _STATISTICS
+        return [layers * self.model.num_experts] * by_expert + [layers] * alone
+
+    def logits(self) -> Iterator[Product | Transfer | Sweep]:
+        """This device's columns for every token of a microbatch, all stages on the same tokens."""
+        m, times = self.model, self.passes * self.parallel.num_microbatches
+        tokens, local = self.microbatch * self.S, self.microbatch * self.s * m.d_model
+        yield from self.transfer("logits", "all_gather", (TENSOR,), local * self.itemsize, times, "network")
+        yield from self.product("logits", tokens, self.vocabulary, m.d_model, times, "result")
+        yield from self.only("logits", "backward", (PIPELINE,), tokens * m.d_model * self.itemsize, times)
+        yield from self.sweep("logits", local, times, forward=3, backward=5)  # the last norm
+
+    def next_token(self) -> Iterator[Product | Transfer]:
+        """Logits of one position of each sequence."""
+        m = self.model
+        local = self.B * self.s * m.d_model * self.itemsize
+        yield from self.told("logits", "all_gather", (TENSOR,), local, self.passes)
+        yield Product("logits", "forward", self.B, self.vocabulary, m.d_model, times=self.passes, dtype=m.dtype)
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of the output table on this device."""
+        return self.model.vocab_size // (self.size[PIPELINE] * self.size[TENSOR])
+
+    def loss(self) -> Iterator[Transfer | Sweep]:
+        """The softmax over columns of all devices, and means over all tokens."""
+        times, tokens = self.passes * self.parallel.num_microbatches, self.microbatch * self.S
+        results: tuple[Result, ...] = ("network", "network", "unused")  # largest logit, normaliser, the target's logit
+        for result in results:
+            yield from self.told("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
+        yield from self.told("loss", "all_reduce", (REPLICA, EXPERT), 4, self.passes)
+        for _ in ("balance", "sequence", "z"):
+            yield from self.told("loss", "all_reduce", (PIPELINE,), 4, self.passes)
+        for stage in self.stages("result"):
+            yield Sweep("loss", stage, 3 * 4 * tokens * self.vocabulary, times)
+        yield Sweep("loss", "backward", 3 * 4 * tokens * self.vocabulary, times)
+
+    # Weights and what becomes of them.
+
+    def stored_elements(self, p: Param) -> float:
+        """Of a parameter, on one device."""
+        return math.prod(p.shape) / math.prod(self.size[axis] for axes in p.stored for axis in axes)
+
+    def weights(self) -> Iterator[Transfer | Sweep]:
+        """Gathers of stored shards, compute copies, and sums of gradients over devices with other tokens."""
+        for path, p in _named(self.table):
+            if path[-1] == "router_bias_E":  # used as it lies, and moved without a gradient
+                continue
+            elements = self.stored_elements(p)
+            if p.gather:
+                pieces, times, result = self.gathers(path)
+                yield from self.transfer("gather", "all_gather", p.gather[1], 4 * elements / pieces, times, result)
+                elements *= self.devices(p.gather[1])[1]
+            stored_over = {axis for axes in p.stored for axis in axes}
+            for pieces, times, itemsize, tokens_over in self.copies(path):
+                num_bytes = itemsize * elements / pieces
+                yield from self.only("gather", "backward", set(tokens_over) - stored_over, num_bytes, times)
+                for stage in ("forward", "backward"):
+                    yield Sweep("gather", stage, (4 + itemsize) * elements / pieces, times)
+
+    def gathers(self, path: tuple[str, ...]) -> tuple[int, float, Result]:
+        """In how many pieces a parameter is gathered, how many pieces in all, and what they are to a policy."""
+        if path[0] == "dense_layers":
+            layers = self.model.num_dense_layers
+            return layers, self.passes * layers, "anew"
+        if path[0] == "layers" and self.parallel.gather == "layer":
+            return self.parallel.repeats * self.chunk, self.layer_runs, "anew"
+        tables = 2 if path[0] == "embed" and self.model.tie_embeddings else 1
+        return 1, self.passes * tables, "unused"
+
+    def copies(self, path: tuple[str, ...]) -> list[tuple[int, float, int, tuple[str, ...]]]:
+        """The uses of a parameter: pieces, times, bytes of an element there, and the axes over which tokens differ."""
+        group, name, passes = path[0], path[-1], self.passes
+        everywhere = (REPLICA, EXPERT, PIPELINE, TENSOR)
+        itemsize = 4 if name.endswith("norm_D") or name == "w_router_DE" else self.itemsize
+        logits = (1, passes * self.parallel.num_microbatches, self.itemsize, (REPLICA, EXPERT, TENSOR))
+        if group == "embed":
+            return [(1, passes, 4, (REPLICA, EXPERT)), *([logits] if self.model.tie_embeddings else [])]
+        if group == "head":
+            return [logits if name == "w_DV" else (1, passes, 4, (REPLICA, EXPERT, TENSOR))]
+        if group == "dense_layers":
+            layers = self.model.num_dense_layers
+            return [(layers, passes * layers, itemsize, everywhere)]
+        if "experts" in path and (self.exchanges or not self.grouped):
+            itemsize = 4  # rounds take the weights as they are stored
+        return [(self.parallel.repeats * self.chunk, self.layer_runs * self.parts, itemsize, everywhere)]
+
+    def update(self) -> Iterator[Transfer | Sweep]:
+        """The norm of the gradients, AdamW on what is stored here, and the balancer's figures."""
+        parameters = [p for _, p in _named(self.table)]
+        for axes in {frozenset(axis for axes in p.stored for axis in axes) for p in parameters}:
+            yield from self.only("optimizer", "update", axes, 4, 1)
+        # Read: parameter, gradient twice, both moments; written: parameter and moments.
+        yield Sweep("optimizer", "update", 8 * 4 * sum(map(self.stored_elements, parameters)))
+        for numbers in self.statistics():
+            yield from self.only("route", "update", (PIPELINE,), 4 * numbers * self.size[PIPELINE], 1)
+
+
+def _named(table: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Param]]:
+    """The parameters of nested dicts with the names that lead to them."""
+    if isinstance(table, Param):
+        yield path, table
+    else:
+        for name, inner in table.items():
+            yield from _named(inner, (*path, name))

@@ -1,0 +1,75 @@
+"""Plans drawn at random: every way to lay a tiny model out on up to 256 devices."""
+
+from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig
+from moejax.mesh import MeshConfig
+from moejax.planner.plan import Plan
+from moejax.sharding import check_layout
+
+
+def draw_plan(rng):
+    """A legal plan; `rng` is a `random.Random`."""
+    while True:
+        try:
+            plan = _draw(rng)
+            check_layout(
+                plan.model, plan.dispatch, plan.parallel, plan.mesh,
+                batch_size=plan.batch_size, seq_len=plan.seq_len, accumulate=plan.accumulate,
+            )  # fmt: skip
+        except ConfigError:
+            continue
+        return plan
+
+
+def _draw(rng):
+    one_of = lambda *choices: rng.choice(choices)  # noqa: E731
+    mesh = MeshConfig(
+        expert=one_of(1, 2, 4, 8),
+        pipeline=one_of(1, 1, 2, 4),
+        tensor=one_of(1, 1, 2, 4),
+        replica=one_of(1, 1, 2),
+        hardware=one_of("h100", "h100", "h100", "tpu_v5p"),
+    )
+    repeats, dense = one_of(1, 1, 2), one_of(0, 0, 1, 2)
+    heads = one_of(4, 8)
+    model = ModelConfig(
+        num_layers=dense + repeats * mesh.pipeline * one_of(1, 2),
+        d_model=one_of(32, 64),
+        num_heads=heads,
+        num_kv_heads=one_of(4, heads),
+        head_dim=one_of(8, 16, 32),
+        d_ff=one_of(16, 48),
+        num_experts=one_of(8, 16, 32),
+        experts_per_token=one_of(1, 2, 3),
+        router_score=one_of("softmax", "sigmoid"),
+        router_renormalize=one_of(True, False),
+        router_bias=one_of(True, False),
+        shared_d_ff=one_of(0, 0, 24),
+        num_dense_layers=dense,
+        dense_d_ff=40 if dense else 0,
+        vocab_size=one_of(256, 320),
+        tie_embeddings=one_of(True, False),
+        dtype=one_of("bfloat16", "bfloat16", "float32"),
+    )
+    parallel = ParallelConfig(
+        num_microbatches=one_of(1, 2, 4),
+        repeats=repeats,
+        gather=one_of("step", "layer"),
+        remat=one_of("auto", "none", "minimal", "collectives", "full"),
+        bubble=one_of("auto", "compute", "skip"),
+        batch_split=one_of(0, 0, 1, 2, 3),
+    )
+    dispatch = DispatchConfig(
+        strategy=one_of("dropless", "dropless", "capacity", "ragged"),
+        capacity_factor=one_of(1.0, 1.25, 1.5, 3.0),
+        expert_axes=one_of(("expert",), ("expert", "tensor")),
+        hosts=one_of(1, 1, *(n for n in (2, 4, 8) if mesh.expert % n == 0)),
+        chunks=one_of(1, 1, 2, 3),
+        payload=one_of("full", "full", "float8"),
+    )
+    accumulate = one_of(1, 1, 1, 2, 3)
+    stages = mesh.pipeline if dense else 1
+    unit = mesh.replica * mesh.expert * parallel.num_microbatches * max(1, parallel.batch_split) * stages * accumulate
+    return Plan(
+        model, mesh, seq_len=mesh.tensor * one_of(4, 12, 33, 80), batch_size=unit * one_of(1, 1, 2),
+        parallel=parallel, dispatch=dispatch, accumulate=accumulate, mode=one_of("train", "train", "train", "prefill"),
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+"""The closed forms of a step are its trace, to the byte and the FLOP, on plans drawn anew in every run."""
+
+import os
+import random
+import time
+from collections import Counter
+
+import pytest
+from plans import draw_plan
+
+from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig
+from moejax.mesh import MeshConfig
+from moejax.planner.plan import Plan
+from moejax.planner.program import param_bytes, work
+from moejax.planner.trace import trace
+from moejax.planner.work import Product, Sweep, Transfer, flops_by_phase, sent_by_phase
+from moejax.presets import moe_16x10b
+
+EXACT = 1e-12  # of a sum of floats
+SEED = int(os.environ.get("MOEJAX_TEST_SEED", time.time_ns()))
+
+
+def by_pass(items):
+    flops, sent = Counter(), Counter()
+    for item in items:
+        if isinstance(item, Product):
+            flops[item.phase, item.stage] += item.flops
+        elif isinstance(item, Transfer) and item.sent_bytes:
+            sent[item.phase, item.stage, item.kind, item.axes] += item.sent_bytes
+    return flops, sent
+
+
+def assert_same(plan):
+    items, counted = work(plan), trace(plan)
+    flops, sent = by_pass(items)
+    assert dict(flops) == pytest.approx(counted.flops_by_pass, rel=EXACT)
+    assert dict(sent) == pytest.approx(counted.sent_by_pass, rel=EXACT)
+    assert flops_by_phase(items) == pytest.approx(counted.flops, rel=EXACT)
+    assert sent_by_phase(items) == pytest.approx(counted.sent_bytes, rel=EXACT)
+    assert param_bytes(plan) == counted.param_bytes
+
+
+def check_drawn(seed, number):
+    rng = random.Random(seed)
+    for i in range(number):
+        plan = draw_plan(rng)
+        try:
+            assert_same(plan)
+        except AssertionError as e:
+            raise AssertionError(f"plan {i} of MOEJAX_TEST_SEED={seed}: {plan}\n{e}") from e
+
+
+def test_closed_forms_are_the_trace():
+    check_drawn(SEED, 16)
+
+
+@pytest.mark.slow
+def test_closed_forms_are_the_trace_of_200_plans():
+    check_drawn(SEED, 200)
+
+
+# Each policy, strategy and gather once, whatever is drawn.
+MODEL = ModelConfig(
+    num_layers=5, d_model=32, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=16, num_experts=8, shared_d_ff=24,
+    num_dense_layers=1, dense_d_ff=40,
+)  # fmt: skip
+FOUR_AXES = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100")
+CORNERS = {
+    "none": Plan(MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="none", gather="layer")),
+    "minimal": Plan(MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="minimal", repeats=2), accumulate=2),
+    "collectives": Plan(
+        MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="collectives", gather="layer"),
+        DispatchConfig("capacity", expert_axes=("expert",), chunks=2, hosts=2),
+    ),
+    "full": Plan(
+        MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="full", gather="layer"),
+        DispatchConfig("ragged", hosts=2, payload="float8"),
+    ),
+    "one device": Plan(MODEL, MeshConfig(hardware="tpu_v5p"), 32, 4, ParallelConfig(remat="minimal")),
+    "prefill": Plan(MODEL, FOUR_AXES, 32, 32, mode="prefill"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", CORNERS.values(), ids=CORNERS)
+def test_corners(plan):
+    assert_same(plan)
+
+
+def test_the_reference_model():
+    mesh = MeshConfig(expert=8, pipeline=2, hardware="h100", hosts=2, host_axis="pipeline")
+    assert_same(Plan(moe_16x10b(), mesh, 4096, 64, ParallelConfig(num_microbatches=4)))
+
+
+def test_sweeps_are_less_than_the_unfused_program_moves():
+    """An upper bound for them, in the phases that are swept; matrix products move the rest."""
+    plan = CORNERS["full"]
+    moved, swept = trace(plan).moved_bytes, Counter()
+    for item in work(plan):
+        if isinstance(item, Sweep):
+            swept[item.phase] += item.moved_bytes * item.times
+    assert swept.keys() <= moved.keys()
+    assert all(0 < swept[phase] < moved[phase] for phase in swept)
+
+
+def test_what_cannot_be_counted_says_so():
+    with pytest.raises(ConfigError, match="mode='decode' has no program"):
+        work(Plan(MODEL, MeshConfig(), 32, 2, mode="decode"))
+    with pytest.raises(ConfigError, match="batch_size=3 must be a multiple"):
+        work(Plan(MODEL, FOUR_AXES, 32, 3))
