@@ -20,6 +20,7 @@ from moejax.planner.published_models import find_architecture
 
 Recompute = Literal["none", "selective", "half", "minimal", "custom", "full"]
 System = Literal["megatron", "torch", "jax"]
+Engine = Literal["vllm", "trtllm", "sglang"]
 _DEGREES = {  # what a number is called -> what it is
     "tp": "tp", "pp": "pp", "cp": "cp", "dp": "dp", "ep": "ep", "etp": "etp", "vpp": "vp", "vp": "vp", "fsdp": "fsdp",
     "hsdp": "fsdp", "ga": "ga", "isl": "isl", "input": "isl", "osl": "osl", "output": "osl", "concurrency": "conc",
@@ -78,6 +79,7 @@ class Run:
     isl: int = 0
     osl: int = 0
     concurrency: int = 1
+    engine: Engine = "vllm"
     unknown: tuple[str, ...] = ()
 
     @property
@@ -251,6 +253,7 @@ def _said(row: Mapping[str, str], words: str, system: System, device: str, tp: i
     recompute, offload = _recompute(words, system)
     asked = bool(re.search(r"\bsp\b|sequence", words)) and not re.search(r"no[- ]sp\b", words)
     return {
+        "engine": "sglang" if "sglang" in words else "trtllm" if "trt" in words or "tensorrt" in words else "vllm",
         "sharded": "fsdp" in (row.get("layout") or "").lower() or "zero-3" in words or (system == "jax" and tp == 1),
         "recompute": recompute,
         "offload": offload,
