@@ -27,7 +27,7 @@ from moejax.config import ConfigError, check
 from moejax.planner.layouts import Run, number, parse_run
 from moejax.planner.published import predict_training
 from moejax.planner.published_memory import training_memory
-from moejax.planner.serving import predict_serving
+from moejax.planner.published_serving import predict_serving
 
 _RUNS = flags.DEFINE_string(
     "runs", str(loading.ROOT / "experiments" / "data" / "measured_runs.csv"), "A table of measured runs, CSV."

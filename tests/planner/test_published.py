@@ -15,7 +15,7 @@ from moejax.planner.layouts import number, parse_cluster, parse_device, parse_ru
 from moejax.planner.published import distinct, predict_training, training_step, training_work
 from moejax.planner.published_memory import training_memory
 from moejax.planner.published_models import architectures, find_architecture
-from moejax.planner.serving import predict_serving
+from moejax.planner.published_serving import predict_serving
 from moejax.planner.work import Product
 from moejax.presets import mixtral_8x7b
 

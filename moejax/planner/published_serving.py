@@ -24,7 +24,7 @@ from moejax.planner.work import Product, Sweep, Transfer, Work
 STEP_S = 1.0e-3
 # By engine: its own time for a request (tokenizer, queue, the way back), and the part of the other requests that start
 # together with one: benchmarks send as many at once as are to be in flight, and those of equal length keep step.
-# Chosen on 1,200 of the 2,500 runs in aiconfigurator's silicon_sample.csv with at most 64 requests on at most 8 devices.
+# Chosen on 1,200 of the 2,500 runs in aiconfigurator's silicon_sample.csv that have at most 64 requests.
 REQUESTS = {"vllm": (25e-3, 0.2), "trtllm": (60e-3, 0.1), "sglang": (150e-3, 0.3)}
 # A kernel's start inside a captured graph, against one from the host.
 GRAPH_LAUNCH = 0.5
