@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from moejax.config import ConfigError, check
 from moejax.planner.layouts import Run, number, parse_run
 from moejax.planner.published import predict_training
 from moejax.planner.published_memory import training_memory
-from moejax.planner.serving import predict_serving
+from moejax.planner.published_serving import predict_serving
 
 _RUNS = flags.DEFINE_string(
     "runs", str(loading.ROOT / "experiments" / "data" / "measured_runs.csv"), "A table of measured runs, CSV."
@@ -83,7 +84,11 @@ def read(path: str) -> list[dict[str, str]]:
     missing = [name for name in _NEEDED if name not in names]
     check(not missing, f"--runs={path} lacks the columns {', '.join(missing)}; it has {', '.join(names) or 'none'}")
     check(bool(rows), f"--runs={path} has no rows")
-    return [{key.strip(): value for key, value in row.items()} for row in rows]
+    rows = [{key.strip(): value for key, value in row.items()} for row in rows]
+    for above, row in itertools.pairwise(rows):  # "same" is what the row above says
+        if row.get("source", "").strip().lower() in ("same", "ditto", '"'):
+            row["source"] = above["source"]
+    return rows
 
 
 def predict(row: Mapping[str, str]) -> Outcome:
@@ -136,6 +141,10 @@ def _serving(row: Mapping[str, str], run: Run) -> Outcome:
     said = " ".join(row.values())
     measured = {}
     for name in ("TTFT", "TPOT"):
+        column = number(row.get(f"{name.lower()}_ms"))
+        if column:
+            measured[name] = column / 1e3
+            continue
         found = re.search(rf"{name}\s*[:=]?\s*([\d.]+)\s*(ms|s|us|µs)", said, re.IGNORECASE)
         if found:
             measured[name] = float(found[1]) * {"ms": 1e-3, "s": 1.0}.get(found[2].lower(), 1e-6)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from moejax.config import ConfigError, check
 from moejax.planner.architecture import Architecture
@@ -20,7 +20,13 @@ from moejax.planner.published_models import find_architecture
 
 Recompute = Literal["none", "selective", "half", "minimal", "custom", "full"]
 System = Literal["megatron", "torch", "jax"]
-_DEGREES = ("tp", "pp", "cp", "dp", "ep", "etp", "vp", "vpp", "fsdp", "hsdp", "ga", "isl", "osl", "conc", "cap")
+Engine = Literal["vllm", "trtllm", "sglang"]
+_DEGREES = {  # what a number is called -> what it is
+    "tp": "tp", "pp": "pp", "cp": "cp", "dp": "dp", "ep": "ep", "etp": "etp", "vpp": "vp", "vp": "vp", "fsdp": "fsdp",
+    "hsdp": "fsdp", "ga": "ga", "isl": "isl", "input": "isl", "osl": "osl", "output": "osl", "concurrency": "conc",
+    "conc": "conc", "c": "conc", "batch": "conc", "bs": "conc", "cap": "cap", "capacity": "cap", "mbs": "mbs",
+}  # fmt: skip
+_DEGREE = re.compile(rf"(?<![a-z0-9])({'|'.join(_DEGREES)})[ =:_-]?(\d+(?:\.\d+)?)(?![a-z])")
 _DEVICES = (  # pattern -> device; the first that matches
     (r"gb300", "gb300"), (r"gb200", "gb200"), (r"b300", "b300"), (r"b200", "b200"), (r"h200", "h200"),
     (r"h100.{0,12}96\s*gb", "h100_96gb"), (r"h[18]00", "h100"), (r"a100.{0,12}40\s*gb", "a100_40gb"),
@@ -52,6 +58,7 @@ class Run:
     ep: int = 1
     etp: int = 1
     vp: int = 1
+    fsdp: int = 0
     gbs: int = 1
     mbs: int = 1
     seq: int = 0
@@ -72,6 +79,7 @@ class Run:
     isl: int = 0
     osl: int = 0
     concurrency: int = 1
+    engine: Engine = "vllm"
     unknown: tuple[str, ...] = ()
 
     @property
@@ -81,6 +89,11 @@ class Run:
     @property
     def dp(self) -> int:
         return max(1, self.devices // (self.tp * self.pp * self.cp))
+
+    @property
+    def shards(self) -> int:
+        """Devices that share one copy of stored parameters and optimizer state."""
+        return min(self.fsdp or self.dp * self.cp, self.dp * self.cp)
 
     @property
     def microbatches(self) -> int:
@@ -189,10 +202,6 @@ def _captured(words: str, device: str, nemo: bool) -> float:
     return 0.5 if nemo and device.startswith("gb") else 0.0
 
 
-def _is_nemo(said: str) -> bool:
-    return any(word in said for word in ("bridge", "nemo", "model_verification"))
-
-
 def parse_run(row: Mapping[str, str]) -> Run:
     """The run that a row of a table describes; its columns are those of experiments/data/measured_runs.csv.
 
@@ -202,51 +211,62 @@ def parse_run(row: Mapping[str, str]) -> Run:
     model = find_architecture(row.get("model") or "")
     count = number(row.get("n"))
     cluster = parse_cluster(row.get("hardware") or "", int(count) if count else None)
-    layout, device_name = (row.get("layout") or "").lower(), cluster.device.name
-    pairs = re.findall(rf"(?<![a-z0-9])({'|'.join(_DEGREES)})[ =:_-]?(\d+(?:\.\d+)?)(?![a-z])", layout)
-    degrees = {key: float(value) for key, value in pairs}
-    left = re.sub(rf"(?<![a-z0-9])({'|'.join(_DEGREES)})[ =:_-]?(\d+(?:\.\d+)?)(?![a-z])", " ", layout)
-    unknown = tuple(word for word in re.split(r"[\s+,;/|()-]+", re.sub(_WORDS, " ", left)) if word)
-    system = _system(row, cluster, degrees)
-    recompute, offload = _recompute(left, system)
+    layout = (row.get("layout") or "").lower()
+    degrees = {_DEGREES[name]: float(value) for name, value in _DEGREE.findall(layout)}
+    words = _DEGREE.sub(" ", layout)
+    unknown = tuple(word for word in re.split(r"[\s+,;/|()-]+", re.sub(_WORDS, " ", words)) if word)
     inference = "infer" in (row.get("kind") or "").lower() or "isl" in degrees
-    said = f"{row.get('source') or ''} {layout}".lower()
-    whole = {key: int(value) for key, value in degrees.items() if key != "cap"}
-    tp, pp, cp = (whole.get(key, 1) for key in ("tp", "pp", "cp"))
-    check(
-        cluster.num_devices % (tp * pp * cp) == 0,
-        f"layout={row.get('layout')!r}: tp {tp} × pp {pp} × cp {cp} must divide n={cluster.num_devices}",
-    )
+    lengths = re.search(r"\b(\d{2,})\s?[x/]\s?(\d{2,})\b", words) if inference else None
+    if lengths:  # "1024x8192": prompt and answer
+        degrees = {"isl": float(lengths[1]), "osl": float(lengths[2])} | degrees
+    whole = {key: max(1, int(value)) for key, value in degrees.items() if key != "cap"}
+    tp, pp, cp, ep, etp = (whole.get(key, 1) for key in ("tp", "pp", "cp", "ep", "etp"))
+    for product, text in ((tp * pp * cp, f"tp {tp} × pp {pp} × cp {cp}"), (ep * etp * pp, f"ep {ep} × pp {pp}")):
+        check(
+            cluster.num_devices % product == 0,
+            f"layout={row.get('layout')!r}: {text} must divide n={cluster.num_devices}",
+        )
+    system = _system(row, cluster, degrees)
     dp = cluster.num_devices // (tp * pp * cp)
-    sharded = "fsdp" in degrees or "fsdp" in layout or "zero-3" in layout or (system == "jax" and tp == 1)
-    gbs = number(row.get("gbs")) or dp * (number(row.get("mbs")) or 1)
-    mbs = number(row.get("mbs")) or max(1.0, gbs / dp / whole.get("ga", 1 if system != "megatron" else 10**9))
+    mbs = number(row.get("mbs")) or whole.get("mbs", 0)
+    gbs = number(row.get("gbs")) or dp * max(1, mbs) * whole.get("ga", 1)
+    mbs = mbs or (max(1, gbs / dp / whole.get("ga", 1)) if system != "megatron" else 1)
+    length = int(number(row.get("seq")) or 0)
     return Run(
         identifier=row.get("id") or row.get("model") or "",
-        model=model,
-        cluster=cluster,
-        dtype=_dtype(f"{row.get('dtype') or ''} {left if 'float8' in left or 'fp8' in left else ''}"),
-        system=system,
-        inference=inference,
-        tp=tp, pp=pp, cp=cp, ep=whole.get("ep", 1), etp=whole.get("etp", 1),
-        vp=whole.get("vp", whole.get("vpp", 1)) or 1,
-        gbs=int(gbs), mbs=int(mbs), seq=int(number(row.get("seq")) or whole.get("isl", 0)),
-        sharded=sharded,
-        # Off in Megatron-LM unless asked for, on in what NeMo makes of it.
-        sequence_parallel=not re.search(r"no[- ]sp\b", left)
-        and bool(re.search(r"\bsp\b|sequence", left) or _is_nemo(said) or system != "megatron"),
-        tensor_overlap=_is_nemo(said) or system == "jax" or "async" in left,
-        recompute=recompute, offload=offload,
-        capacity=degrees.get("cap", 0.0),
-        dense_dispatch="dense" in left and "dispatch" in left,
-        deduplicated=bool(re.search("hybridep|deepep", left)) or _is_nemo(said),
-        balanced="balanc" in left or "drop" in left or "performance" in said,
-        overlapped=bool(re.search(r"overlap|hybridep.*forced", left)),
-        compiled=system != "torch" or "compile" in left,
-        captured=_captured(left, device_name, _is_nemo(said)),
-        small_gradients=_is_nemo(said),
-        predicts_more=not re.search(r"(w/o|no|without) ?mtp", f"{layout} {row.get('model')}".lower()),
-        isl=whole.get("isl", 0) or (int(number(row.get("seq")) or 0) if inference else 0),
+        model=model, cluster=cluster, system=system, inference=inference,
+        dtype=_dtype(f"{row.get('dtype') or ''} {words if 'float8' in words or 'fp8' in words else ''}"),
+        tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, vp=whole.get("vp", 1), fsdp=whole.get("fsdp", 0),
+        gbs=int(gbs), mbs=int(mbs), seq=length or whole.get("isl", 0),
+        isl=whole.get("isl", 0) or (length if inference else 0),
         osl=whole.get("osl", 0), concurrency=whole.get("conc", 1),
+        capacity=degrees.get("cap", 0.0),
         unknown=unknown,
+        **_said(row, words, system, cluster.device.name, tp),
     )  # fmt: skip
+
+
+def _said(row: Mapping[str, str], words: str, system: System, device: str, tp: int) -> dict[str, Any]:
+    """The fields of `Run` that words decide: the layout's, and the source's, which tells the framework."""
+    source = f"{row.get('source') or ''} {words}".lower()
+    nemo = any(name in source for name in ("bridge", "nemo", "model_verification"))
+    recompute, offload = _recompute(words, system)
+    asked = bool(re.search(r"\bsp\b|sequence", words)) and not re.search(r"no[- ]sp\b", words)
+    return {
+        "engine": "sglang" if "sglang" in words else "trtllm" if "trt" in words or "tensorrt" in words else "vllm",
+        "sharded": "fsdp" in (row.get("layout") or "").lower() or "zero-3" in words or (system == "jax" and tp == 1),
+        "recompute": recompute,
+        "offload": offload,
+        # Off in Megatron-LM unless asked for, on in what NeMo makes of it.
+        "sequence_parallel": asked or ((nemo or system != "megatron") and not re.search(r"no[- ]sp\b", words)),
+        "tensor_overlap": nemo or system == "jax" or "async" in words,
+        "dense_dispatch": "dense" in words and "dispatch" in words,
+        # NeMo's recipes send tokens with DeepEP or HybridEP; those that force balance are tuned, and overlap it too.
+        "deduplicated": nemo or bool(re.search("hybridep|deepep", words)),
+        "balanced": "balanc" in words or "drop" in words or "performance" in source,
+        "overlapped": bool(re.search(r"overlap|hybridep.*forced", words)),
+        "compiled": system != "torch" or "compile" in words,
+        "captured": _captured(words, device, nemo),
+        "small_gradients": nemo,
+        "predicts_more": not re.search(r"(w/o|no|without) ?mtp", f"{words} {row.get('model')}".lower()),
+    }

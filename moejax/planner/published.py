@@ -235,7 +235,7 @@ class _Builder:
         routed = model.expert_parameters / (run.ep * run.etp * run.pp)
         gradient = 2.0 if run.small_gradients or run.system != "megatron" else 4.0
         for size, axis, devices in (
-            (always, "data", run.dp * run.cp),
+            (always, "data", run.shards),
             (routed, "expert_data", max(1, run.devices // (run.pp * run.ep * run.etp))),
         ):
             if run.sharded:  # forward and backward each gather; every microbatch
@@ -260,7 +260,7 @@ def placement(run: Run) -> Placement:
     axes = {
         "tensor": (run.tp, _span(run, run.tp, 1)[1]),
         "context": (run.cp, _span(run, run.cp, run.tp)[1]),
-        "data": (run.dp * run.cp, _span(run, run.dp * run.cp, run.tp)[1]),
+        "data": (run.shards, _span(run, run.shards, run.tp)[1]),
         "expert": (run.ep, _span(run, run.ep, run.etp)[1]),
         "expert_hosts": (_span(run, run.ep, 1)[1],) * 2,
         "expert_inside": (_span(run, run.ep, 1)[0], 1),

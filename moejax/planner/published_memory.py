@@ -23,7 +23,7 @@ def training_memory(run: Run) -> dict[str, float]:
     model = run.model
     always = stage_parameters(run)
     routed = model.expert_parameters / (run.ep * run.etp * run.pp)
-    copies = run.dp * run.cp, max(1, run.devices // (run.pp * run.ep * run.etp))
+    copies = run.shards, max(1, run.devices // (run.pp * run.ep * run.etp))
     parameters = gradients = optimizer = 0.0
     for size, shards in zip((always, routed), copies, strict=True):
         if run.sharded:  # float32 masters, gradients and moments, all in shards

@@ -75,6 +75,13 @@ def _gpt3() -> Architecture:
     return Architecture("gpt3-175b", 12_288, 50_257, ((96, layer),), True, True, 2048)
 
 
+def _gpt(name: str, layers: int, d_model: int, heads: int) -> Architecture:
+    """As Megatron-LM's papers scale GPT-3 (arXiv 2104.04473, table 1)."""
+    mixer = Attention(heads, heads, d_model // heads, qkv_bias=True, out_bias=True)
+    layer = Layer(mixer, FeedForward(4 * d_model, gated=False, bias=True))
+    return Architecture(name, d_model, 51_200, ((layers, layer),), True, True, 2048)
+
+
 def _llama4(name: str, experts: int, *, interleaved: bool) -> Architecture:
     """Text tower: one routed and one shared expert a token; Maverick's every other layer is dense."""
     mixer, moe = Attention(40, 8, 128), Experts(experts, 1, 8192, shared_d_ff=8192)
@@ -134,6 +141,28 @@ def architectures() -> dict[str, Architecture]:
             Experts(128, 6, 1856, gated=False, shared_d_ff=3712, router_bias=True),
         ),
         _gqa("nemotron-4-15b", 32, 6144, 48, 8, swiglu(24_576, gated=False), 256_000),
+        _gqa("nemotron-4-340b", 96, 18_432, 96, 8, swiglu(73_728, gated=False), 256_000),
+        _gqa("qwen2.5-0.5b", 24, 896, 14, 2, swiglu(4864), 151_936, tie=True, qkv_bias=True),
+        _gqa("qwen2.5-1.5b", 28, 1536, 12, 2, swiglu(8960), 151_936, tie=True, qkv_bias=True),
+        _gqa("qwen2.5-3b", 36, 2048, 16, 2, swiglu(11_008), 151_936, tie=True, qkv_bias=True),
+        _gqa("qwen3-coder-480b-a35b", 62, 6144, 96, 8, Experts(160, 8, 2560), 151_936, head_dim=128, **qwen),
+        _gqa("phi-3.5-moe", 32, 4096, 32, 8, Experts(16, 2, 6400), 32_064, qkv_bias=True, out_bias=True),
+        _gqa(
+            "glm-4.5-air", 46, 4096, 96, 8, shared(128, 8, 1408, 1408), 151_552, head_dim=128, qkv_bias=True,
+            first=(1, swiglu(10_944)),
+        ),
+        _gqa(
+            "glm-4.5", 92, 5120, 96, 8, shared(160, 8, 1536, 1536), 151_552, head_dim=128, qkv_bias=True,
+            first=(3, swiglu(12_288)), **qwen,
+        ),
+        _gqa(
+            "deepseek-moe-16b", 28, 2048, 16, 16, Experts(64, 6, 1408, shared_d_ff=2816), 102_400,
+            first=(1, swiglu(10_944)),
+        ),
+        _latent("deepseek-v2", 60, 5120, 128, 1536, 1, 12_288, Experts(160, 6, 1536, shared_d_ff=3072), 102_400),
+        _gpt("gpt-22b", 48, 6144, 64),
+        _gpt("gpt-530b", 105, 20_480, 128),
+        _gpt("gpt-1t", 128, 25_600, 160),
         _gemma3_12b(),
         _gpt3(),
     ]  # fmt: skip

@@ -6,18 +6,9 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
+from moejax.planner.costs import product_bytes, product_efficiency, product_seconds, rates, transfer_seconds
 from moejax.planner.hardware import Cluster, Constant, get_device
-from moejax.planner.time import (
-    Assumptions,
-    Placement,
-    Step,
-    predict_time,
-    product_bytes,
-    product_efficiency,
-    product_seconds,
-    rates,
-    transfer_seconds,
-)
+from moejax.planner.time import Assumptions, Placement, Step, predict_time
 from moejax.planner.work import Product, Sweep, Transfer
 
 H100 = get_device("h100")
@@ -125,6 +116,16 @@ def test_more_parts_expose_less_and_a_bubble_costs():
     counted = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(bubble=0.5))
     assert idle.expected > one.expected == pytest.approx(counted.expected)
     assert counted.by_category["bubble"] == pytest.approx(idle.by_category["bubble"] / 2)
+
+
+def test_a_slow_host_bounds_the_step():
+    plain = predict_time(WORK, CLUSTER, PLACEMENT).expected
+    bound = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(host_s=10 * plain))
+    assert bound.expected >= 10 * plain
+    hidden = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(host_s=plain / 10))
+    assert hidden.expected == pytest.approx(plain)
+    waiting = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(host_s=plain / 10, host_waits=0.5))
+    assert waiting.by_category["host"] == pytest.approx(plain / 20)
 
 
 def test_throughput_and_utilisation():

@@ -20,12 +20,12 @@ from moejax.planner.published import placement
 from moejax.planner.time import Assumptions, predict_time
 from moejax.planner.work import Product, Sweep, Transfer, Work
 
-# An engine's own time for a step (scheduling, sampling) and for a request (tokenizer, queue, the way back).
+# An engine's own time for a step (scheduling, sampling).
 STEP_S = 1.0e-3
-REQUEST_S = 30e-3
-# Part of the other requests that start together with one: benchmarks send as many at once as are to be in flight, and
-# those of equal length keep step. This and REQUEST_S were chosen on 700 runs of aiconfigurator's silicon_sample.csv.
-TOGETHER = 0.2
+# By engine: its own time for a request (tokenizer, queue, the way back), and the part of the other requests that start
+# together with one: benchmarks send as many at once as are to be in flight, and those of equal length keep step.
+# Chosen on 1,200 of the 2,500 runs in aiconfigurator's silicon_sample.csv that have at most 64 requests.
+REQUESTS = {"vllm": (25e-3, 0.2), "trtllm": (60e-3, 0.1), "sglang": (150e-3, 0.3)}
 # A kernel's start inside a captured graph, against one from the host.
 GRAPH_LAUNCH = 0.5
 
@@ -129,13 +129,15 @@ def predict_serving(run: Run, assumptions: Assumptions = Assumptions()) -> Servi
     """Times of a run with `run.concurrency` requests of `run.isl` tokens in and `run.osl` out.
 
     A prompt's forward pass holds up the others' decoding; over the life of a request each of the others starts once.
-    A new prompt waits for half a decode step and for half of those that came with it.
+    A new prompt waits for half a decode step and for half of those that came with it. An engine that is not known is
+    taken for vLLM.
 
     Raises:
       ConfigError: the prompt's length is not known.
     """
     check(run.isl > 0, "layout says no isl, the tokens of a prompt, and seq is empty")
     concurrency, out = max(1, run.concurrency), max(1, run.osl)
+    request_s, together = REQUESTS[run.engine]
     where, device = placement(run), run.cluster.device
     launch = Constant(GRAPH_LAUNCH * device.launch_s, "assumed", "inside a graph")
     graphs = dataclasses.replace(run.cluster, device=dataclasses.replace(device, launch_s=launch))
@@ -148,6 +150,6 @@ def predict_serving(run: Run, assumptions: Assumptions = Assumptions()) -> Servi
     return ServingTime(
         prefill,
         decode,
-        first_token=REQUEST_S + prefill * (1 + TOGETHER * (concurrency - 1) / 2) + decode / 2,
+        first_token=request_s + prefill * (1 + together * (concurrency - 1) / 2) + decode / 2,
         per_token=decode + (concurrency - 1) * prefill / out,
     )
