@@ -69,11 +69,11 @@ def predict_memory(plan: Plan) -> Memory:
     """What a device holds at the peak of one step of the plan. The plan must fit its mesh (`check_layout`)."""
     if plan.mode != "train":
         return _serve(plan)
-    s = _Sizes(plan)
+    s = Sizes(plan)
     return max((_backward(s), _loss(s), _update(s)), key=lambda memory: memory.peak_bytes)
 
 
-class _Sizes:
+class Sizes:
     """Elements and rows of one device that the moments are made of."""
 
     def __init__(self, plan: Plan) -> None:
@@ -170,15 +170,17 @@ class _Sizes:
         return self.a * self.plan.model.d_model * self.plan.parallel.num_microbatches * self.microbatch
 
     @property
+    def saved_dense(self) -> float:
+        """Bytes that the policy saves of all leading dense layers, whose tokens the stages share."""
+        m = self.plan.model
+        tokens = self.plan.parallel.num_microbatches * self.microbatch / self.plan.mesh.pipeline
+        hidden = 0 if self.policy in ("full", "collectives") else self.a * 2 * m.dense_d_ff
+        return m.num_dense_layers * (self.saved_attention(tokens) + hidden * tokens)
+
+    @property
     def activations(self) -> float:
         """What the forward pass leaves for the backward pass."""
-        m = self.plan.model
-        dense = 0.0
-        if m.num_dense_layers:
-            shared = self.plan.parallel.num_microbatches * self.microbatch / self.plan.mesh.pipeline
-            hidden = 0 if self.policy in ("full", "collectives") else self.a * 2 * m.dense_d_ff
-            dense = m.num_dense_layers * (self.saved_attention(shared) + hidden * shared)
-        return self.ticks * self.chunk * self.saved_layer + self.hidden + dense
+        return self.ticks * self.chunk * self.saved_layer + self.hidden + self.saved_dense
 
     @property
     def layer_gradients(self) -> float:
@@ -212,7 +214,7 @@ class _Sizes:
         return _FLOAT32 * self.sequences * self.plan.seq_len * self.vocab
 
 
-def _backward(s: _Sizes) -> Memory:
+def _backward(s: Sizes) -> Memory:
     m, a = s.plan.model, s.a
     D = m.d_model
     many = s.ticks > 1
@@ -236,7 +238,7 @@ def _backward(s: _Sizes) -> Memory:
     )  # fmt: skip
 
 
-def _dispatch_backward(s: _Sizes) -> tuple[float, float]:
+def _dispatch_backward(s: Sizes) -> tuple[float, float]:
     """Rows of buffers, and weights and hidden rows of the experts, in the backward pass of a layer's dispatch.
 
     The larger of two moments: in a further round, computed again, while gradients of the first round and of the part
@@ -256,7 +258,7 @@ def _dispatch_backward(s: _Sizes) -> tuple[float, float]:
     return max(further, first, key=sum)
 
 
-def _loss(s: _Sizes) -> Memory:
+def _loss(s: Sizes) -> Memory:
     saved = s.plan.parallel.num_microbatches if s.policy == "none" else 0
     accumulated = _FLOAT32 * s.stored if s.plan.accumulate > 1 else 0
     return Memory(
@@ -267,7 +269,7 @@ def _loss(s: _Sizes) -> Memory:
     )  # fmt: skip
 
 
-def _update(s: _Sizes) -> Memory:
+def _update(s: Sizes) -> Memory:
     gradients = _FLOAT32 * s.stored
     return Memory(
         "update", **s.state, gradients=gradients, compute_copies=0.0, activations=0.0, dispatch_buffers=0.0,
@@ -282,7 +284,7 @@ def _serve(plan: Plan) -> Memory:
     if plan.mode not in ("prefill", "decode"):
         raise ConfigError(f"mode={plan.mode!r} must be train, prefill or decode")
     m, mesh = plan.model, plan.mesh
-    s = _Sizes(dataclasses.replace(plan, seq_len=mesh.tensor) if plan.mode == "decode" else plan)
+    s = Sizes(dataclasses.replace(plan, seq_len=mesh.tensor) if plan.mode == "decode" else plan)
     parameters = s.layers * (s.P + s.W) + m.num_dense_layers * s.dense_layer + 2 * s.table
     sequences = plan.batch_size // (mesh.replica * mesh.expert)
     length = plan.seq_len + (plan.mode == "decode")

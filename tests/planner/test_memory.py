@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import DispatchConfig, ParallelConfig
+from moejax.config import DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig
 from moejax.model import Program
+from moejax.planner import memory
 from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Plan
+from moejax.planner.trace import trace
 from moejax.presets import moe_16x10b, tiny
 from moejax.train.step import make_train_step
 
@@ -52,11 +54,10 @@ def rising(values):
 
 
 def test_the_peak_is_the_sum_of_its_categories(plan):
-    memory = predict_memory(plan)
-    assert memory.peak_bytes == sum(memory.categories.values())
-    assert all(size >= 0 for size in memory.categories.values())
-    names = {field.name for field in dataclasses.fields(memory)} - {"moment"}
-    assert set(memory.categories) == names
+    found = predict_memory(plan)
+    assert found.peak_bytes == sum(found.categories.values())
+    assert all(size >= 0 for size in found.categories.values())
+    assert set(found.categories) == {field.name for field in dataclasses.fields(found)} - {"moment"}
 
 
 def test_stronger_rematerialisation_takes_less(plan):
@@ -102,12 +103,12 @@ def test_replicas_with_their_own_sequences_change_nothing(plan):
 def test_decoding_holds_keys_and_values_of_all_that_was_read(plan):
     decode = dataclasses.replace(plan, mode="decode")
     longer = dataclasses.replace(decode, seq_len=2 * plan.seq_len)
-    memory, m = predict_memory(decode), plan.model
+    found, m = predict_memory(decode), plan.model
     whole = m.num_layers * plan.batch_size * (plan.seq_len + 1) * 2 * m.num_kv_heads * m.head_dim * 2
-    assert memory.kv_cache == whole / plan.mesh.num_devices
-    assert 1.99 < predict_memory(longer).kv_cache / memory.kv_cache < 2
-    assert memory.optimizer == memory.gradients == 0
-    assert memory.peak_bytes < peak(dataclasses.replace(plan, mode="prefill")) < peak(plan)
+    assert found.kv_cache == whole / plan.mesh.num_devices
+    assert 1.99 < predict_memory(longer).kv_cache / found.kv_cache < 2
+    assert found.optimizer == found.gradients == 0
+    assert found.peak_bytes < peak(dataclasses.replace(plan, mode="prefill")) < peak(plan)
 
 
 @pytest.mark.parametrize("layout", [(4, 2, 2), (2, 2, 4), (16, 1, 1)], ids=str)
@@ -126,8 +127,39 @@ def test_what_is_stored_is_counted_exactly(layout, expert_axes, changes):
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves((shapes.params, shapes.opt_state))
     )
-    memory = predict_memory(plan)
-    assert memory.parameters + memory.optimizer == pytest.approx(held, rel=2e-3)
+    found = predict_memory(plan)
+    assert found.parameters + found.optimizer == pytest.approx(held, rel=2e-3)
+
+
+TRACED = {
+    "none": {"remat": "none"},
+    "minimal_tpu": {"remat": "minimal", "hardware": "tpu_v5p"},
+    "collectives_split_experts": {"remat": "collectives", "expert_axes": ("expert",)},
+    "minimal_ragged": {"remat": "minimal", "strategy": "ragged"},
+    "full_repeats": {"remat": "full", "repeats": 2},
+    "shared_and_dense": {"remat": "minimal", "shared_d_ff": 2048, "num_dense_layers": 4, "dense_d_ff": 8192},
+}
+
+
+@pytest.mark.parametrize("choices", TRACED.values(), ids=TRACED)
+def test_what_is_saved_is_what_the_program_stacks(choices):
+    """The closed form of a policy against the jaxpr, but for integers, which `none` saves some of."""
+    parts = {
+        kind: {name: value for name, value in choices.items() if name in kind.__dataclass_fields__}
+        for kind in (ModelConfig, MeshConfig, ParallelConfig, DispatchConfig)
+    }
+    mesh = MeshConfig(**{"expert": 4, "pipeline": 2, "tensor": 2, "hardware": "h100"} | parts[MeshConfig])
+    model = dataclasses.replace(moe_16x10b(), **parts[ModelConfig])
+    parallel = ParallelConfig(**{"num_microbatches": 2} | parts[ParallelConfig])
+    plan = Plan(model, mesh, 1024, 64, parallel, DispatchConfig(**parts[DispatchConfig]))
+    sizes = memory.Sizes(plan)
+    stacks = trace(plan).saved
+    loops = {"pipeline": (sizes.ticks, sizes.chunk), "dense": (model.num_dense_layers,)}
+    found = {name: sum(b for (_, shape, _), b in stacks.items() if shape[: len(dims)] == dims and len(shape) > 3)
+             for name, dims in loops.items() if dims != (0,)}  # fmt: skip
+    assert found["pipeline"] == pytest.approx(sizes.ticks * sizes.chunk * sizes.saved_layer, rel=1e-3)
+    if model.num_dense_layers:
+        assert found["dense"] == pytest.approx(sizes.saved_dense, rel=1e-3)
 
 
 AUDITED = audit_cases.recorded()
