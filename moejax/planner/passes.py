@@ -51,13 +51,14 @@ class Passes:
         return ("forward",) if result in self.kept else ("forward", "recompute")
 
     def product(
-        self, phase: Phase, m: float, n: float, k: float, times: float, result: Result, groups: float = 1
-    ) -> Iterator[Product]:
+        self, phase: Phase, m: float, n: float, k: float, times: float, result: Result, groups: float = 1,
+        filled: float = 1,
+    ) -> Iterator[Product]:  # fmt: skip
         """[m, k] × [k, n] by a weight, and the gradients of both."""
         for stage in self.stages(result):
-            yield Product(phase, stage, m, n, k, groups, times, self.dtype)
-        yield Product(phase, "backward", m, k, n, groups, times, self.dtype)
-        yield Product(phase, "backward", k, n, m, groups, times, self.dtype)
+            yield Product(phase, stage, m, n, k, groups, times, self.dtype, filled)
+        yield Product(phase, "backward", m, k, n, groups, times, self.dtype, filled)
+        yield Product(phase, "backward", k, n, m, groups, times, self.dtype, filled)
 
     def devices(self, axes: Iterable[str]) -> tuple[tuple[str, ...], int]:
         """Those of the axes that have more than one device, as the mesh orders them, and their devices."""

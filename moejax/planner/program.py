@@ -268,10 +268,13 @@ class _Step(Passes):
                 yield from self.told("expert", "all_gather", (TENSOR,), 4 * e, times, "result")  # rows of each expert
             yield from self.transfer("expert", "all_gather", (TENSOR,), num_bytes, times, "network")
             yield from self.transfer("expert", "reduce_scatter", (TENSOR,), num_bytes * t, times, "network")
+        filled = 1.0
         if self.grouped:
+            balanced = self.T * m.experts_per_token * (1 if TENSOR in self.dispatch.expert_axes else t)
             rows = padded_rows(self.platform, rows)
-        yield from self.product("expert", rows / e, 2 * width, m.d_model, times, "projection", groups=e)
-        yield from self.product("expert", rows / e, m.d_model, width, times, result, groups=e)
+            filled = min(1.0, balanced / self.dispatch.chunks / rows)
+        yield from self.product("expert", rows / e, 2 * width, m.d_model, times, "projection", e, filled)
+        yield from self.product("expert", rows / e, m.d_model, width, times, result, e, filled)
         yield from self.sweep("expert", rows * width, times, forward=3, backward=5)
 
     def pipeline(self) -> Iterator[Transfer | Sweep]:

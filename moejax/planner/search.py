@@ -336,14 +336,13 @@ def _why_none(request: Request, seen: _Seen) -> str:
 
 
 def _smallest_change(request: Request, plan: Plan, need: float) -> str:
-    """Half as many sequences, and so on, or devices of more memory."""
-    batch_size = request.batch_size
-    while batch_size > 1:
-        batch_size //= 2
-        smaller = dataclasses.replace(plan, batch_size=batch_size, accumulate=1)
-        smaller = _with(smaller, parallel={"num_microbatches": 1, "batch_split": 1})
-        if is_legal(smaller) and predict_memory(smaller).peak_bytes <= request.limit_bytes:
-            return f"batch_size={batch_size}"
+    """Shorter sequences, or devices of more memory. (A smaller batch does not help: it was accumulated already.)"""
+    seq_len = request.seq_len
+    while seq_len > 128:
+        seq_len = max(128, seq_len // 2)
+        shorter = dataclasses.replace(plan, seq_len=seq_len)
+        if is_legal(shorter) and predict_memory(shorter).peak_bytes <= request.limit_bytes:
+            return f"seq_len={seq_len}, devices of {need / 1e9 + 1:.0f} GB"
     return f"devices of {need / 1e9 + 1:.0f} GB"
 
 

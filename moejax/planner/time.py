@@ -169,8 +169,8 @@ def predict_time(
         phase, kind = item.phase, type(item)
         factor = item.times * routed if phase in _ROUTED else item.times
         if kind is Product:
-            compute[phase] += factor * product_seconds(item, rate)
-            flops = 2.0 * item.m * item.n * item.k * item.groups * item.times
+            compute[phase] += factor * item.filled * product_seconds(item, rate)
+            flops = 2.0 * item.m * item.n * item.k * item.groups * item.times * item.filled
             executed += flops
             if phase in _PIPELINED:
                 wasted += flops

@@ -24,7 +24,11 @@ Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "pper
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """`groups` matrix products [m, k] × [k, n], done `times` times."""
+    """`groups` matrix products [m, k] × [k, n], done `times` times.
+
+    `filled` is the part of the rows that are expected to hold anything: `flops` count them all, as the trace does, but
+    a grouped product spends no time on the others.
+    """
 
     phase: Phase
     stage: Pass
@@ -34,6 +38,7 @@ class Product:
     groups: float = 1
     times: float = 1
     dtype: str = "bfloat16"
+    filled: float = 1
 
     @property
     def flops(self) -> float:

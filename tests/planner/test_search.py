@@ -80,13 +80,13 @@ def test_what_does_not_fit_is_named_with_what_would():
     assert "would fit" in message
 
 
-def test_the_smaller_batch_that_is_named_fits():
-    cluster = with_memory(REFERENCE, 13e9)
-    with pytest.raises(DoesNotFitError) as error:
-        search(request(10_240, cluster, batch_size=512))
-    words = str(error.value).split("batch_size=")
-    assert len(words) == 2
-    search(request(10_240, cluster, batch_size=int(words[1].split(",")[0])))
+def test_the_shorter_length_that_is_named_fits():
+    cluster = with_memory(REFERENCE, 17.5e9)
+    with pytest.raises(DoesNotFitError, match="seq_len=") as error:
+        search(request(10_240, cluster, batch_size=32))
+    shorter = int(str(error.value).split("seq_len=")[1].split(",")[0])
+    assert shorter < 10_240
+    assert search(request(shorter, cluster, batch_size=32)).best.fits(cluster.device.usable_bytes)
 
 
 def test_a_flip_is_where_the_other_plan_becomes_faster():
