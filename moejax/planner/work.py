@@ -15,7 +15,7 @@ What belongs to which phase, in moejax's program as here:
 | `attention` | its norm, projections, rotation, kernel, and what the tensor axis exchanges                           |
 | `route`     | the norm before it, the router, sums of its figures over devices                                      |
 | `dispatch`  | which row goes where, rows on their way to experts                                                    |
-| `expert`    | experts, shared ones and the feed-forward of dense layers too; exchanges of a split width over `tensor` |
+| `expert`    | experts, shared experts, feed-forward of dense layers; a split width's exchanges over `tensor`        |
 | `combine`   | rows on their way back, weighted sums                                                                 |
 | `pipeline`  | what stages hand each other, the schedule's buffers                                                   |
 | `logits`    | the last norm, the output layer                                                                       |
