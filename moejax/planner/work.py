@@ -6,6 +6,22 @@ It is the common language of the planner. Closed forms write it (`moejax.planner
 
 All amounts are of one device and one step: `times` counts how often an entry is done in it, bubbles of the pipeline
 that are computed included.
+
+What belongs to which phase, in moejax's program as here:
+
+| phase       |                                                                                                       |
+|-------------|-------------------------------------------------------------------------------------------------------|
+| `embed`     | rows of the table, summed over the parts of the vocabulary                                            |
+| `attention` | its norm, projections, rotation, kernel, and what the tensor axis exchanges                           |
+| `route`     | the norm before it, the router, sums of its figures over devices                                      |
+| `dispatch`  | which row goes where, rows on their way to experts                                                    |
+| `expert`    | experts, shared experts, feed-forward of dense layers; a split width's exchanges over `tensor`        |
+| `combine`   | rows on their way back, weighted sums                                                                 |
+| `pipeline`  | what stages hand each other, the schedule's buffers                                                   |
+| `logits`    | the last norm, the output layer                                                                       |
+| `loss`      | the softmax over the vocabulary, means over tokens                                                    |
+| `gather`    | weights: gathers, scatters and sums of their gradients, compute copies                                |
+| `optimizer` | the gradients' norm, the update                                                                       |
 """
 
 from __future__ import annotations
