@@ -1,15 +1,19 @@
 """Peak memory of one device, by category, in closed form: what a search asks thousands of times.
 
 All devices run one program, so all hold the same: the vocabulary is spread over the stages, leading dense layers run
-data-parallel over them, and each stage computes in every tick. What is live when is read off the compilers' buffer
-assignments; the peak is that of one of a few moments:
+data-parallel over them, and each stage computes in every tick. What is live when was read off the compilers' buffer
+assignments (`xla_dump_to`), the numbers of buffers below with it; nothing is a fitted factor. The peak is that of one
+of a few moments:
 
 - `backward`: inside the backward pass of one layer of the pipeline. Live are the train state, what the ticks have
-  saved, the slice of it that is this tick's, gradients in float32 (the sum over ticks, and this tick's), gathered
-  weights, and the layer's own workspace: its weights cut out of their stack, their casts, their gradients, and the
-  buffers of a dispatch's first round and of one further round, which are computed again.
+  saved, a copy of the slice of it that is this tick's, gradients in float32 (the sum over ticks, and this tick's),
+  gathered weights, and what the layer itself works with: weights cut out of their stack, their casts and gradients, and
+  the buffers of a dispatch's rounds.
 - `loss`: the logits of one microbatch, their softmax and their gradient, on top of what the ticks have saved.
 - `update`: the optimizer's, with gradients scattered to where parameters are stored.
+
+experiments/results/memory_audit.md compares. Not seen by it: a TPU's allocator takes 1.3% more than the peak, and
+XLA recomputes a little by itself (1% or less was seen) where a GPU's peak is above 0.8 of its memory.
 
 Letters: a bytes of an activation, T tokens of a layer's part on one device, A those of its attention (all of the
 sequence), X rows that arrive at this device's experts, W parameters of its experts in one layer, P of the rest.
@@ -43,10 +47,10 @@ class Memory:
     compute_copies: float  # dense weights gathered once a step
     activations: float  # what the remat policy saves, over the schedule's ticks
     dispatch_buffers: float  # of the layer whose backward pass runs
-    workspace: float  # the rest of that layer: weights' slices, casts and gradients, attention, hidden rows
+    workspace: float  # the rest of that layer: weights' casts and gradients, attention, hidden rows
     logits: float
     kv_cache: float
-    temporaries: float  # what the compiler adds
+    temporaries: float  # what the compiler cuts out of stacks before a loop uses it: a tick's activations, weights
 
     @property
     def peak_bytes(self) -> float:
@@ -202,11 +206,12 @@ class Sizes:
         """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model where a loop sums them up."""
         if self.on_tpu:
             return _FLOAT32 * self.table / self.plan.mesh.expert
-        return (1 if self.one_microbatch else 2) * _FLOAT32 * self.table
+        return (1 if self.plan.parallel.num_microbatches == 1 else 2) * _FLOAT32 * self.table
 
     @property
-    def one_microbatch(self) -> bool:
-        return self.plan.parallel.num_microbatches == 1
+    def accumulated(self) -> float:
+        """Gradients of the slices before, as they are stored, float32."""
+        return _FLOAT32 * self.stored if self.plan.accumulate > 1 else 0.0
 
     @property
     def logits(self) -> float:
@@ -216,53 +221,49 @@ class Sizes:
 
 def _backward(s: Sizes) -> Memory:
     m, a = s.plan.model, s.a
-    D = m.d_model
-    many = s.ticks > 1
-    gradients = s.layers * s.layer_gradients + (s.chunk * s.layer_gradients if many else 0) + s.table_gradients
-    if s.plan.accumulate > 1:
-        gradients += _FLOAT32 * s.stored
+    ticks_add_up = s.ticks > 1  # otherwise nothing is cut out of stacks, and no sum goes from tick to tick
+    gradients = s.layers * s.layer_gradients + s.table_gradients + s.accumulated
+    slices = s.W * (a if s.on_tpu else _FLOAT32)  # the layer's experts
+    if ticks_add_up:
+        gradients += s.chunk * s.layer_gradients
+        slices += s.chunk * s.saved_layer
+    if s.plan.parallel.repeats > 1:  # the chunk's weights
+        slices += s.chunk * s.layer_gradients
     rows, experts = _dispatch_backward(s)
-    weights = s.P * a
-    if s.plan.parallel.repeats > 1:  # the chunk's weights, cut out of the stage's
-        weights += s.chunk * _FLOAT32 * (s.W + (s.P if s.gather_step else s.P_stored))
-    attention = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
-    tokens = a * D * (s.A * (1 + s.parts) + 6 * s.T)
+    heads = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
+    attention = heads * (1 if s.policy == "full" else s.parts) + a * m.d_model * (s.A * (1 + s.parts) + 6 * s.T)
     # Without a loop over microbatches the schedule puts off the output table's gradient until after the layers.
-    logits = (1 if s.on_tpu else 2) * s.logits if s.one_microbatch else 0.0
+    logits = (1 if s.on_tpu else 2) * s.logits if s.plan.parallel.num_microbatches == 1 else 0.0
     return Memory(
         "backward", **s.state, gradients=gradients, compute_copies=s.copies,
-        activations=s.activations + (s.chunk * s.saved_layer if many else 0) + a * D * s.microbatch,
-        dispatch_buffers=rows,
-        workspace=weights + experts + attention * (s.parts if s.policy != "full" else 1) + tokens,
-        logits=logits, kv_cache=0.0, temporaries=0.0,
+        activations=s.activations + a * m.d_model * s.microbatch, dispatch_buffers=rows,
+        workspace=s.P * a + experts + attention, logits=logits, kv_cache=0.0, temporaries=slices,
     )  # fmt: skip
 
 
 def _dispatch_backward(s: Sizes) -> tuple[float, float]:
-    """Rows of buffers, and weights and hidden rows of the experts, in the backward pass of a layer's dispatch.
+    """Rows of buffers; and of the experts casts, gradients and hidden rows, in the backward pass of a layer's dispatch.
 
-    The larger of two moments: in a further round, computed again, while gradients of the first round and of the part
-    before wait; or earlier, in the first round of all parts, where rows are many for the size of the experts.
+    The larger of two moments: in a further round, computed again, while float32 gradients of the first round and of
+    the part before wait; or earlier, in the first round of two parts, where rows are many for the size of the experts.
     """
     m, a = s.plan.model, s.a
     row, hidden = a * m.d_model * s.X, a * m.d_ff // s.width * s.X
-    if s.on_tpu:
-        combine = 2 * _FLOAT32 * s.assignments * m.d_model
-        weights = s.W * (_FLOAT32 * min(s.parts, 2) + a)
-        return max((4 * row + combine, weights + 2 * hidden), (6 * row, weights + 4 * hidden), key=sum)
-    slices = s.W * (_FLOAT32 + a)
-    further = 2 * row, slices + s.W * _FLOAT32 * min(s.parts, 2) + 7 * hidden
     parts = min(s.parts, 2)
-    rows = (4 if s.policy == "full" else 2) * parts
-    first = rows * row, slices + (2 * parts + (3 if s.policy in ("none", "minimal") else 5)) * hidden
+    waiting = s.W * _FLOAT32 * parts
+    if s.on_tpu:
+        combine = 2 * _FLOAT32 * s.assignments * m.d_model  # gradients of the rows that tokens are summed from
+        return max((4 * row + combine, waiting + 2 * hidden), (6 * row, waiting + 4 * hidden), key=sum)
+    further = 2 * row, s.W * a + waiting + 7 * hidden
+    first_rows = (4 if s.policy == "full" else 2) * parts * row
+    first = first_rows, s.W * a + (2 * parts + (3 if s.policy in ("none", "minimal") else 5)) * hidden
     return max(further, first, key=sum)
 
 
 def _loss(s: Sizes) -> Memory:
     saved = s.plan.parallel.num_microbatches if s.policy == "none" else 0
-    accumulated = _FLOAT32 * s.stored if s.plan.accumulate > 1 else 0
     return Memory(
-        "loss", **s.state, gradients=_FLOAT32 * s.table + accumulated,
+        "loss", **s.state, gradients=_FLOAT32 * s.table + s.accumulated,
         compute_copies=s.copies + (_FLOAT32 + s.a) * s.table,
         activations=s.activations + 3 * s.hidden, dispatch_buffers=0.0, workspace=0.0, logits=(saved + 2) * s.logits,
         kv_cache=0.0, temporaries=0.0,
