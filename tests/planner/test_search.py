@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_named_with_what_would():
 
 
 def test_the_shorter_length_that_is_named_fits():
-    cluster = with_memory(REFERENCE, 17.5e9)
+    cluster = with_memory(REFERENCE, 15.8e9)
     with pytest.raises(DoesNotFitError, match="seq_len=") as error:
         search(request(10_240, cluster, batch_size=32))
     shorter = int(str(error.value).split("seq_len=")[1].split(",")[0])
