@@ -242,8 +242,9 @@ def test_buffers_that_do_not_fit_give_way_to_the_next_smaller(monkeypatch, caplo
 
     monkeypatch.setattr(sizes_module, "fit", fake_fit)
     with caplog.at_level(logging.WARNING), StepSizes([step], [BucketShape(SEQ_LEN, BATCH)], 1) as sizes:
-        assert sizes.use(0, 3).step.program.dispatch.capacity_factor == factors[1]
-    assert f"Buffers of capacity {factors[3]:g} do not fit, {factors[2]:g} is tried" in caplog.text
+        for _ in range(2):
+            assert sizes.use(0, 3).step.program.dispatch.capacity_factor == factors[1]
+    assert caplog.text.count(f"Buffers of capacity {factors[3]:g} do not fit, {factors[2]:g} is tried") == 1
 
 
 def test_cpus_have_no_limit_of_their_own():
