@@ -75,7 +75,7 @@ def test_data_shortcuts():
     [
         (
             ["--config=tinny"],
-            "--config=tinny does not exist; did you mean tiny? use one of load_balance, mixed,",
+            "--config=tinny does not exist; did you mean tiny? use one of load_balance, mixed, mixtral_8x7b,",
         ),
         (["--mesh=cpu16"], "--mesh=cpu16 does not exist; did you mean cpu_16? use one of a100_64gb_2x8,"),
         (["--mesh=no.py"], "no.py does not exist; use a Python file with get_config() -> MeshConfig"),

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax.sharding import NUM_STACK_DIMS
@@ -29,14 +30,16 @@ def reshard(tree: Any, template: Any, *, donate: bool = False) -> Any:
     """
 
     def move(leaf: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
-        if leaf.shape == want.shape:
-            moved = jax.device_put(leaf, want.sharding)
-        else:
-            moved = jax.device_put(leaf, restackable(leaf.shape, want.sharding))
+        if leaf.shape == want.shape and leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim):
+            return jax.device_put(leaf, want.sharding)  # the same memory
+        restacked = leaf.shape != want.shape
+        moved = jax.device_put(leaf, restackable(leaf.shape, want.sharding) if restacked else want.sharding)
+        if restacked:
             moved = restack(moved, want.shape, want.sharding)
+        elif donate:
+            moved = jnp.copy(moved)  # what stays on its device would be shared with what is deleted
         jax.block_until_ready(moved)
-        stays = leaf.shape == want.shape and leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
-        if donate and not stays:  # what stays where it is shares its memory
+        if donate:
             leaf.delete()
         return moved
 

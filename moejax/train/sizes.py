@@ -42,6 +42,7 @@ class StepSizes:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
         self._steps: dict[Key, Future[FittedStep]] = {}
         self._current: Key | None = None
+        self._instead: dict[Key, Key] = {}  # of sizes that do not fit
         self.used: dict[Key, FittedStep] = {}
         self.switches, self.seconds_waited = 0, 0.0
 
@@ -59,6 +60,7 @@ class StepSizes:
             DoesNotFitError: a `ConfigError`, where no step down brings the memory below the limit.
         """
         key = self._clamped(bucket, index)
+        key = self._instead.get(key, key)
         if key != self._current:
             began = time.perf_counter()
             self._cancel_others(key)
@@ -129,7 +131,8 @@ class StepSizes:
                 raise
             factor, smaller = (self._sizes(bucket)[i] for i in (index, index - 1))
             logging.warning("Buffers of capacity %g do not fit, %g is tried: %s", factor, smaller, error)
-            return self._fitting((bucket, index - 1))
+            self._instead[key] = self._fitting((bucket, index - 1))
+            return self._instead[key]
         return key
 
     def _submit(self, key: Key) -> Future[FittedStep]:
