@@ -5,7 +5,8 @@
     python experiments/audit.py --grid                          # all of it: compiles what has no record yet
 
 A plan is the configuration's, on the mesh of the target's name. Its table has what the compiler can tell apart:
-arguments (parameters, optimizer, batch) and temporaries; the prediction's categories follow. The grid is that of
+arguments (parameters, optimizer, batch) and temporaries; the prediction's categories follow, then FLOPs and bytes sent,
+of the trace and of the compiled program. The grid is that of
 `audit_cases`; its table is written to results/memory_audit.md. With --max_error the status is 1 where a prediction is
 further off. Compiling needs the extra `aot`. Ends with one line of JSON.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from audit_cases import Audited, Case, Compiled
 from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
+from moejax.planner.compiled import compiled_counts
 from moejax.planner.memory import Memory, predict_memory
 from moejax.planner.plan import Plan
+from moejax.planner.trace import trace
 from moejax.topology import compile_only_devices
 from moejax.train.step import make_train_step
 
@@ -67,9 +71,9 @@ def audit_one(config: TrainConfig, mesh_config: MeshConfig, target: str) -> Audi
         accumulate=config.accumulate,
     )
     case = Case(flags.FLAGS["config"].value, target, plan, used_for_fitting=False)
-    audited = Audited.of(case, compile_plan(plan, target))
-    print("\n".join(categories(predict_memory(plan), audited.compiled)))
-    return audited
+    compiled, executable = compile_plan(plan, target)
+    print("\n".join([*categories(predict_memory(plan), compiled), "", *counts(plan, executable)]))
+    return Audited.of(case, compiled)
 
 
 def audit_lines(numbers: list[int]) -> list[Audited]:
@@ -81,7 +85,7 @@ def audit_lines(numbers: list[int]) -> list[Audited]:
     audited = []
     for number in numbers:
         case = Case.parse(grid[number - 1])
-        audited.append(Audited.of(case, compile_plan(case.plan, case.target)))
+        audited.append(Audited.of(case, compile_plan(case.plan, case.target)[0]))
         print(audited[-1].line, flush=True)
     return audited
 
@@ -92,7 +96,7 @@ def audit_grid() -> list[Audited]:
     for row in audit_cases.read_grid():
         if audit_cases.key(row) not in record:
             case = Case.parse(row)
-            compiled = compile_plan(case.plan, case.target)
+            compiled, _ = compile_plan(case.plan, case.target)
             audit_cases.append_record(row, compiled)
             print(Audited.of(case, compiled).line, flush=True)
     audited = audit_cases.recorded()
@@ -113,23 +117,26 @@ def _preface(versions: str) -> list[str]:
     ]
 
 
-def compile_plan(plan: Plan, target: str) -> Compiled:
-    """Compiles the train step that follows the plan."""
+def compile_plan(plan: Plan, target: str) -> tuple[Compiled, Any]:
+    """Compiles the train step that follows the plan; also returns what JAX made of it."""
     config = plan.train_config()
     program = Program.from_config(config, build_mesh(plan.mesh, compile_only_devices(target)))
     train_step = make_train_step(program, config.optimizer, accumulate=config.accumulate)
     lowered = train_step.lower(plan.batch_size, plan.seq_len)
     began = time.perf_counter()
-    memory = lowered.compile().memory_analysis()
-    return Compiled(
+    executable = lowered.compile()
+    compile_s = time.perf_counter() - began
+    memory = executable.memory_analysis()
+    figures = Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
-        compile_s=round(time.perf_counter() - began, 1),
+        compile_s=round(compile_s, 1),
         jax=jax.__version__,
     )
+    return figures, executable
 
 
 def categories(predicted: Memory, compiled: Compiled) -> list[str]:
@@ -145,6 +152,18 @@ def categories(predicted: Memory, compiled: Compiled) -> list[str]:
     lines += [f"| {name} | {a / 1e9:.3f} | {b / 1e9:.3f} | {a / b - 1:+.1%} |" for name, a, b in rows]
     lines += [f"| {name.replace('_', ' ')} | {size / 1e9:.3f} | | |" for name, size in parts.items() if size]
     return [*lines, "", f"The peak is in the {predicted.moment}; compiled in {compiled.compile_s:.0f} s."]
+
+
+def counts(plan: Plan, executable: Any) -> list[str]:
+    """Markdown: FLOPs of matrix products and bytes sent to other devices, traced and compiled."""
+    traced, compiled = trace(plan), compiled_counts(executable, plan)
+    sent: Counter[str] = Counter()
+    for (_, kind, _), size in traced.sent_bytes.items():
+        sent[kind] += size
+    rows = [("matrix products, TFLOP", sum(traced.flops.values()) / 1e12, compiled.flops / 1e12)]
+    rows += [(f"{kind}, GB sent", size / 1e9, compiled.written_bytes.get(kind, 0) / 1e9) for kind, size in sent.items()]
+    lines = ["| | traced | compiled | error |", "|---|---|---|---|"]
+    return lines + [f"| {name} | {a:.3f} | {b:.3f} | {a / b - 1:+.1%} |" for name, a, b in rows if b]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ HELD_OUT, FITTED = "held out", "fitted"
 
 _GRID_COLUMNS = (
     "model", "target", "expert", "pipeline", "tensor", "seq_len", "batch_size", "microbatches", "repeats", "remat",
-    "gather", "strategy", "capacity_factor", "expert_axes", "batch_split", "accumulate", "used_for_fitting",
+    "gather", "strategy", "capacity_factor", "expert_axes", "batch_split", "chunks", "hosts", "accumulate",
+    "used_for_fitting",
 )  # fmt: skip
 _COLUMNS = ("model", "target", "e × p × t", "batch", "plan", "predicted, GB", "compiled, GB", "error", "")
 HEADER = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
@@ -60,6 +61,8 @@ class Case:
             strategy=row["strategy"],  # type: ignore[arg-type]
             capacity_factor=float(row["capacity_factor"]),
             expert_axes=tuple(row["expert_axes"].split("+")),  # type: ignore[arg-type]
+            chunks=int(row["chunks"]),
+            hosts=int(row["hosts"]),
         )
         plan = Plan(
             model=model,
@@ -82,6 +85,7 @@ class Case:
         words += [dispatch.strategy] * (dispatch.strategy != "dropless")
         words += [f"buffers of {dispatch.capacity_factor:g}"] * (dispatch.capacity_factor != 1.5)
         words += ["experts split"] * (plan.mesh.tensor > 1 and dispatch.expert_axes == ("expert",))
+        words += [f"{dispatch.chunks} chunks"] * (dispatch.chunks > 1) + ["two hops"] * (dispatch.hosts > 1)
         words += [f"{parallel.batch_split} part"] * (parallel.batch_split > 0)
         return ", ".join(words)
 
