@@ -18,7 +18,7 @@ from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer
 #   projection  a named product: queries, keys and values, gate and up
 #   scores      what the attention kernel's backward pass needs of its forward pass
 #   network     what crossed the network, and so the product whose result it was: attention's output, experts' results
-#   result      what nothing names: logits, results of experts on a single device, sorted gates
+#   result      what nothing names: logits, sorted gates
 #   anew        what no policy keeps: weights gathered for a layer, the router's kernel, integers that devices agree on
 #   unused      the backward pass does not ask for it
 Result = Literal["projection", "scores", "network", "result", "anew", "unused"]

@@ -170,7 +170,7 @@ class _Step(Passes):
         assignments = self.T * self.model.experts_per_token
         if self.grouped and not self.exchanges:
             rows = assignments
-            yield from self.experts(rows, times, "result")
+            yield from self.experts(rows, times, "network")
         elif self.grouped:
             rows = self.ragged_rows * self.dispatch.chunks
             yield from self.ragged(times)

@@ -1,4 +1,4 @@
-"""Plans drawn at random: every way to lay a tiny model out on up to 256 devices."""
+"""Plans drawn at random: every way to lay a tiny model out. What takes jax long to trace is drawn less often."""
 
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig
@@ -56,17 +56,17 @@ def _draw(rng):
         gather=one_of("step", "layer"),
         remat=one_of("auto", "none", "minimal", "collectives", "full"),
         bubble=one_of("auto", "compute", "skip"),
-        batch_split=one_of(0, 0, 1, 2, 3),
+        batch_split=one_of(0, 0, 0, 1, 1, 2, 3),
     )
     dispatch = DispatchConfig(
         strategy=one_of("dropless", "dropless", "capacity", "ragged"),
         capacity_factor=one_of(1.0, 1.25, 1.5, 3.0),
         expert_axes=one_of(("expert",), ("expert", "tensor")),
         hosts=one_of(1, 1, *(n for n in (2, 4, 8) if mesh.expert % n == 0)),
-        chunks=one_of(1, 1, 2, 3),
+        chunks=one_of(1, 1, 1, 1, 2, 3),
         payload=one_of("full", "full", "float8"),
     )
-    accumulate = one_of(1, 1, 1, 2, 3)
+    accumulate = one_of(1, 1, 1, 1, 1, 2, 3)
     stages = mesh.pipeline if dense else 1
     unit = mesh.replica * mesh.expert * parallel.num_microbatches * max(1, parallel.batch_split) * stages * accumulate
     return Plan(

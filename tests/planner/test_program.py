@@ -1,5 +1,6 @@
 """The closed forms of a step are its trace, to the byte and the FLOP, on plans drawn anew in every run."""
 
+import functools
 import os
 import random
 import time
@@ -20,6 +21,9 @@ EXACT = 1e-12  # of a sum of floats
 SEED = int(os.environ.get("MOEJAX_TEST_SEED", time.time_ns()))
 
 
+traced = functools.cache(trace)
+
+
 def by_pass(items):
     flops, sent = Counter(), Counter()
     for item in items:
@@ -31,7 +35,7 @@ def by_pass(items):
 
 
 def assert_same(plan):
-    items, counted = work(plan), trace(plan)
+    items, counted = work(plan), traced(plan)
     flops, sent = by_pass(items)
     assert dict(flops) == pytest.approx(counted.flops_by_pass, rel=EXACT)
     assert dict(sent) == pytest.approx(counted.sent_by_pass, rel=EXACT)
@@ -51,7 +55,7 @@ def check_drawn(seed, number):
 
 
 def test_closed_forms_are_the_trace():
-    check_drawn(SEED, 16)
+    check_drawn(SEED, 5)  # 2 to 3 s each, all of it jax's tracing
 
 
 @pytest.mark.slow
@@ -59,25 +63,24 @@ def test_closed_forms_are_the_trace_of_200_plans():
     check_drawn(SEED, 200)
 
 
-# Each policy, strategy and gather once, whatever is drawn.
+# Whatever is drawn: each policy, strategy and gather.
 MODEL = ModelConfig(
     num_layers=5, d_model=32, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=16, num_experts=8, shared_d_ff=24,
     num_dense_layers=1, dense_d_ff=40,
 )  # fmt: skip
 FOUR_AXES = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100")
 CORNERS = {
-    "none": Plan(MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="none", gather="layer")),
-    "minimal": Plan(MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="minimal", repeats=2), accumulate=2),
+    "none": Plan(MODEL, FOUR_AXES, 32, 16, ParallelConfig(remat="none", gather="layer")),
     "collectives": Plan(
-        MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="collectives", gather="layer"),
-        DispatchConfig("capacity", expert_axes=("expert",), chunks=2, hosts=2),
+        MODEL, FOUR_AXES, 32, 16, ParallelConfig(remat="collectives", repeats=2),
+        DispatchConfig("capacity", expert_axes=("expert",), hosts=2),
     ),
     "full": Plan(
-        MODEL, FOUR_AXES, 32, 32, ParallelConfig(remat="full", gather="layer"),
+        MODEL, FOUR_AXES, 32, 16, ParallelConfig(remat="full", gather="layer"),
         DispatchConfig("ragged", hosts=2, payload="float8"),
     ),
     "one device": Plan(MODEL, MeshConfig(hardware="tpu_v5p"), 32, 4, ParallelConfig(remat="minimal")),
-    "prefill": Plan(MODEL, FOUR_AXES, 32, 32, mode="prefill"),
+    "prefill": Plan(MODEL, FOUR_AXES, 32, 16, mode="prefill"),
 }  # fmt: skip
 
 
@@ -94,7 +97,7 @@ def test_the_reference_model():
 def test_sweeps_are_less_than_the_unfused_program_moves():
     """An upper bound for them, in the phases that are swept; matrix products move the rest."""
     plan = CORNERS["full"]
-    moved, swept = trace(plan).moved_bytes, Counter()
+    moved, swept = traced(plan).moved_bytes, Counter()
     for item in work(plan):
         if isinstance(item, Sweep):
             swept[item.phase] += item.moved_bytes * item.times
