@@ -14,8 +14,9 @@ from moejax.planner.hardware import DEVICES, Cluster, Constant, Device, Link, ge
 from moejax.planner.memory import Memory, predict_memory
 from moejax.planner.plan import Plan
 from moejax.planner.predict import Prediction, predict
-from moejax.planner.search import Choice, DoesNotFitError, Request, default_batch_size, search
+from moejax.planner.search import Choice, Request, default_batch_size, search
 from moejax.planner.time import Assumptions, StepTime, predict_time
+from moejax.train.memory_guard import DoesNotFitError
 
 __all__ = [
     "DEVICES",

@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
-from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig
+from moejax.config import DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, MeshConfig
 from moejax.planner.hardware import Cluster, Constant
 from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Mode, Plan
 from moejax.planner.predict import Prediction, is_legal, predict_step
 from moejax.planner.time import Assumptions
+from moejax.train.memory_guard import DoesNotFitError
 
 WEAKEST_FIRST = ("none", "minimal", "collectives", "full")
 ACCUMULATE = (1, 2, 4, 8, 16, 32)
@@ -103,10 +104,6 @@ class Request:
     @property
     def limit_bytes(self) -> float:
         return self.cluster.device.usable_bytes
-
-
-class DoesNotFitError(ConfigError):
-    """No plan fits: the message names the category of memory and the smallest change that would fit."""
 
 
 def search(request: Request) -> Choice:

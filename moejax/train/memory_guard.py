@@ -34,7 +34,7 @@ REMAT_LADDER = ("none", "minimal", "collectives", "full")
 
 
 class DoesNotFitError(ConfigError):
-    """A step that needs more memory than a device has, on the last rung too."""
+    """No way of doing the step fits in a device's memory: the message names what takes most, and what would fit."""
 
 
 @dataclasses.dataclass(frozen=True)
