@@ -22,7 +22,7 @@ from rich.console import Console
 from moejax.config import ConfigError, DispatchConfig
 from moejax.planner import report
 from moejax.planner.hardware import load_calibration
-from moejax.planner.search import Choice, Request, default_batch_size, search
+from moejax.planner.search import Choice, Request, default_batch_size, find_plan
 from moejax.train.schedule import Bucket, write_plan_file
 
 _MODEL = flags.DEFINE_string("model", "moe_16x10b", "A preset, a name in experiments/configs, or a Python file.")
@@ -46,7 +46,7 @@ _PLOT = flags.DEFINE_string("plot", None, "Where to draw memory and time; needs 
 def main(argv: list[str]) -> None:
     loading.parse_flags(argv)
     requests = make_requests()
-    choices = {request.seq_len: search(request) for request in requests}
+    choices = {request.seq_len: find_plan(request) for request in requests}
     print(render(requests, choices))
     if _OUT.value:
         write_plan(Path(_OUT.value).expanduser(), choices)

@@ -18,7 +18,7 @@ from absl import flags
 from moejax.planner import report
 from moejax.planner.flops import ceilings, forward_flops
 from moejax.planner.hardware import Cluster
-from moejax.planner.search import Choice, Request, default_batch_size, search
+from moejax.planner.search import Choice, Request, default_batch_size, find_plan
 from moejax.planner.time import Assumptions
 
 MODEL, CLUSTER = "moe_16x10b", "a100_64gb_2x8"
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
     model, cluster = loading.load_model(MODEL), loading.load_cluster(CLUSTER)
     train = {n: Request(model, cluster, n, default_batch_size(n)) for n in LENGTHS}
     prefill = {n: Request(model, cluster, n, default_batch_size(n), "prefill") for n in LENGTHS}
-    trained = {n: search(request) for n, request in train.items()}
-    prefilled = {n: search(request) for n, request in prefill.items()}
+    trained = {n: find_plan(request) for n, request in train.items()}
+    prefilled = {n: find_plan(request) for n, request in prefill.items()}
     text = "\n\n".join([
         f"# {MODEL} on {CLUSTER}, as planned",
         "Closed forms; nothing was run. `python experiments/reference_table.py`.",

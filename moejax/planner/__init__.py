@@ -3,7 +3,7 @@
     from moejax import planner
 
     cluster = planner.Cluster("mine", planner.get_device("h100"), hosts=2, devices_per_host=8)
-    choice = planner.search(planner.Request(model, cluster, seq_len=4096, batch_size=32))
+    choice = planner.find_plan(planner.Request(model, cluster, seq_len=4096, batch_size=32))
     print(choice.best.plan, choice.best.memory, choice.best.time)
 
 Start reading at `work` (the language), then `program` (what a step costs), `memory`, `time` and `search`. `trace`
@@ -13,8 +13,8 @@ counts the same from the program itself, without devices; `published` predicts o
 from moejax.planner.hardware import DEVICES, Cluster, Constant, Device, Link, get_device, load_calibration
 from moejax.planner.memory import Memory, predict_memory
 from moejax.planner.plan import Plan
-from moejax.planner.predict import Prediction, predict
-from moejax.planner.search import Choice, Request, default_batch_size, search
+from moejax.planner.predict import Prediction, predict_plan
+from moejax.planner.search import Choice, Request, default_batch_size, find_plan
 from moejax.planner.time import Assumptions, StepTime, predict_time
 from moejax.train.memory_guard import DoesNotFitError
 
@@ -33,10 +33,10 @@ __all__ = [
     "Request",
     "StepTime",
     "default_batch_size",
+    "find_plan",
     "get_device",
     "load_calibration",
-    "predict",
     "predict_memory",
+    "predict_plan",
     "predict_time",
-    "search",
 ]

@@ -82,7 +82,7 @@ def predict_step(plan: Plan, cluster: Cluster, assumptions: Assumptions) -> Step
     return predict_time(items, cluster, Placement.of(plan.mesh), step=step_of(plan), assumptions=assumptions)
 
 
-def predict(plan: Plan, cluster: Cluster, assumptions: Assumptions | None = None) -> Prediction:
+def predict_plan(plan: Plan, cluster: Cluster, assumptions: Assumptions | None = None) -> Prediction:
     """Memory and time of a plan.
 
     Raises:

@@ -106,7 +106,7 @@ class Request:
         return self.cluster.device.usable_bytes
 
 
-def search(request: Request) -> Choice:
+def find_plan(request: Request) -> Choice:
     """The fastest plan that fits, and why.
 
     Raises:

@@ -7,9 +7,9 @@ import pytest
 from moejax.mesh import build_mesh
 from moejax.planner import search as module
 from moejax.planner.hardware import Cluster, get_device
-from moejax.planner.predict import check, predict, predict_step
+from moejax.planner.predict import check, predict_plan, predict_step
 from moejax.planner.report import as_data, choice_table, finite, layout, memory_table, time_table, why
-from moejax.planner.search import DoesNotFitError, Request, default_batch_size, follows_rules, meshes, search
+from moejax.planner.search import DoesNotFitError, Request, default_batch_size, find_plan, follows_rules, meshes
 from moejax.presets import mixtral_8x7b, moe_16x10b, tiny
 
 REFERENCE = Cluster("a100_64gb_2x8", get_device("a100_64gb"), 2, 8)
@@ -22,7 +22,7 @@ def request(seq_len=1024, cluster=REFERENCE, model=None, **fields):
 
 @functools.cache
 def found(seq_len=1024, mode="train"):
-    return search(request(seq_len, mode=mode))
+    return find_plan(request(seq_len, mode=mode))
 
 
 def with_memory(cluster, num_bytes):
@@ -39,7 +39,7 @@ def test_the_best_plan_can_be_built_and_fits(seq_len, mode):
     assert best.fits(REFERENCE.device.usable_bytes)
     assert best.plan.mesh.num_devices == 16
     assert best.time.low <= best.time.expected <= best.time.high
-    assert predict(best.plan, REFERENCE).time == best.time
+    assert predict_plan(best.plan, REFERENCE).time == best.time
     if choice.runner_up:
         assert choice.runner_up.plan.mesh.shape != best.plan.mesh.shape
         assert choice.margin >= 0
@@ -49,7 +49,7 @@ def test_on_a_small_cluster_no_plan_is_faster():
     """The two stages against every combination of what they choose."""
     cluster = Cluster("four", get_device("h100"), 1, 4)
     r = request(512, cluster, batch_size=16, model=dataclasses.replace(moe_16x10b(), num_layers=4))
-    best = search(r).best.time.expected
+    best = find_plan(r).best.time.expected
     layouts = list(module._layouts(r, 1))
     every = itertools.chain.from_iterable(module._variants(plan) for plan in layouts)
     times = [
@@ -63,7 +63,7 @@ def test_on_a_small_cluster_no_plan_is_faster():
 
 def test_more_memory_is_never_slower():
     times = [
-        search(request(10_240, with_memory(REFERENCE, gigabytes * 1e9))).best.time.expected
+        find_plan(request(10_240, with_memory(REFERENCE, gigabytes * 1e9))).best.time.expected
         for gigabytes in (48, 64, 96, 200)
     ]
     assert times == sorted(times, reverse=True)
@@ -73,7 +73,7 @@ def test_more_memory_is_never_slower():
 def test_what_does_not_fit_is_named_with_what_would():
     r = request(10_240, with_memory(REFERENCE, 20e9), model=mixtral_8x7b())
     with pytest.raises(DoesNotFitError) as error:
-        search(r)
+        find_plan(r)
     message = str(error.value)
     assert "\n" not in message
     assert "most of it optimizer" in message
@@ -83,10 +83,10 @@ def test_what_does_not_fit_is_named_with_what_would():
 def test_the_shorter_length_that_is_named_fits():
     cluster = with_memory(REFERENCE, 15.8e9)
     with pytest.raises(DoesNotFitError, match="seq_len=") as error:
-        search(request(10_240, cluster, batch_size=32))
+        find_plan(request(10_240, cluster, batch_size=32))
     shorter = int(str(error.value).split("seq_len=")[1].split(",")[0])
     assert shorter < 10_240
-    assert search(request(shorter, cluster, batch_size=32)).best.fits(cluster.device.usable_bytes)
+    assert find_plan(request(shorter, cluster, batch_size=32)).best.fits(cluster.device.usable_bytes)
 
 
 def test_a_flip_is_where_the_other_plan_becomes_faster():
@@ -144,4 +144,4 @@ def test_the_tables_hold_every_length():
 def test_a_model_that_nothing_divides_says_so():
     odd = dataclasses.replace(tiny(), num_experts=7, num_layers=5, d_model=132, num_heads=3, num_kv_heads=3)
     with pytest.raises(DoesNotFitError, match="no mesh of 16 devices divides the model's 7 experts"):
-        search(request(model=odd, batch_size=3))
+        find_plan(request(model=odd, batch_size=3))
