@@ -13,17 +13,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
 import loading
-from absl import flags
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from moejax.config import check
-from moejax.mesh import build_mesh
+from moejax.config import TrainConfig, check
+from moejax.mesh import MeshConfig, build_mesh
+from moejax.planner import DEVICES, Plan
+from moejax.planner.predict import check_fits
 from moejax.train.loop import Summary, Trainer
+from moejax.train.schedule import Bucket
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Checkpoints and metrics of the run; an existing one is resumed. Default: a new one under runs/."
@@ -34,6 +38,7 @@ def main(argv: list[str]) -> None:
     config, mesh_config, rest = common.parse_configs(argv)
     check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
     buckets = common.plan_buckets()
+    refuse_what_cannot_fit(config, mesh_config, buckets)
     common.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
@@ -42,6 +47,26 @@ def main(argv: list[str]) -> None:
     summary = Trainer(config, mesh, workdir, buckets).run()
     show(summary, config.steps, workdir, console)
     print(json.dumps(dataclasses.asdict(summary)))
+
+
+def refuse_what_cannot_fit(config: TrainConfig, mesh: MeshConfig, buckets: Sequence[Bucket]) -> None:
+    """Holds what the planner predicts against the devices' memory, before anything starts. It knows accelerators only.
+
+    Raises:
+        DoesNotFitError: a bucket, or the run of one length, is predicted not to fit however it is cut.
+    """
+    if mesh.hardware not in DEVICES or mesh.hardware == "cpu":
+        return
+    limit = config.memory_limit_bytes or DEVICES[mesh.hardware].usable_bytes
+    data = config.data
+    one = Bucket(data.seq_len, data.batch_size, mesh, config.parallel, config.dispatch, config.accumulate)
+    for b in buckets or (one,):
+        plan = Plan(config.model, b.mesh, b.seq_len, b.batch_size, b.parallel, b.dispatch, b.accumulate)
+        if not check_fits(plan, limit):
+            logging.warning(
+                "%d sequences of %d tokens are predicted not to fit in %.1f GB as they are; the memory guard will step "
+                "down. experiments/plan.py finds a plan that fits.", b.batch_size, b.seq_len, limit / 1e9,
+            )  # fmt: skip
 
 
 def show(summary: Summary, steps: int, workdir: Path, console: Console) -> None:

@@ -14,6 +14,7 @@ from moejax.planner.plan import Plan
 from moejax.planner.program import work
 from moejax.planner.serve import decode_work
 from moejax.planner.time import Assumptions, Placement, Step, StepTime, predict_time
+from moejax.train.memory_guard import DoesNotFitError
 
 EXPECTED_LOAD = 1.1  # busiest over mean, of a balanced router over a microbatch: CV 0.05 and a sampling floor of 0.04
 
@@ -90,3 +91,43 @@ def predict_plan(plan: Plan, cluster: Cluster, assumptions: Assumptions | None =
     """
     check(plan)
     return Prediction(plan, predict_memory(plan), predict_step(plan, cluster, assumptions or Assumptions()))
+
+
+def check_fits(plan: Plan, limit_bytes: float) -> bool:
+    """Whether a training plan fits as it is; if not, the trainer's ladder (`moejax.train.memory_guard`) makes it fit.
+
+    Raises:
+      DoesNotFitError: the ladder's last rung is predicted not to fit either; names what takes most, and what would fit.
+    """
+    memory = predict_memory(plan)
+    if memory.peak_bytes <= limit_bytes:
+        return True
+    least = predict_memory(_last_rung(plan))
+    if least.peak_bytes > limit_bytes:
+        raise DoesNotFitError(
+            f"{plan.batch_size} sequences of {plan.seq_len} tokens need {memory.peak_bytes / 1e9:.1f} GB of a device's "
+            f"{limit_bytes / 1e9:.1f} as planned, and {least.peak_bytes / 1e9:.1f} with full rematerialisation and the "
+            f"smallest microbatches, most of it {least.largest} ({least.categories[least.largest] / 1e9:.1f} GB); "
+            f"{smallest_change(_last_rung(plan), limit_bytes)} would fit"
+        )
+    return False
+
+
+def _last_rung(plan: Plan) -> Plan:
+    """The plan with the strongest rematerialisation and one sequence of a device at a time."""
+    count = plan.batch_size // (plan.mesh.replica * plan.mesh.expert * plan.accumulate)
+    parallel = dataclasses.replace(plan.parallel, remat="full", num_microbatches=count, batch_split=1)
+    least = dataclasses.replace(plan, parallel=parallel)
+    return least if is_legal(least) else plan
+
+
+def smallest_change(plan: Plan, limit_bytes: float) -> str:
+    """Shorter sequences, or devices of more memory. (A smaller batch does not help: it was accumulated already.)"""
+    devices = f"devices of {predict_memory(plan).peak_bytes / 1e9 + 1:.0f} GB"
+    seq_len = plan.seq_len
+    while seq_len > 128:
+        seq_len = max(128, seq_len // 2)
+        shorter = dataclasses.replace(plan, seq_len=seq_len)
+        if is_legal(shorter) and predict_memory(shorter).peak_bytes <= limit_bytes:
+            return f"seq_len={seq_len}, or {devices},"
+    return f"{devices},"

@@ -24,7 +24,7 @@ from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, MeshConfig
 from moejax.planner.hardware import Cluster, Constant
 from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Mode, Plan
-from moejax.planner.predict import Prediction, is_legal, predict_step
+from moejax.planner.predict import Prediction, is_legal, predict_step, smallest_change
 from moejax.planner.time import Assumptions
 from moejax.train.memory_guard import DoesNotFitError
 
@@ -328,19 +328,8 @@ def _why_none(request: Request, seen: _Seen) -> str:
         f"{what} do not fit on {cluster.name}: the smallest of {seen.evaluated} plans needs {need / 1e9:.1f} GB of "
         f"{limit / 1e9:.1f} GB a device, most of it {memory.largest} "
         f"({memory.categories[memory.largest] / 1e9:.1f} GB); "
-        f"{_smallest_change(request, plan, need)}, or about {devices:.0f} such devices, would fit"
+        f"{smallest_change(plan, limit)} or about {devices:.0f} such devices, would fit"
     )
-
-
-def _smallest_change(request: Request, plan: Plan, need: float) -> str:
-    """Shorter sequences, or devices of more memory. (A smaller batch does not help: it was accumulated already.)"""
-    seq_len = request.seq_len
-    while seq_len > 128:
-        seq_len = max(128, seq_len // 2)
-        shorter = dataclasses.replace(plan, seq_len=seq_len)
-        if is_legal(shorter) and predict_memory(shorter).peak_bytes <= request.limit_bytes:
-            return f"seq_len={seq_len}, devices of {need / 1e9 + 1:.0f} GB"
-    return f"devices of {need / 1e9 + 1:.0f} GB"
 
 
 # Constants of the cluster that a choice can hang on: name, how to scale it.

@@ -84,3 +84,14 @@ def test_calibration_measures_this_machine_and_the_planner_takes_it(tmp_path):
     assert device.matmul_flops == figures["matmul_flops"] > 0
     assert device.inside.bytes_per_s == figures["inside"]["bytes_per_s"] > 0
     run("plan", "--model=tiny", "--cluster=cpu_16", "--seq_len=64", f"--calibration={path}")
+
+
+def test_training_that_cannot_fit_is_refused_before_it_starts(tmp_path):
+    workdir = tmp_path / "run"
+    batch = ["--config.data.seq_len=10240", "--config.data.batch_size=256"]
+    arguments = ["--config=moe_16x10b", "--mesh=h100_2x8", f"--workdir={workdir}", *batch]
+    done = run("train", *arguments, "--config.memory_limit_bytes=14000000000", status=2)
+    assert "full rematerialisation and the smallest microbatches, most of it " in done.stderr
+    assert "would fit" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not workdir.exists()
