@@ -18,6 +18,7 @@ from moejax.hlo import Instruction, Module
 from moejax.kernels.attention import cost
 from moejax.planner.passes import BYTES
 from moejax.planner.plan import Plan
+from moejax.planner.trace import trace
 
 _KINDS = {
     "all-to-all": "all_to_all",
@@ -74,6 +75,17 @@ def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
         asynchronous={kind: asynchronous[kind] / size for kind, size in sent.items()},
         peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
     )
+
+
+def against_trace(plan: Plan, found: CompiledCounts) -> dict[str, tuple[float, float]]:
+    """What the trace of the plan says and what was compiled: "flops", and by kind the bytes sent, as written."""
+    counts = trace(plan)
+    traced: Counter[str] = Counter()
+    for (_, kind, _), sent_bytes in counts.sent_bytes.items():
+        traced[kind] += sent_bytes
+    kinds = sorted(traced.keys() | found.written_bytes.keys())
+    sent = {kind: (traced[kind], found.written_bytes.get(kind, 0.0)) for kind in kinds}
+    return {"flops": (sum(counts.flops.values()), found.flops)} | sent
 
 
 def _gathers_weights(kind: str, x: Instruction) -> bool:
