@@ -1,7 +1,14 @@
 """Counts of a compiled step, to hold against those of its trace: FLOPs, bytes that collectives send, peak memory.
 
-compiled = make_train_step(program).lower(batch_size, seq_len).compile()
-found = compiled_counts(compiled, plan)
+    compiled = make_train_step(program).lower(batch_size, seq_len).compile()
+    pairs = against_trace(plan, compiled_counts(compiled, plan))
+
+For `moe_16x10b` on 2×8 H100 FLOPs agree to 5e-5, the compiler having made the weighted sums of `combine` elementwise,
+and every kind of collective to the byte or nearly, but for two things that the compiler does:
+
+- It gathers weights in 16 bits in the forward pass, see `CompiledCounts.written_bytes`.
+- Sums of the gradients of one weight, of which there is one for each part of a microbatch (`parallel.batch_split`), it
+  adds up before they cross the network: all-reduces of the phase `gather` are fewer than written.
 """
 
 from __future__ import annotations
