@@ -109,9 +109,8 @@ class _Step(Passes):
         yield from self.product("attention", tokens, m.d_model, heads * m.head_dim, times, "network")
         yield from self.transfer("attention", "reduce_scatter", (TENSOR,), local * t, times, "network")
         yield from self.sweep("attention", b * self.s * m.d_model, times, forward=5, backward=8)  # norm, residual
-        yield from self.sweep(
-            "attention", tokens * (heads + kv_heads) * m.head_dim, times, forward=2, backward=2
-        )  # RoPE
+        rotated = tokens * (heads + kv_heads) * m.head_dim
+        yield from self.sweep("attention", rotated, times, forward=2, backward=2)
 
     def scores(self, b: float, heads: int, times: float) -> Iterator[Product]:
         """The kernel on padded tokens; causality leaves half of each product of queries by tokens."""
@@ -170,7 +169,7 @@ class _Step(Passes):
         assignments = self.T * self.model.experts_per_token
         if self.grouped and not self.exchanges:
             rows = assignments
-            yield from self.experts(rows, times, "network")
+            yield from self.experts(rows, times)
         elif self.grouped:
             rows = self.ragged_rows * self.dispatch.chunks
             yield from self.ragged(times)
@@ -208,14 +207,13 @@ class _Step(Passes):
             self.transfer, kind="all_to_all", axes=d.expert_axes, times=chunks, result="network", hosts=d.hosts
         )
         yield from exchange("dispatch", num_bytes=packed, back_bytes=full)
-        yield from self.experts(rows, chunks, "network")
+        yield from self.experts(rows, chunks)
         yield from exchange("combine", num_bytes=full, back_bytes=packed)
 
     def packed_bytes(self, rows: float) -> float:
         """Rows on their way to experts: as they are, or a byte a number and a scale."""
-        return rows * (
-            self.model.d_model + 4 if self.dispatch.payload == "float8" else self.model.d_model * self.itemsize
-        )
+        D = self.model.d_model
+        return rows * (D + 4 if self.dispatch.payload == "float8" else D * self.itemsize)
 
     def highest_gates(self, times: float) -> Iterator[Product | Transfer]:
         """Every device sorts all senders' assignments by gate, and counts positions anew by a product."""
@@ -241,7 +239,7 @@ class _Step(Passes):
         yield from self.told("dispatch", "all_reduce", _SENDERS, 4, times, "anew")
         chunks = times * d.chunks
         yield from self.ragged_hops("dispatch", chunks)
-        yield from self.experts(self.ragged_rows, chunks, "network")
+        yield from self.experts(self.ragged_rows, chunks)
         yield from self.ragged_hops("combine", chunks)
 
     def ragged_hops(self, phase: Phase, times: float) -> Iterator[Transfer]:
@@ -257,7 +255,7 @@ class _Step(Passes):
                 num_bytes = back if stage == "backward" else there
                 yield Transfer(phase, stage, "all_to_all", axes, num_bytes, devices, times)
 
-    def experts(self, rows: float, times: float, result: Result) -> Iterator[Product | Transfer | Sweep]:
+    def experts(self, rows: float, times: float) -> Iterator[Product | Transfer | Sweep]:
         """This device's experts on its rows. Where their width is split, rows of all of `tensor` are gathered."""
         m, t = self.model, self.size[TENSOR]
         _, expert_devices = self.devices(self.dispatch.expert_axes)
@@ -274,7 +272,7 @@ class _Step(Passes):
             rows = padded_rows(self.platform, rows)
             filled = min(1.0, balanced / self.dispatch.chunks / rows)
         yield from self.product("expert", rows / e, 2 * width, m.d_model, times, "projection", e, filled)
-        yield from self.product("expert", rows / e, m.d_model, width, times, result, e, filled)
+        yield from self.product("expert", rows / e, m.d_model, width, times, "network", e, filled)
         yield from self.sweep("expert", rows * width, times, forward=3, backward=5)
 
     def pipeline(self) -> Iterator[Transfer | Sweep]:
@@ -285,9 +283,8 @@ class _Step(Passes):
         yield from self.told("pipeline", "all_reduce", (PIPELINE,), everything, self.passes)
         if not self.model.num_dense_layers:  # what every stage has embedded: the sum of its gradient
             yield from self.only("pipeline", "backward", (PIPELINE,), everything, self.passes)
-        elements = one / self.itemsize
-        yield Sweep("pipeline", "forward", 4 * elements * self.itemsize, times)
-        yield Sweep("pipeline", "backward", 4 * elements * self.itemsize, times)
+        yield Sweep("pipeline", "forward", 4 * one, times)
+        yield Sweep("pipeline", "backward", 4 * one, times)
         for numbers in self.statistics():
             yield from self.told("route", "all_reduce", (REPLICA, EXPERT, TENSOR), 4 * numbers, self.passes)
 

@@ -6,14 +6,12 @@ A process of its own, for the compiler reads its environment when it is loaded. 
 import dataclasses
 import json
 import sys
-from collections import Counter
 
 from moejax.config import DispatchConfig, ParallelConfig
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
-from moejax.planner.compiled import compiled_counts
+from moejax.planner.compiled import against_trace, compiled_counts
 from moejax.planner.plan import Plan
-from moejax.planner.trace import trace
 from moejax.presets import moe_16x10b
 from moejax.topology import compile_only_devices
 from moejax.train.step import make_train_step
@@ -47,14 +45,7 @@ def main(layout):
     program = Program.from_config(plan.train_config(), build_mesh(plan.mesh, devices))
     step = make_train_step(program, accumulate=plan.accumulate)
     found = compiled_counts(step.lower(plan.batch_size, plan.seq_len).compile(), plan)
-    traced, sent = trace(plan), Counter()
-    for (_, kind, _), value in traced.sent_bytes.items():
-        sent[kind] += value
-    report = {
-        "traced": {"flops": sum(traced.flops.values()), "sent_bytes": sent},
-        "compiled": dataclasses.asdict(found),
-    }
-    print(json.dumps(report))
+    print(json.dumps({"pairs": against_trace(plan, found), "compiled": dataclasses.asdict(found)}))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,11 @@ def test_the_reference_model_compiled_for_h100s(layout):
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    traced, compiled = report["traced"], report["compiled"]
-    assert compiled["flops"] == pytest.approx(traced["flops"], rel=0.01)
-    assert compiled["written_bytes"] == pytest.approx(traced["sent_bytes"], rel=0.01)
+    pairs = report["pairs"]
+    everything = sum(traced for name, (traced, _) in pairs.items() if name != "flops")
+    for name, (traced, compiled) in pairs.items():
+        allowed = 0.01 * traced
+        if name == "all_reduce":  # sums of the parts of a microbatch are added up before they are sent
+            assert compiled < traced + allowed
+            allowed = 0.01 * everything
+        assert abs(compiled - traced) < allowed, name
