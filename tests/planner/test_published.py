@@ -13,7 +13,7 @@ from moejax.config import ConfigError
 from moejax.planner.architecture import Architecture
 from moejax.planner.layouts import number, parse_cluster, parse_device, parse_run
 from moejax.planner.published import distinct, predict_training, training_step, training_work
-from moejax.planner.published_memory import training_memory
+from moejax.planner.published_memory import stage_memory, training_memory
 from moejax.planner.published_models import architectures, find_architecture
 from moejax.planner.published_serving import predict_serving
 from moejax.planner.work import Product
@@ -183,7 +183,11 @@ def test_sharing_and_pipelines_divide_memory():
     sharded = training_memory(run(model="Llama-3.1-8B", layout="FSDP16"))
     piped = training_memory(run(model="Llama-3.1-8B", layout="TP1 PP4"))
     assert sharded["parameters"] < base["parameters"] > piped["parameters"]
-    assert base["activations"] == pytest.approx(piped["activations"])  # 1F1B: as many microbatches as stages
+    found = run(model="Llama-3.1-8B", layout="TP1 PP4")
+    first, last = (stage_memory(found, last=at)["activations"] for at in (False, True))
+    assert first == pytest.approx(base["activations"])  # 1F1B: as many microbatches in flight as stages
+    assert last == pytest.approx(first / 4)
+    assert piped == stage_memory(found, last=True)  # Megatron reports its last rank
 
 
 def test_a_token_visits_fewer_devices_than_experts():
