@@ -227,7 +227,9 @@ def parse_run(row: Mapping[str, str]) -> Run:
     whole = {key: max(1, int(value)) for key, value in degrees.items() if key != "cap"}
     tp, pp, cp, ep = (whole.get(key, 1) for key in ("tp", "pp", "cp", "ep"))
     system = _system(row, cluster, degrees)
-    etp = whole.get("etp", tp if ep > 1 and system == "megatron" and not _is_nemo(row) else 1)  # Megatron-LM's default
+    # Megatron-LM splits experts as it splits all else unless told not to; NeMo's recipes do not.
+    split = ep > 1 and not inference and system == "megatron" and not _is_nemo(row)
+    etp = whole.get("etp", tp if split and cluster.num_devices % (ep * tp * pp) == 0 else 1)
     for product, text in ((tp * pp * cp, f"tp {tp} × pp {pp} × cp {cp}"), (ep * etp * pp, f"ep {ep} × pp {pp}")):
         check(
             cluster.num_devices % product == 0,
@@ -238,6 +240,9 @@ def parse_run(row: Mapping[str, str]) -> Run:
     gbs = number(row.get("gbs")) or dp * max(1, mbs) * whole.get("ga", 1)
     mbs = mbs or (max(1, gbs / dp / whole.get("ga", 1)) if system != "megatron" else 1)
     length = int(number(row.get("seq")) or 0)
+    said = _said(row, words, system, cluster.device.name, tp)
+    if model.expert_parameters and not inference:
+        said["sequence_parallel"] = True  # Megatron refuses experts with a tensor axis otherwise
     return Run(
         identifier=row.get("id") or row.get("model") or "",
         model=model, cluster=cluster, system=system, inference=inference,
@@ -248,7 +253,7 @@ def parse_run(row: Mapping[str, str]) -> Run:
         osl=whole.get("osl", 0), concurrency=whole.get("conc", 1),
         capacity=degrees.get("cap", 0.0),
         unknown=unknown,
-        **_said(row, words, system, cluster.device.name, tp),
+        **said,
     )  # fmt: skip
 
 

@@ -132,6 +132,15 @@ def test_layouts_are_read_and_what_is_not_understood_is_told(layout, expected):
 def test_an_inference_layout_is_read():
     found = run(kind="infer", layout="vLLM TP4 isl1024 osl8192 conc4", n=4, hardware="H100", gbs="", mbs="")
     assert (found.inference, found.tp, found.isl, found.osl, found.concurrency) == (True, 4, 1024, 8192, 4)
+    other = run(kind="infer", layout="TRT-LLM TP8 EP8 2048x512 concurrency 16", n=8, gbs="", mbs="")
+    assert (other.ep, other.etp, other.engine, other.isl, other.osl) == (8, 1, "trtllm", 2048, 512)
+
+
+def test_experts_are_split_as_megatron_splits_them():
+    assert run(layout="TP2 EP8", source="Megatron-LM").etp == 2
+    assert run(layout="TP2 EP8 ETP1", source="Megatron-LM").etp == 1
+    assert run(layout="TP2 EP8", source="Megatron-Bridge").etp == 1
+    assert run(layout="TP2 EP16", source="Megatron-LM").etp == 1  # there are too few devices to split them
 
 
 @pytest.mark.parametrize(
