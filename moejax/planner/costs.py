@@ -35,8 +35,8 @@ class Assumptions:
       attention: rate of a fused attention's products against plain ones of the same efficiency.
       sustained: rate over a whole step against that of a product by itself, for power and clocks, and for kernels that
         are not the best one for each shape. Chosen on published dense runs (experiments/results/planner_accuracy.md).
-      float8: rate of float8 products, as a fraction of the datasheet's, before `sustained`: 0.75 gives H100 1.86 times
-        bfloat16's measured rate, casts counted apart.
+      float8: rate of float8 products, as a fraction of the datasheet's, before `sustained`: 0.71 on H100, 0.76 on B200,
+        0.72 on GB200 (S. Bekman, Machine Learning Engineering, compute/accelerator). Casts are counted apart.
       float32: rate of float32 products against bfloat16 (TF32).
       large_link: fraction of the wire that transfers of 64 MB and more reach inside a host: 371 of 450 GB/s, all-to-all
         of 470 MB between 8 H100 (arXiv 2603.07685, table 7).
@@ -56,7 +56,7 @@ class Assumptions:
     grouped: float = 590 / 798
     attention: float = 1.0
     sustained: float = 0.8
-    float8: float = 0.75
+    float8: float = 0.73
     float32: float = 0.5
     large_link: float = 371 / 450
     peer_s: float = 1.0e-6

@@ -91,6 +91,7 @@ _RESERVED_TPU = _assumed(0.3 * _GB, "runtime and program")
 _LAUNCH_GPU = _assumed(4e-6, "a kernel's start, as profilers show")
 _LAUNCH_TPU = _assumed(1e-6, "a fusion's start")
 _NCCL = "fit of NCCL tests on 8 GPUs of one host, the total buffer of a rank"
+_MAMF = "largest matmul rate found over shapes, bf16: S. Bekman, Machine Learning Engineering, compute/accelerator"
 _FRACTION_MATMUL = 0.81  # of the datasheet, as on H100: 798 of 989
 
 
@@ -187,12 +188,18 @@ def _devices() -> dict[str, Device]:
     mi300x_link = _nvlink(448, _assumed(0.6 * 448 * _GB, "as NCCL on H100"), _assumed(15e-6, "RCCL as NCCL"), "xGMI")
     a100 = {"teraflops": 312, "float8_teraflops": 0, "inside": a100_link, "across_gbps": 25}
     found = (
-        _gpu("a100_40gb", **a100, gigabytes=40, memory_gbps=1555, source="NVIDIA A100 40GB SXM"),
+        _gpu(
+            "a100_40gb", **a100, gigabytes=40, memory_gbps=1555, source="NVIDIA A100 40GB SXM",
+            matmul=_published(271.2e12, _MAMF),
+        ),
         _gpu(
             "a100_64gb", **a100, gigabytes=64, memory_gbps=1640, source="NVIDIA A100 64GB, custom for CINECA Leonardo",
             matmul=_published(240e12, "design of the reference cluster: achievable bf16"),
         ),
-        _gpu("a100_80gb", **a100, gigabytes=80, memory_gbps=2039, source="NVIDIA A100 80GB SXM"),
+        _gpu(
+            "a100_80gb", **a100, gigabytes=80, memory_gbps=2039, source="NVIDIA A100 80GB SXM",
+            matmul=_published(271.2e12, _MAMF),
+        ),
         _gpu(
             "h100", teraflops=989, float8_teraflops=1979, gigabytes=80, memory_gbps=3350, inside=h100_link,
             across_gbps=50, source="NVIDIA H100 SXM",
@@ -206,22 +213,27 @@ def _devices() -> dict[str, Device]:
         _gpu(
             "h200", teraflops=989, float8_teraflops=1979, gigabytes=141, memory_gbps=4800, inside=h200_link,
             across_gbps=50, source="NVIDIA H200 SXM",
+            matmul=_published(794.5e12, _MAMF),
         ),
         _gpu(
             "b200", teraflops=2250, float8_teraflops=4500, gigabytes=180, memory_gbps=7700, inside=b200_link,
             across_gbps=100, source="NVIDIA B200",
+            matmul=_published(1745.0e12, _MAMF),
         ),
         _gpu(
             "b300", teraflops=2250, float8_teraflops=4500, gigabytes=288, memory_gbps=8000, inside=b200_link,
             across_gbps=100, source="NVIDIA B300",
+            matmul=_published(1769.0e12, _MAMF),
         ),
         _gpu(
             "gb200", teraflops=2500, float8_teraflops=5000, gigabytes=186, memory_gbps=8000, inside=b200_link,
             across_gbps=50, source="NVIDIA GB200 NVL72: one NVLink domain is a host here", per_host=72,
+            matmul=_published(1822.0e12, _MAMF),
         ),
         _gpu(
             "gb300", teraflops=2500, float8_teraflops=5000, gigabytes=279, memory_gbps=8000, inside=b200_link,
             across_gbps=100, source="NVIDIA GB300 NVL72: one NVLink domain is a host here", per_host=72,
+            matmul=_assumed(1822e12, "as GB200"),
         ),
         _gpu(
             "mi250x_gcd", teraflops=191.5, float8_teraflops=0, gigabytes=64, memory_gbps=1600, inside=mi250x_link,
@@ -230,6 +242,7 @@ def _devices() -> dict[str, Device]:
         _gpu(
             "mi300x", teraflops=1307, float8_teraflops=2615, gigabytes=192, memory_gbps=5300, inside=mi300x_link,
             across_gbps=50, source="AMD MI300X",
+            matmul=_published(668.4e12, _MAMF),
         ),
         _tpu(
             "tpu_v4", teraflops=275, gigabytes=32, memory_gbps=1200, inside_gbps=6 * 45, across_gbps=6.25,

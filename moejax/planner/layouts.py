@@ -182,7 +182,7 @@ _WORDS = (
     r"no[- ]sp\b|sp\b|sequence[- ]parallel|balanced|"
     r"sel\w*|recompute\w*|remat|full|minimal\w*|custom|offload\w*|host|sac|ac|compile[d]?|flash\w*|cuda|graphs?|"
     r"overlap\w*|a2a|vllm|sglang|trt\w*|tensorrt\w*|megatron|maxtext|torchtitan|zero\S*|interleaved|1f1b|float8|fp8\w*|"
-    r"bf16|mtp|w/o|without|routing|async\s?tp|scan"
+    r"bf16|performance|mtp|w/o|without|routing|async\s?tp|scan"
 )
 
 
@@ -200,6 +200,11 @@ def _captured(words: str, device: str, nemo: bool) -> float:
     if "graph" in words or (nemo and "hybridep" in words):
         return 1.0
     return 0.5 if nemo and device.startswith("gb") else 0.0
+
+
+def _is_nemo(row: Mapping[str, str]) -> bool:
+    source = f"{row.get('source') or ''} {row.get('layout') or ''}".lower()
+    return any(name in source for name in ("bridge", "nemo", "model_verification"))
 
 
 def parse_run(row: Mapping[str, str]) -> Run:
@@ -220,18 +225,24 @@ def parse_run(row: Mapping[str, str]) -> Run:
     if lengths:  # "1024x8192": prompt and answer
         degrees = {"isl": float(lengths[1]), "osl": float(lengths[2])} | degrees
     whole = {key: max(1, int(value)) for key, value in degrees.items() if key != "cap"}
-    tp, pp, cp, ep, etp = (whole.get(key, 1) for key in ("tp", "pp", "cp", "ep", "etp"))
+    tp, pp, cp, ep = (whole.get(key, 1) for key in ("tp", "pp", "cp", "ep"))
+    system = _system(row, cluster, degrees)
+    # Megatron-LM splits experts as it splits all else unless told not to; NeMo's recipes do not.
+    split = ep > 1 and not inference and system == "megatron" and not _is_nemo(row)
+    etp = whole.get("etp", tp if split and cluster.num_devices % (ep * tp * pp) == 0 else 1)
     for product, text in ((tp * pp * cp, f"tp {tp} × pp {pp} × cp {cp}"), (ep * etp * pp, f"ep {ep} × pp {pp}")):
         check(
             cluster.num_devices % product == 0,
             f"layout={row.get('layout')!r}: {text} must divide n={cluster.num_devices}",
         )
-    system = _system(row, cluster, degrees)
     dp = cluster.num_devices // (tp * pp * cp)
     mbs = number(row.get("mbs")) or whole.get("mbs", 0)
     gbs = number(row.get("gbs")) or dp * max(1, mbs) * whole.get("ga", 1)
     mbs = mbs or (max(1, gbs / dp / whole.get("ga", 1)) if system != "megatron" else 1)
     length = int(number(row.get("seq")) or 0)
+    said = _said(row, words, system, cluster.device.name, tp)
+    if model.expert_parameters and not inference:
+        said["sequence_parallel"] = True  # Megatron refuses experts with a tensor axis otherwise
     return Run(
         identifier=row.get("id") or row.get("model") or "",
         model=model, cluster=cluster, system=system, inference=inference,
@@ -242,14 +253,17 @@ def parse_run(row: Mapping[str, str]) -> Run:
         osl=whole.get("osl", 0), concurrency=whole.get("conc", 1),
         capacity=degrees.get("cap", 0.0),
         unknown=unknown,
-        **_said(row, words, system, cluster.device.name, tp),
+        **said,
     )  # fmt: skip
 
 
 def _said(row: Mapping[str, str], words: str, system: System, device: str, tp: int) -> dict[str, Any]:
     """The fields of `Run` that words decide: the layout's, and the source's, which tells the framework."""
-    source = f"{row.get('source') or ''} {words}".lower()
-    nemo = any(name in source for name in ("bridge", "nemo", "model_verification"))
+    source, nemo = f"{row.get('source') or ''} {words}".lower(), _is_nemo(row)
+    check(
+        not re.search(r"optim\w*[- ]offload", words),
+        "layout keeps the optimizer in the host's memory: no figures for it",
+    )
     recompute, offload = _recompute(words, system)
     asked = bool(re.search(r"\bsp\b|sequence", words)) and not re.search(r"no[- ]sp\b", words)
     return {

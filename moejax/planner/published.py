@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from moejax.planner.architecture import (
+    Architecture,
     Attention,
     Experts,
     FeedForward,
@@ -27,8 +28,9 @@ from moejax.planner.work import Pass, Phase, Product, Sweep, Transfer, Work
 # Bytes of one Adam update a parameter: gradient read; master, two moments read and written; the compute copy written.
 OPTIMIZER_BYTES = 4 + 3 * 4 + 3 * 4 + 2
 # Natural routing: tokens of the busiest expert over the mean, less 1 (MaxVio), with an auxiliary loss and with a
-# selection bias (arXiv 2408.15664, table 2). A device's experts even out as independent ones would, by a square root.
-AUXILIARY_VIOLATION, BIAS_VIOLATION = 0.6, 0.04
+# selection bias (arXiv 2408.15664, table 2: 64 experts, 6 a token). In proportion to the spread of a choice by chance,
+# sqrt((1 - p) / p) where a token visits the part p of all experts; a device's experts even out by a square root.
+AUXILIARY_VIOLATION, BIAS_VIOLATION, VIOLATION_SPREAD = 0.6, 0.04, (58 / 6) ** 0.5
 # Elementwise passes of eager torch against fused ones (torch.compile, Transformer Engine, XLA).
 EAGER_PASSES = 2.0
 
@@ -184,6 +186,10 @@ class _Builder:
             self.linear("expert", tokens, d, ffn.shared_d_ff * (1 + ffn.gated), times, again=again)
             self.linear("expert", tokens, ffn.shared_d_ff, d, times, again=again)
         rows = tokens * ffn.per_token * (run.capacity if run.capacity and run.dense_dispatch else 1.0)
+        if run.etp > 1:  # the tokens of all who share an expert's width come together, and the results are summed
+            for kind, size in (("all_gather", 2.0 * width * rows), ("reduce_scatter", 2.0 * width * rows * run.etp)):
+                self.transfer("expert", "forward", kind, "tensor", size, run.etp, times * (2 + again))
+        rows *= run.etp
         self.linear(
             "expert", rows / local, width, ffn.d_ff * (1 + ffn.gated) / run.etp, times, again=again, groups=local
         )
@@ -191,7 +197,7 @@ class _Builder:
         self.sweep("expert", (4.0 + 2 * ffn.gated) * ffn.d_ff * rows / run.etp, times, again=again)
         if ffn.bias:  # added to what grouped products return, read and written
             self.sweep("expert", 4.0 * rows * (ffn.d_ff * (1 + ffn.gated) + width), times, backward=0.5, again=again)
-        self.move_tokens(ffn, tokens, rows, times, again)
+        self.move_tokens(ffn, tokens, rows / run.etp, times, again)
 
     def move_tokens(self, ffn: Experts, tokens: float, rows: float, times: float, again: float) -> None:
         """Dispatch and combine: by one-hot products, or sorted into buffers and exchanged."""
@@ -206,7 +212,7 @@ class _Builder:
         copies = 1 if run.deduplicated or run.ep == 1 else 2  # sorted by device before, by expert after
         for phase in ("dispatch", "combine"):
             self.sweep(phase, 2.0 * width * (tokens + (2 * copies - 1) * rows), times, backward=1.0, again=again)  # type: ignore
-        inside, hosts = _span(run, run.ep, 1)
+        inside, hosts = _span(run, run.ep, run.etp)
         wire = 1.0 if run.dtype != "bfloat16" and run.deduplicated else 2.0
         repeats = times * (2 + again)
         for phase in ("dispatch", "combine"):
@@ -262,13 +268,21 @@ def placement(run: Run) -> Placement:
         "context": (run.cp, _span(run, run.cp, run.tp)[1]),
         "data": (run.shards, _span(run, run.shards, run.tp)[1]),
         "expert": (run.ep, _span(run, run.ep, run.etp)[1]),
-        "expert_hosts": (_span(run, run.ep, 1)[1],) * 2,
-        "expert_inside": (_span(run, run.ep, 1)[0], 1),
+        "expert_hosts": (_span(run, run.ep, run.etp)[1],) * 2,
+        "expert_inside": (_span(run, run.ep, run.etp)[0], 1),
         "pipeline": (run.pp, run.pp if run.devices // run.pp >= run.cluster.devices_per_host else 1),
     }
     replicas = max(1, run.devices // (run.pp * run.ep * run.etp))
     axes["expert_data"] = (replicas, _span(run, replicas, run.ep * run.etp)[1])
     return Placement(axes)
+
+
+def predicting_block(model: Architecture) -> Layer | None:
+    """The block that predicts tokens beyond the next: attention and what follows it in the model's last layers."""
+    if not model.predicted:
+        return None
+    mixers = [layer.mixer for _, layer in model if layer.mixer is not None and not isinstance(layer.mixer, StateSpace)]
+    return Layer(mixers[-1], [layer.ffn for _, layer in model if layer.ffn is not None][-1])
 
 
 def training_work(run: Run) -> Work:
@@ -277,12 +291,8 @@ def training_work(run: Run) -> Work:
     for count, layer in run.model:
         builder.layer(layer, builder.passes * count)
     more = run.model.predicted if run.system == "megatron" and run.predicts_more else 0
-    for _ in range(more):  # a further block, with logits of its own, on the last stage; layouts even it out
-        mixers = [
-            layer for _, layer in run.model if layer.mixer is not None and not isinstance(layer.mixer, StateSpace)
-        ]
-        moe = [layer for _, layer in run.model if isinstance(layer.ffn, Experts)]
-        block = Layer((mixers or moe)[-1].mixer, moe[-1].ffn if moe else mixers[-1].ffn)
+    block = predicting_block(run.model)
+    for _ in range(more if block else 0):  # with logits of its own, on the last stage; layouts even it out
         builder.linear("attention", builder.tokens, 2 * run.model.d_model, run.model.d_model / run.tp, builder.passes)
         builder.layer(block, builder.passes)
     # The last stage has the logits beside its layers, unless the layers do not divide: then others took theirs.
@@ -302,8 +312,10 @@ def training_step(run: Run) -> Step:
     routed = [layer.ffn for _, layer in run.model if isinstance(layer.ffn, Experts)]
     load = 1.0
     if routed and run.ep > 1 and not run.balanced and not run.capacity:
-        biased = routed[0].router_bias and not routed[0].bias
-        load += (BIAS_VIOLATION if biased else AUXILIARY_VIOLATION) / max(1.0, routed[0].num / run.ep) ** 0.5
+        ffn = routed[0]
+        violation = BIAS_VIOLATION if ffn.router_bias and not ffn.bias else AUXILIARY_VIOLATION
+        spread = ((ffn.num - ffn.per_token) / ffn.per_token) ** 0.5 / VIOLATION_SPREAD
+        load += violation * spread / max(1.0, ffn.num / run.ep) ** 0.5
     return Step(
         tokens=run.gbs * run.seq,
         model_flops=model_flops,

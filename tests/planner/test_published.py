@@ -13,7 +13,7 @@ from moejax.config import ConfigError
 from moejax.planner.architecture import Architecture
 from moejax.planner.layouts import number, parse_cluster, parse_device, parse_run
 from moejax.planner.published import distinct, predict_training, training_step, training_work
-from moejax.planner.published_memory import training_memory
+from moejax.planner.published_memory import stage_memory, training_memory
 from moejax.planner.published_models import architectures, find_architecture
 from moejax.planner.published_serving import predict_serving
 from moejax.planner.work import Product
@@ -132,6 +132,15 @@ def test_layouts_are_read_and_what_is_not_understood_is_told(layout, expected):
 def test_an_inference_layout_is_read():
     found = run(kind="infer", layout="vLLM TP4 isl1024 osl8192 conc4", n=4, hardware="H100", gbs="", mbs="")
     assert (found.inference, found.tp, found.isl, found.osl, found.concurrency) == (True, 4, 1024, 8192, 4)
+    other = run(kind="infer", layout="TRT-LLM TP8 EP8 2048x512 concurrency 16", n=8, gbs="", mbs="")
+    assert (other.ep, other.etp, other.engine, other.isl, other.osl) == (8, 1, "trtllm", 2048, 512)
+
+
+def test_experts_are_split_as_megatron_splits_them():
+    assert run(layout="TP2 EP8", source="Megatron-LM").etp == 2
+    assert run(layout="TP2 EP8 ETP1", source="Megatron-LM").etp == 1
+    assert run(layout="TP2 EP8", source="Megatron-Bridge").etp == 1
+    assert run(layout="TP2 EP16", source="Megatron-LM").etp == 1  # there are too few devices to split them
 
 
 @pytest.mark.parametrize(
@@ -183,7 +192,11 @@ def test_sharing_and_pipelines_divide_memory():
     sharded = training_memory(run(model="Llama-3.1-8B", layout="FSDP16"))
     piped = training_memory(run(model="Llama-3.1-8B", layout="TP1 PP4"))
     assert sharded["parameters"] < base["parameters"] > piped["parameters"]
-    assert base["activations"] == pytest.approx(piped["activations"])  # 1F1B: as many microbatches as stages
+    found = run(model="Llama-3.1-8B", layout="TP1 PP4")
+    first, last = (stage_memory(found, last=at)["activations"] for at in (False, True))
+    assert first == pytest.approx(base["activations"])  # 1F1B: as many microbatches in flight as stages
+    assert last == pytest.approx(first / 4)
+    assert piped == stage_memory(found, last=True)  # Megatron reports its last rank
 
 
 def test_a_token_visits_fewer_devices_than_experts():
