@@ -54,6 +54,27 @@ def test_names_overrides_and_positionals():
     assert remaining == ["script.py", "positional"]
 
 
+def test_a_plan_decides_what_its_buckets_say():
+    config, mesh_config, _ = parse("--config=mixed", "--mesh=cpu_16_mixed", "--config.steps=20", "--config.data.seed=3")
+    first, *_, last = buckets = common.plan_buckets()
+    assert len(buckets) == 3
+    assert mesh_config == first.mesh != last.mesh
+    assert (config.data.seq_len, config.data.batch_size) == (first.seq_len, first.batch_size)
+    assert (config.parallel, config.dispatch, config.accumulate) == (first.parallel, first.dispatch, first.accumulate)
+    assert (config.steps, config.data.seed) == (20, 3)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--config.data.seq_len=9", "--config.parallel.remat=full", "--config.accumulate=2", "--mesh.expert=2"]
+)
+def test_what_a_plan_decides_cannot_be_changed(flag):
+    name = flag.partition("=")[0]
+    assert error_of("--mesh=cpu_16_mixed", flag) == (
+        f"{name} cannot be changed: --mesh=cpu_16_mixed is a plan, which decides it; "
+        "change the plan's file, or use a mesh without get_buckets()"
+    )
+
+
 def test_a_preset_without_a_file_is_a_config():
     assert parse("--config=mixtral_8x7b")[0].model == mixtral_8x7b()
 
