@@ -117,7 +117,7 @@ def _preface(versions: str) -> list[str]:
         "# Peak memory of a device: predicted, and compiled",
         "",
         f"`python experiments/audit.py --grid`, compiled with jax {versions}. What is fitted was at hand while the "
-        "formulas were written; what is held out was marked before, and its buffers were not looked into. A batch is "
+        "formulas were written; what is held out was marked before, and nothing was changed for it. A batch is "
         "sequences × tokens; parts of a microbatch are as many as `batch_split` comes to unless said. A GPU's compiler "
         "gives no error where a plan is too large for its memory, so such plans are here, too.",
         "",
