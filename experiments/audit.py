@@ -99,11 +99,16 @@ def audit_grid() -> list[Audited]:
             compiled, _ = compile_plan(case.plan, case.target)
             audit_cases.append_record(row, compiled)
             print(Audited.of(case, compiled).line, flush=True)
+    return write_table(Path(_OUT.value))
+
+
+def write_table(path: Path) -> list[Audited]:
+    """The table of all that was compiled, printed and written."""
     audited = audit_cases.recorded()
     table = [audit_cases.summary_table(audited), "", audit_cases.HEADER, *(a.line for a in audited)]
     print("\n".join(table))
     versions = ", ".join(sorted({a.compiled.jax for a in audited}))
-    Path(_OUT.value).write_text("\n".join([*_preface(versions), *table]) + "\n")
+    path.write_text("\n".join([*_preface(versions), *table]) + "\n")
     return audited
 
 
@@ -112,7 +117,9 @@ def _preface(versions: str) -> list[str]:
         "# Peak memory of a device: predicted, and compiled",
         "",
         f"`python experiments/audit.py --grid`, compiled with jax {versions}. What is fitted was at hand while the "
-        "formulas were written; nothing was changed for what is held out.",
+        "formulas were written; what is held out was marked before, and nothing was changed for it. A batch is "
+        "sequences × tokens; parts of a microbatch are as many as `batch_split` comes to unless said. A GPU's compiler "
+        "gives no error where a plan is too large for its memory, so such plans are here, too.",
         "",
     ]
 
