@@ -125,7 +125,7 @@ def find_plan(request: Request) -> Choice:
     best = min(seen.fitting, key=_seconds)
     others = [p for p in seen.fitting if p.plan.mesh.shape != best.plan.mesh.shape]
     runner_up = min(others, key=_seconds, default=None)
-    rules = [p for p in seen.fitting if follows_rules(p.plan)] or _by_rules(request, seen)
+    rules = [p for p in seen.fitting if follows_rules(p.plan)] + _by_rules(request, seen)
     return Choice(
         best,
         runner_up,
@@ -283,8 +283,8 @@ def _with(plan: Plan, *, parallel: dict[str, Any] | None = None, dispatch: dict[
 
 
 def _by_rules(request: Request, seen: _Seen) -> list[Prediction]:
-    """Plans that follow the rules, where the search has met none: the fastest layouts with full rematerialisation."""
-    if request.mode != "train":
+    """The fastest plan of each layout once more, with full rematerialisation where the rules ask for it."""
+    if request.mode != "train" or request.seq_len < REMAT_FROM:
         return []
     found = []
     for prediction in _best_by(seen.fitting, _layout_of):
