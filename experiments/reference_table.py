@@ -18,13 +18,18 @@ from absl import flags
 from moejax.planner import report
 from moejax.planner.flops import ceilings, forward_flops
 from moejax.planner.hardware import Cluster
+from moejax.planner.predict import predict_step
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan
 from moejax.planner.time import Assumptions
 
 MODEL, CLUSTER = "moe_16x10b", "a100_64gb_2x8"
 LENGTHS = (128, 1024, 4096, 10_240)
+# The planner takes it that a whole step sustains 0.8 of a product's rate; the design's 240 TFLOP/s may be that already.
+FULL_RATE = Assumptions(sustained=1.0)
+SUSTAINED = "the same, if the step sustains 240 TFLOP/s"
 TARGETS = {  # figure: target, whether more is better
     "throughput, tokens/ms": (132.0, True),
+    SUSTAINED: (132.0, True),
     "time to first token, s": (3.0, False),
     "memory per device, GB": (64.0, False),
     "busy": (0.94, True),
@@ -43,7 +48,7 @@ def main(argv: list[str]) -> None:
     text = "\n\n".join([
         f"# {MODEL} on {CLUSTER}, as planned",
         "Closed forms; nothing was run. `python experiments/reference_table.py`.",
-        targets_table(trained, prefilled),
+        targets_table(trained, prefilled, cluster),
         "## Training", report.choice_table(trained), report.memory_table(trained), report.time_table(trained),
         *(report.why(train[n], trained[n]) for n in LENGTHS),
         "## Prefill of the same batch, without queueing", report.choice_table(prefilled),
@@ -53,15 +58,16 @@ def main(argv: list[str]) -> None:
     print(text)
     if _OUT.value:
         Path(_OUT.value).expanduser().write_text(text + "\n")
-    figures = {n: figures_of(trained[n], prefilled[n]) for n in LENGTHS}
+    figures = {n: figures_of(trained[n], prefilled[n], cluster) for n in LENGTHS}
     print(json.dumps(report.finite({"model": MODEL, "cluster": CLUSTER, "figures": figures})))
 
 
-def figures_of(trained: Choice, prefilled: Choice) -> dict[str, float]:
+def figures_of(trained: Choice, prefilled: Choice, cluster: Cluster) -> dict[str, float]:
     """The figures that have targets, and exposed communication."""
     t = trained.best.time
     return {
         "throughput, tokens/ms": trained.best.tokens_per_ms,
+        SUSTAINED: trained.best.plan.tokens / predict_step(trained.best.plan, cluster, FULL_RATE).expected / 1e3,
         "time to first token, s": prefilled.best.time.expected,
         "memory per device, GB": trained.best.memory.peak_bytes / 1e9,
         "busy": t.busy,
@@ -69,9 +75,9 @@ def figures_of(trained: Choice, prefilled: Choice) -> dict[str, float]:
     }
 
 
-def targets_table(trained: dict[int, Choice], prefilled: dict[int, Choice]) -> str:
+def targets_table(trained: dict[int, Choice], prefilled: dict[int, Choice], cluster: Cluster) -> str:
     """Every length's figures; what misses its target says so."""
-    figures = {n: figures_of(trained[n], prefilled[n]) for n in LENGTHS}
+    figures = {n: figures_of(trained[n], prefilled[n], cluster) for n in LENGTHS}
     rows = []
     for name in figures[LENGTHS[0]]:
         target, more = TARGETS.get(name, (None, True))

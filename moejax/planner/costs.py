@@ -142,15 +142,17 @@ def product_bytes(item: Product) -> float:
     return elements * groups * _BYTES[item.dtype]
 
 
-def product_seconds(item: Product, rate: Rates) -> float:
-    """Seconds of one of the entry's `times`, its launch included; see the module's docstring."""
+def product_seconds(item: Product, rate: Rates) -> tuple[float, float]:
+    """Seconds that one of the entry's `times` computes, and that it moves bytes: it takes the longer of the two, and a
+    launch. See the module's docstring.
+    """
     m, n, k, groups = item.m, item.n, item.k, item.groups
     if m <= 0 or n <= 0 or k <= 0 or groups <= 0:
-        return 0.0
+        return 0.0, 0.0
     flops_per_s = rate.flops[item.dtype] * product_efficiency(m, n, k, groups, rate)
     if groups > 1:
         flops_per_s *= rate.grouped.get(item.phase, 1.0)
-    return max(2.0 * m * n * k * groups / flops_per_s, product_bytes(item) / rate.copy) + rate.launch
+    return 2.0 * m * n * k * groups / flops_per_s, product_bytes(item) / rate.copy
 
 
 def _bandwidth(rate: Rates, size: float) -> float:

@@ -49,8 +49,10 @@ def layout(prediction: Prediction) -> str:
 
 def choice_table(choices: dict[int, Choice]) -> str:
     """One row a length: the plan and its figures."""
+    mode = next(iter(choices.values())).best.plan.mode
+    step = {"train": "step, s", "prefill": "time to first token, s", "decode": "time per output token, s"}[mode]
     header = (
-        "length", "sequences", "plan", "tokens/ms (from, to)", "step, s", "MFU", "HFU", "busy", "exposed", "memory, GB",
+        "length", "sequences", "plan", "tokens/ms (from, to)", step, "MFU", "HFU", "busy", "exposed", "memory, GB",
     )  # fmt: skip
     rows = []
     for seq_len, choice in choices.items():

@@ -84,9 +84,10 @@ class Choice:
     def binding(self) -> str:
         """What keeps the step from being faster: memory, where a faster plan does not fit, else what takes longest."""
         if self.unfit and self.unfit.time.expected < self.best.time.expected:
-            return f"memory ({self.unfit.memory.largest})"
+            return f"room in memory, for {self.unfit.memory.largest},"
         by_category = self.best.time.by_category
-        return max(by_category, key=by_category.__getitem__)
+        longest = max(by_category, key=by_category.__getitem__)
+        return {"memory": "memory's bandwidth"}.get(longest, longest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,14 +37,19 @@ def decode_work(plan: Plan) -> Work:
         size = math.prod(mesh.shape[axis] for axis in axes)
         return Transfer(phase, "forward", kind, axes, rows * D * BYTES, size, times, hosts)
 
+    def cached(phase: str, groups: float, rows: float, context: int, times: float) -> Work:
+        """A few queries by every key and value of the cache: it takes as long as reading them, not as its products."""
+        scores = Product(phase, "forward", rows, context, H, groups, times, m.dtype, filled=0)
+        values = Product(phase, "forward", rows, H, context, groups, times, m.dtype, filled=0)
+        return [scores, values, Sweep(phase, "forward", groups * 2 * context * H * BYTES, times)]
+
     def attention(times: float) -> Work:
         context = plan.seq_len + 1
         return [
             Sweep("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
             transfer("attention", "all_gather", (TENSOR,), T, times),
             product("attention", b, (heads + 2 * kv_heads) * H, D, times),
-            product("attention", heads / kv_heads, context, H, times, groups=b * kv_heads),
-            product("attention", heads / kv_heads, H, context, times, groups=b * kv_heads),
+            *cached("attention", b * kv_heads, heads / kv_heads, context, times),
             product("attention", b, D, heads * H, times),
             transfer("attention", "reduce_scatter", (TENSOR,), T * tensor, times),
         ]

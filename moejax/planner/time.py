@@ -169,7 +169,9 @@ def predict_time(
         phase, kind = item.phase, type(item)
         factor = item.times * routed if phase in _ROUTED else item.times
         if kind is Product:
-            compute[phase] += factor * item.filled * product_seconds(item, rate)
+            computing, moving = product_seconds(item, rate)
+            bound = compute if computing >= moving else memory
+            bound[phase] += factor * item.filled * (max(computing, moving) + rate.launch)
             flops = 2.0 * item.m * item.n * item.k * item.groups * item.times * item.filled
             executed += flops
             if phase in _PIPELINED:

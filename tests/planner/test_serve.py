@@ -7,7 +7,7 @@ from moejax.mesh import MeshConfig
 from moejax.planner.flops import decode_flops
 from moejax.planner.plan import Plan
 from moejax.planner.serve import decode_work
-from moejax.planner.work import Product, Transfer, flops_by_phase, sent_by_phase
+from moejax.planner.work import Product, Sweep, Transfer, flops_by_phase, sent_by_phase
 from moejax.presets import moe_16x10b
 
 
@@ -26,12 +26,9 @@ def test_devices_together_do_the_model_once(sizes):
 def test_the_cache_is_read_once_a_token():
     """Of one device: keys and values of its sequences, layers and heads."""
     found = plan()
-    reads = sum(
-        item.k * item.n * item.groups * item.times * 2
-        for item in decode_work(found)
-        if isinstance(item, Product) and item.phase == "attention" and item.groups > 1
-    )
     m = found.model
+    sweeps = [item for item in decode_work(found) if isinstance(item, Sweep) and item.phase == "attention"]
+    reads = sum(item.moved_bytes * item.times for item in sweeps) - 4 * 16 * m.d_model * 2 * m.num_layers
     cache = found.batch_size * (found.seq_len + 1) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 2
     assert reads == pytest.approx(cache / 16)
 

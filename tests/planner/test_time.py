@@ -61,7 +61,7 @@ def test_phases_and_categories_add_up_and_the_interval_holds_the_step(step):
 def test_no_product_is_faster_than_the_roofline(shape, name):
     device = get_device(name)
     item = Product("expert", "forward", *shape, groups=2)
-    seconds = product_seconds(item, rates(device, Assumptions()))
+    seconds = max(product_seconds(item, rates(device, Assumptions())))
     assert seconds >= item.flops / device.peak_flops
     assert seconds >= product_bytes(item) / device.memory_bytes_per_s
 
