@@ -172,9 +172,15 @@ def collective(module: Module, computation: str, x: Instruction) -> Collective |
     factor = {
         "all-gather": others,
         "all-reduce": 2 * others / (others + 1),
-        "collective-permute": 1,
+        "collective-permute": _leaves_the_device(inner),
     }.get(kind, others / (others + 1))
     return Collective(kind, operands * factor, asynchronous)
+
+
+def _leaves_the_device(permute: Instruction) -> bool:
+    """Whether a permutation sends anything: over an axis of one device it hands every device its own."""
+    pairs = re.search(r"source_target_pairs=\{(.*?\})\}", permute.attributes)
+    return pairs is None or any(a != b for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
 
 
 def _group_size(x: Instruction) -> int:

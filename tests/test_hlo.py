@@ -158,6 +158,10 @@ WRAPPED += f"{GROUPS}, dimensions={{0}}\n}}\n"
             "%y = (f32[256], f32[256], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}",
             "collective-permute", KIB, True,
         ),
+        (
+            "%y = (f32[256], f32[256], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,0},{1,1}}",
+            "collective-permute", 0, True,
+        ),
     ],
 )  # fmt: skip
 def test_collectives_send_what_a_ring_would(instruction, kind, sent_bytes, asynchronous):

@@ -34,7 +34,7 @@ LAYOUTS = {
         DispatchConfig("capacity", expert_axes=("expert",)),
     ),
     "replicas": Plan(
-        MODEL, mesh(expert=8, replica=2), 1024, 64, ParallelConfig(remat="collectives", gather="layer"), accumulate=2
+        MODEL, mesh(expert=8, replica=2), 1024, 64, ParallelConfig(remat="collectives", gather="layer")
     ),
 }  # fmt: skip
 
