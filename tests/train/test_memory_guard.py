@@ -110,7 +110,8 @@ def test_a_run_under_a_small_limit_steps_down_and_computes_the_same(config, tmp_
     assert bucket.device_memory_bytes <= limit
     assert (bucket.num_microbatches, bucket.accumulate, bucket.remat) != (1, 1, "none")
     for one, other in zip(read_metrics(tmp_path / "free"), read_metrics(tmp_path / "held"), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        # What the steps before have changed differs by rounding, which training amplifies.
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6 if one["step"] == 1 else 2e-3)
     said = [r.getMessage() for r in caplog.records if "Memory guard" in r.getMessage()]
     size = r"[\d,.]+ MiB"
     assert re.fullmatch(
