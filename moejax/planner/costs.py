@@ -92,24 +92,25 @@ class Rates(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def rates(device: Device, assumptions: Assumptions) -> Rates:
     """What products, sweeps and transfers run at on the device."""
-    tpu = device.name.startswith("tpu")
+    tpu, cpu = device.name.startswith("tpu"), device.name == "cpu"
     plain = float(device.matmul_flops)
     float8 = max(plain, device.float8_flops * assumptions.float8)
     flops = {
         "bfloat16": plain,
         "float16": plain,
-        "float32": plain * assumptions.float32,
+        "float32": plain if cpu else plain * assumptions.float32,
         "float8": float8,
         "float4": max(plain, 2 * device.float8_flops * assumptions.float8) if device.name in _FLOAT4 else float8,
     }
-    unit = 256.0 if device.name in _WIDE_TPUS else 128.0
+    unit = 256.0 if device.name in _WIDE_TPUS else 16.0 if cpu else 128.0
+    waves = not (tpu or cpu)
     fitted, large = float(device.inside.bytes_per_s), assumptions.large_link * float(device.inside.peak_bytes_per_s)
     return Rates(
         tpu=tpu,
-        tile=unit if tpu else assumptions.tile,
-        depth=unit / 2 if tpu else assumptions.depth,
-        half_wave=0.0 if tpu else assumptions.cores / 2,
-        grouped={"expert": 1.0 if tpu else assumptions.grouped, "attention": assumptions.attention},
+        tile=assumptions.tile if waves else unit,
+        depth=assumptions.depth if waves else unit / 2,
+        half_wave=assumptions.cores / 2 if waves else 0.0,
+        grouped={"expert": assumptions.grouped if waves else 1.0, "attention": assumptions.attention},
         flops={name: value * assumptions.sustained for name, value in flops.items()},
         copy=float(device.copy_bytes_per_s),
         launch=float(device.launch_s),

@@ -257,7 +257,8 @@ def _variants(plan: Plan) -> Iterator[Plan]:
     exchanges = mesh.expert * mesh.tensor > 1
     crossed = mesh.hosts_along(EXPERT)
     gathers = ("step", "layer") if train else ("step",)
-    strategies = ("dropless", "ragged") if exchanges else ("dropless",)
+    ragged = exchanges and mesh.hardware != "cpu"  # whose ragged exchange is a gather of everything, for tests
+    strategies = ("dropless", "ragged") if ragged else ("dropless",)
     splits = (1, 2) if exchanges and train else (plan.parallel.batch_split,)
     chunks = (1, 2, 4) if exchanges and train else (1,)
     hops = (1, crossed) if crossed > 1 else (1,)
