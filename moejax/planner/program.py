@@ -336,10 +336,10 @@ class _Step(Passes):
     def weights(self) -> Iterator[Transfer | Sweep]:
         """Gathers of stored shards, compute copies, and sums of gradients over devices with other tokens."""
         for path, p in _named(self.table):
-            if path[-1] == "router_bias_E":  # used as it lies, and moved without a gradient
-                continue
             elements = self.stored_elements(p)
             yield from self.only("gather", "backward", (REPLICA,), 4 * elements, self.passes)
+            if path[-1] == "router_bias_E":  # used as it lies; its gradient is zeros
+                continue
             if p.gather:
                 pieces, times, result = self.gathers(path)
                 yield from self.transfer("gather", "all_gather", p.gather[1], 4 * elements / pieces, times, result)
@@ -362,7 +362,7 @@ class _Step(Passes):
         return 1, self.passes * tables, "unused"
 
     def copies(self, path: tuple[str, ...]) -> list[tuple[int, float, int, tuple[str, ...]]]:
-        """The uses of a parameter: pieces, times, bytes of an element, and axes over which a replica's tokens differ."""
+        """The uses of a parameter: pieces, times, bytes of an element, and axes that a replica's tokens differ over."""
         group, name, passes = path[0], path[-1], self.passes
         everywhere = (EXPERT, PIPELINE, TENSOR)
         itemsize = 4 if name.endswith("norm_D") or name == "w_router_DE" else self.itemsize
