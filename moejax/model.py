@@ -26,7 +26,7 @@ from moejax import balance, remat, sharding
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from moejax.dispatch import Turn, after, first_turn
 from moejax.kernels.manual import vary
-from moejax.mesh import EXPERT, PIPELINE, TENSOR, platform
+from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR, platform
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.attention import attention
 from moejax.nn.collectives import all_gather
@@ -133,6 +133,9 @@ class Program:
             params: this device's stored shards, float32.
             batch: this device's sequences, int32 [B / batch axes, S].
         """
+        if REPLICA in self.mesh.axis_names:
+            with jax.named_scope("gather"):  # gradients are summed over replicas once, and as they are stored
+                params = jax.tree.map(lambda w: vary(w, (REPLICA,)), params)
         h_MbsD, stats = self.hidden(params, batch["tokens"], batch["segment_ids"])
         targets_MbS = batch["targets"].reshape(h_MbsD.shape[0], -1, batch["targets"].shape[-1])
         num_tokens = batch["targets"].size * math.prod(self.mesh.shape[a] for a in self.batch_axes)

@@ -336,9 +336,10 @@ class _Step(Passes):
     def weights(self) -> Iterator[Transfer | Sweep]:
         """Gathers of stored shards, compute copies, and sums of gradients over devices with other tokens."""
         for path, p in _named(self.table):
-            if path[-1] == "router_bias_E":  # used as it lies, and moved without a gradient
-                continue
             elements = self.stored_elements(p)
+            yield from self.only("gather", "backward", (REPLICA,), 4 * elements, self.passes)
+            if path[-1] == "router_bias_E":  # used as it lies; its gradient is zeros
+                continue
             if p.gather:
                 pieces, times, result = self.gathers(path)
                 yield from self.transfer("gather", "all_gather", p.gather[1], 4 * elements / pieces, times, result)
@@ -361,15 +362,15 @@ class _Step(Passes):
         return 1, self.passes * tables, "unused"
 
     def copies(self, path: tuple[str, ...]) -> list[tuple[int, float, int, tuple[str, ...]]]:
-        """The uses of a parameter: pieces, times, bytes of an element there, and the axes over which tokens differ."""
+        """The uses of a parameter: pieces, times, bytes of an element, and axes that a replica's tokens differ over."""
         group, name, passes = path[0], path[-1], self.passes
-        everywhere = (REPLICA, EXPERT, PIPELINE, TENSOR)
+        everywhere = (EXPERT, PIPELINE, TENSOR)
         itemsize = 4 if name.endswith("norm_D") or name == "w_router_DE" else self.itemsize
-        logits = (1, passes * self.parallel.num_microbatches, self.itemsize, (REPLICA, EXPERT, TENSOR))
+        logits = (1, passes * self.parallel.num_microbatches, self.itemsize, (EXPERT, TENSOR))
         if group == "embed":
-            return [(1, passes, 4, (REPLICA, EXPERT)), *([logits] if self.model.tie_embeddings else [])]
+            return [(1, passes, 4, (EXPERT,)), *([logits] if self.model.tie_embeddings else [])]
         if group == "head":
-            return [logits if name == "w_DV" else (1, passes, 4, (REPLICA, EXPERT, TENSOR))]
+            return [logits if name == "w_DV" else (1, passes, 4, (EXPERT, TENSOR))]
         if group == "dense_layers":
             layers = self.model.num_dense_layers
             return [(layers, passes * layers, itemsize, everywhere)]
