@@ -234,10 +234,12 @@ def _backward(s: Sizes) -> Memory:
     attention = heads * (1 if s.policy == "full" else s.parts) + a * m.d_model * (s.A * (1 + s.parts) + 6 * s.T)
     # Without a loop over microbatches the schedule puts off the output table's gradient until after the layers.
     logits = (1 if s.on_tpu else 2) * s.logits if s.plan.parallel.num_microbatches == 1 else 0.0
+    # Of two slices the second is no loop, and XLA runs both forward passes first; of more, one is held at a time.
+    held = 2 if s.plan.accumulate == 2 else 1
     return Memory(
         "backward", **s.state, gradients=gradients, compute_copies=s.copies,
-        activations=s.activations + a * m.d_model * s.microbatch, dispatch_buffers=rows,
-        workspace=s.P * a + experts + attention, logits=logits, kv_cache=0.0, temporaries=slices,
+        activations=held * s.activations + a * m.d_model * s.microbatch, dispatch_buffers=rows,
+        workspace=s.P * a + experts + attention, logits=held * logits, kv_cache=0.0, temporaries=slices,
     )  # fmt: skip
 
 
