@@ -3,9 +3,12 @@
 | policy        | saved besides each layer's input                    | computed again                                |
 |---------------|-----------------------------------------------------|-----------------------------------------------|
 | `none`        | the result of everything that is not elementwise    | elementwise operations, fused into their uses |
-| `minimal`     | matrix products and what crossed the network        | also norms, routing, slots                    |
-| `collectives` | what crossed the network, so none of it is repeated | everything else                               |
+| `minimal`     | matrix products, what crossed the network, routing  | also norms and slots                          |
+| `collectives` | what crossed the network, so none of it is repeated | everything else but the routing               |
 | `full`        | nothing                                             | the layer                                     |
+
+Where something is kept that a routing has put in its place, the routing is kept too, a few bytes a token: computed
+again, a score may round the other way, and a token would look for its results where another expert's are.
 
 The attention kernel keeps no scores under any policy; its backward pass makes them again. Weights are never saved: they
 are constants of the pipeline's loop, and their compute copies would be kept once a tick. Tried and left: saving
@@ -24,13 +27,14 @@ from moejax.mesh import EXPERT
 LAYER_INPUT = "layer_input"
 NETWORK = "network"
 MATMUL = "matmul"
+ROUTING = "routing"
 ATTENTION_OUT = "attention_out"  # the name that `moejax.kernels.attention` gives its result
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NAMES = {
-    "minimal": (LAYER_INPUT, NETWORK, MATMUL, ATTENTION_OUT),
-    "collectives": (LAYER_INPUT, NETWORK),
+    "minimal": (LAYER_INPUT, NETWORK, MATMUL, ROUTING, ATTENTION_OUT),
+    "collectives": (LAYER_INPUT, NETWORK, ROUTING),
     "full": (LAYER_INPUT,),
 }
 _NOT_ELEMENTWISE = (

@@ -235,7 +235,10 @@ def variant(**fields: Any) -> ModelConfig:
 # packed documents, grouped queries, tied tables, a shared expert, leading dense layers, both scores of the router,
 # gates renormalised and not, selection biases.
 CI_LAYOUTS = (
-    Layout(1, 1, 1, model=variant(num_kv_heads=2), strategy="capacity", repeats=2, batch_split=4),
+    Layout(
+        1, 1, 1, strategy="capacity", repeats=2, batch_split=4,
+        model=variant(num_kv_heads=2, router_score="sigmoid", router_bias=True),
+    ),
     Layout(
         16, 1, 1, num_microbatches=1, remat="minimal", gather="layer",
         strategy="capacity", capacity_factor=1.0, hosts=4,

@@ -19,13 +19,14 @@ from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer
 #   scores      what the attention kernel's backward pass needs of its forward pass
 #   network     what crossed the network, and so the product whose result it was: attention's output, experts' results
 #   result      what nothing names: logits, sorted gates
-#   anew        what no policy keeps: weights gathered for a layer, the router's kernel, integers that devices agree on
+#   routing     what the router's kernel gives
+#   anew        what no policy keeps: weights gathered for a layer, integers that devices agree on
 #   unused      the backward pass does not ask for it
-Result = Literal["projection", "scores", "network", "result", "anew", "unused"]
+Result = Literal["projection", "scores", "network", "result", "routing", "anew", "unused"]
 KEPT: dict[str, frozenset[Result]] = {
-    "none": frozenset(("projection", "scores", "network", "result", "unused")),
-    "minimal": frozenset(("projection", "scores", "network", "unused")),
-    "collectives": frozenset(("network", "unused")),
+    "none": frozenset(("projection", "scores", "network", "result", "routing", "unused")),
+    "minimal": frozenset(("projection", "scores", "network", "routing", "unused")),
+    "collectives": frozenset(("network", "routing", "unused")),
     "full": frozenset(("unused",)),
 }
 _TRANSPOSED: dict[Kind, Kind | None] = {

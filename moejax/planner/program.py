@@ -157,7 +157,7 @@ class _Step(Passes):
     def route(self, times: float) -> Iterator[Product | Sweep]:
         """The router's kernel; its backward pass makes the logits again."""
         m = self.model
-        for stage in self.stages("anew"):
+        for stage in self.stages("routing"):
             yield Product("route", stage, self.T, m.num_experts, m.d_model, times=times, dtype="float32")
         yield Product("route", "backward", self.T, m.num_experts, m.d_model, times=times, dtype="float32")
         yield Product("route", "backward", self.T, m.d_model, m.num_experts, times=times, dtype="float32")

@@ -13,6 +13,7 @@ from moejax.kernels import manual
 from moejax.kernels.platform import implementation_for
 from moejax.kernels.top_k_routing import reference
 from moejax.kernels.top_k_routing.contract import Routing, RoutingSums, Rules, Score
+from moejax.remat import ROUTING, named
 
 Implementation = Literal["reference", "pallas_gpu", "pallas_tpu"]
 
@@ -139,7 +140,9 @@ def _route(
 def _forward(
     rules: Rules, run: Callable[..., Any], inputs: tuple[jax.Array, ...], bias_E: jax.Array | None
 ) -> tuple[tuple[Routing, RoutingSums], Any]:
-    routing, sums = run(rules, *inputs, bias_E)
+    # Kept as a whole, or a remat policy could keep a row's largest score, compute the scores again, rounded otherwise
+    # by another fusion, and find none that equals it.
+    routing, sums = jax.tree.map(lambda x: named(x, ROUTING), run(rules, *inputs, bias_E))
     return (routing, sums), (inputs, routing._replace(position_TK=None))
 
 
