@@ -9,10 +9,10 @@ What would change the loss is left out: more microbatches under the strategy "ca
 each, and more accumulation with `balance.aux_loss_weight`, a loss that is not linear in the batch.
 
 Tried and left: host offload of the layers' inputs (`jax.checkpoint_policies.save_and_offload_only_these_names` to
-"pinned_host"), in both checkpoints, for H100 also in the pipeline's alone. Compiled ahead of time with jax 0.10.2, XLA fails on H100
-("Expected instruction to have shape equal to") and on v5p ("async-start expects the shape of operand 0 to match"): it
-does not follow a stack in host memory through the loop over layers inside the loop over ticks. CPUs ignore it: the same
-program comes out.
+"pinned_host"), in both checkpoints, for H100 also in the pipeline's alone. Compiled ahead of time with jax 0.10.2, XLA
+fails on H100 ("Expected instruction to have shape equal to") and on v5p ("async-start expects the shape of operand 0 to
+match"): it does not follow a stack in host memory through the loop over layers inside the loop over ticks. CPUs ignore
+it: the same program comes out.
 """
 
 from __future__ import annotations
