@@ -140,13 +140,17 @@ MODEL = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_
 @pytest.mark.parametrize("hardware", ["cpu", "h100", "tpu_v5p"])
 def test_nothing_of_a_step_is_outside_the_phases(hardware):
     mesh = MeshConfig(expert=2, tensor=2, pipeline=2, replica=2, hardware=hardware)
-    found = trace(Plan(MODEL, mesh, seq_len=32, batch_size=8))
+    found = trace(Plan(MODEL, mesh, 32, 8, ParallelConfig(remat="full")))
     assert OTHER not in found.flops
     assert all(phase != OTHER for phase, *_ in found.sent_bytes)
     assert found.moved_bytes[OTHER] < 0.05 * sum(found.moved_bytes.values())
-    assert {stage for _, stage in found.flops_by_pass} == {"forward", "recompute", "backward"} - (
-        {"recompute"} if hardware == "cpu" else set()
-    )
+    assert {stage for _, stage in found.flops_by_pass} == {"forward", "recompute", "backward"}
+
+
+def test_without_rematerialisation_no_product_is_done_twice():
+    mesh = MeshConfig(expert=4, tensor=2, pipeline=2, hardware="h100")
+    found = trace(Plan(MODEL, mesh, 32, 8, ParallelConfig(remat="none")))
+    assert {stage for _, stage in found.flops_by_pass} == {"forward", "backward"}
 
 
 @functools.cache
