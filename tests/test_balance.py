@@ -58,6 +58,7 @@ def test_the_window_is_the_last_steps_by_hand():
     for n, state in enumerate(run(balancer, steps)[1:], start=1):
         kept = steps[max(0, n - 3) : n]
         load_LE = sum(step.count_E.astype(np.float64) for step in kept)
+        np.testing.assert_array_equal(balancer.last_load(state), steps[n - 1].count_E)
         report = jax.device_get(balancer.report(state))
         assert report.num_steps == len(kept)
         assert report.num_tokens == pytest.approx(load_LE.sum() / LAYERS / 2)

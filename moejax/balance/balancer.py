@@ -159,6 +159,10 @@ class ExpertLoadBalancer:
             idle_experts_L=(load_LE == 0).sum(-1, dtype=jnp.int32),
         )
 
+    def last_load(self, state: BalanceState) -> np.ndarray:
+        """The assignments each expert got in the last step [L, E], float32, on the host; any process has all layers."""
+        return np.asarray(state.load_WLE)[(int(state.num_steps) - 1) % self.balance.window]
+
     def wanted_index(self, state: BalanceState) -> jax.Array:
         """Which of `balance.capacity_factors` the next step is to run with, int32; the last, if it has not so many."""
         return state.size_by_load + state.sizes_for_rounds

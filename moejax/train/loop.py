@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import signal
@@ -25,9 +24,10 @@ from moejax.balance import BalanceReport
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import Data, load_data, make_loader
 from moejax.train.checkpoint import Checkpointer
-from moejax.train.memory_guard import device_limit
+from moejax.train.memory_guard import device_limit, memory_in_use
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
+from moejax.train.record import append_start, describe_start
 from moejax.train.sample import generate
 from moejax.train.schedule import Bucket, Schedule
 from moejax.train.sizes import StepSizes
@@ -51,6 +51,7 @@ class Trainer:
         self, config: TrainConfig, mesh: Mesh, workdir: str | pathlib.Path, buckets: Sequence[Bucket] = ()
     ) -> None:
         self.workdir = pathlib.Path(workdir)
+        self.mesh, self.buckets = mesh, tuple(buckets)
         self.schedule = Schedule.of_buckets(config, buckets, mesh)
         self.config = config = self.schedule.configs[-1]
         self.train_step = self.schedule.train_steps[-1]
@@ -82,11 +83,15 @@ class Trainer:
         return self._summarise(state, first, last, timing)
 
     def _open_writer(self, first: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
-        """The writer of metrics.jsonl, and config.json beside it; None in all processes but the first."""
+        """The writer of metrics.jsonl, with this start in run.json beside it; None in all processes but the first."""
         if jax.process_index() > 0:
             return contextlib.nullcontext()
-        (self.workdir / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
-        return MetricsWriter(self.workdir, resume_step=first)
+        writer = MetricsWriter(self.workdir, resume_step=first)
+        start = describe_start(
+            self.config, self.mesh, self.buckets, resumed_from=first, data_fingerprint=self.data.fingerprint
+        )
+        append_start(self.workdir, start)
+        return writer
 
     def _request_stop(self) -> None:
         self._stop = True
@@ -166,14 +171,18 @@ class Trainer:
                     "bucket_seq_len": seq_len,
                     "remat": ran.step.program.parallel.remat_policy(seq_len),
                     "reshard_seconds": reshard_seconds,
+                    "device_memory_bytes": memory_in_use(ran.step.program.mesh) or ran.memory.total,
                 }
                 if step % config.eval_every == 0 or step == config.steps:
                     line |= evaluate(state.params)
+                report = jax.device_get(metrics["balance"])
                 if writer is not None:
-                    writer.write(step, line)
+                    writer.write(step, line, self.program.balancer.last_load(state.balance))
+                    if "eval_loss" in line:
+                        writer.write_by_layer(step, {"window_load_cv": report.cv_L, "window_rounds": report.rounds_L})
                 progress.step(step, line)
                 self._check_finite(step, line, checkpointer)
-                self._warn(step, jax.device_get(metrics["balance"]))
+                self._warn(step, report)
                 if checkpointer.due(step):
                     checkpointer.save(step, state, batches, metadata=self._metadata())
                 if self._stop:

@@ -87,6 +87,15 @@ def device_limit(mesh: jax.sharding.Mesh) -> int:
     return int((device.memory_stats() or {}).get("bytes_limit", 0))
 
 
+def memory_in_use(mesh: jax.sharding.Mesh) -> int:
+    """The most bytes that were in use on a device of the mesh so far, as its runtime says; 0 where it does not (CPUs).
+
+    The most so far, for between two steps only the state is there.
+    """
+    device = mesh.local_mesh.devices.flat[0]
+    return int((device.memory_stats() or {}).get("peak_bytes_in_use", 0))
+
+
 def fit(step: TrainStep, batch_size: int, seq_len: int, limit_bytes: int, *, refused: bool = False) -> FittedStep:
     """Compiles `step`, or the first one down the ladder that needs at most `limit_bytes` (0: no limit) on a device.
 

@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 LINES_A_RUN = 20  # printed where there is no terminal
 
@@ -26,7 +27,7 @@ class Progress:
         self._bar = RichProgress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -49,14 +50,30 @@ class Progress:
 
     def step(self, step: int, line: Mapping[str, float]) -> None:
         """Shows a step's line of metrics."""
-        text = (
-            f"loss {line['loss']:.3f}  {line['bits_per_byte']:.2f} bits/byte  {line['tokens_per_second']:,.0f} tokens/s"
-            f"  load CV {line['window_load_cv']:.3f}  rounds {line['window_rounds']:.2f}"
-            f"  dropped {line['window_dropped_fraction']:.2%}"
-        )
-        if "eval_bits_per_byte" in line:
-            text += f"  held out {line['eval_bits_per_byte']:.2f} bits/byte"
+        text = summarise(line)
         self._bar.update(self._task, completed=step, description=text)
         every = max(1, self._steps // LINES_A_RUN)
         if not self._console.is_terminal and (step % every == 0 or step == self._steps or "eval_loss" in line):
             self._console.print(f"step {step}/{self._steps}  {text}", highlight=False, soft_wrap=True)
+
+
+def summarise(line: Mapping[str, float]) -> str:
+    """A step's line of metrics in words, what matters most first, for a narrow terminal cuts off the end.
+
+    CV and rounds are over the balancer's window, memory is of one device: the most in use so far, as its runtime says,
+    or where it does not, what the compiled step takes.
+    """
+    text = (
+        f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  CV {line['window_load_cv']:.3f}"
+        f"  rounds {line['window_rounds']:.2f}  {_bytes(line['device_memory_bytes'])}"
+        f"  {line['bits_per_byte']:.2f} bits/byte"
+    )
+    if line["window_dropped_fraction"] > 0:
+        text += f"  dropped {line['window_dropped_fraction']:.2%}"
+    if "eval_bits_per_byte" in line:
+        text += f"  held out {line['eval_bits_per_byte']:.2f}"
+    return text
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**20:.0f} MiB" if number < 2**30 else f"{number / 2**30:.1f} GiB"

@@ -21,7 +21,8 @@ from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import apply_overrides
 from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.loop import Trainer
-from moejax.train.metrics import read_metrics
+from moejax.train.metrics import read_loads, read_metrics
+from moejax.train.record import read_starts
 from moejax.train.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ REQUIRED = {
     "step_seconds", "load_cv", "load_cv_window_tokens", "load_max_over_mean", "dropped_fraction", "rounds",
     "window_steps", "window_tokens", "window_load_cv", "window_load_cv_worst", "window_load_cv_floor", "window_rounds",
     "window_dropped_fraction", "window_idle_experts", "window_router_entropy", "capacity_factor", "bucket_seq_len",
-    "remat", "reshard_seconds",
+    "remat", "reshard_seconds", "device_memory_bytes",
 }  # fmt: skip
 TIMES = {"step_seconds", "tokens_per_second", "reshard_seconds"}
 
@@ -94,6 +95,18 @@ def test_a_run_learns_and_records_every_step(config, finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
+def test_a_run_keeps_each_steps_loads(config, finished):
+    steps_N, load_NLE = read_loads(finished[0])
+    assert steps_N.tolist() == list(range(1, config.steps + 1))
+    assert load_NLE.shape == (config.steps, config.model.num_moe_layers, config.model.num_experts)
+    assignments = config.data.batch_size * config.data.seq_len * config.model.experts_per_token
+    assert (load_NLE.sum(-1) == assignments).all()
+    for line, load_LE in zip(read_metrics(finished[0]), load_NLE, strict=True):
+        assert line["load_cv"] == pytest.approx((load_LE.std(-1) / load_LE.mean(-1)).mean(), rel=1e-5)
+    window_LE = load_NLE.sum(0)  # the window is longer than the run
+    assert line["window_load_cv_worst"] == pytest.approx((window_LE.std(-1) / window_LE.mean(-1)).max(), rel=1e-5)
+
+
 def test_bits_per_byte_is_the_cross_entropy_in_another_unit(config, finished):
     held_out = read_metrics(finished[0])[-1]
     assert held_out["load_cv_window_tokens"] == config.data.batch_size * config.data.seq_len
@@ -119,6 +132,9 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(config, finished, t
     assert resumed.resumed_from == 5
     assert lines(tmp_path) == lines(finished[0])
     assert resumed.sample == finished[1].sample
+    np.testing.assert_array_equal(read_loads(tmp_path)[1], read_loads(finished[0])[1])
+    assert [start["resumed_from"] for start in read_starts(tmp_path)] == [0, 5]
+    assert not (tmp_path / "config.json").exists(), "run.json holds it"
 
 
 @pytest.mark.parametrize("shape", [(16, 1, 1), (2, 4, 2), (1, 1, 1)])
@@ -253,6 +269,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(cor
     stdout, stderr = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, stderr[-2000:]
     assert lines(tmp_path) == lines(finished[0])
+    np.testing.assert_array_equal(read_loads(tmp_path)[1], read_loads(finished[0])[1])
     summary = json.loads(stdout.splitlines()[-1])
     assert 0 < summary["resumed_from"] < 8
     assert summary["sample"] == finished[1].sample

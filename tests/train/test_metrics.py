@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.train.metrics import MetricsWriter, read_metrics
+from moejax.train.metrics import MetricsWriter, read_loads, read_metrics
 
 
 def test_reads_back_what_was_written(tmp_path):
@@ -43,7 +43,7 @@ def test_resumed_run_has_one_line_a_step(tmp_path):
         for step in range(5, 10):
             writer.write(step, {"run": 2})
     assert [(r["step"], r["run"]) for r in read_metrics(tmp_path)] == [(s, 1 if s <= 4 else 2) for s in range(1, 10)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loads.jsonl", "metrics.jsonl", "tensorboard"]
 
 
 def test_new_run_in_the_same_directory_starts_over(tmp_path):
@@ -84,6 +84,39 @@ def test_errors_name_the_argument(tmp_path):
         writer.write(4, {"loss": 1})
     with pytest.raises(ValueError, match="resume_step=-1"):
         MetricsWriter(tmp_path, resume_step=-1)
+
+
+def test_loads_come_back_and_survive_what_the_metrics_survive(tmp_path):
+    load_NLE = np.random.default_rng(0).integers(0, 100_000, (9, 2, 4))
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 8):
+            load_LE = load_NLE[step - 1] if step <= 4 else np.zeros((2, 4))
+            writer.write(step, {"run": 1}, load_LE.astype(np.float32))
+            assert len(read_loads(tmp_path)[0]) == step, "the line must be readable before the writer is closed"
+    with (tmp_path / "loads.jsonl").open("a") as file:
+        file.write('{"step":8,"load_LE":[[1,2')  # as a kill leaves it
+    assert read_loads(tmp_path)[0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    with MetricsWriter(tmp_path, resume_step=4) as writer:
+        for step in range(5, 10):
+            writer.write(step, {"run": 2}, load_NLE[step - 1])
+    steps_N, read_NLE = read_loads(tmp_path / "loads.jsonl")
+    assert steps_N.tolist() == [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 10))
+    np.testing.assert_array_equal(read_NLE, load_NLE)
+    assert read_NLE.dtype == np.int64
+
+
+def test_loads_of_ten_thousand_steps_are_small(tmp_path):
+    """Of 16 layers × 16 experts: 327,680 tokens to 2 experts each."""
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {}, np.full((16, 16), 40_960))
+    assert 10_000 * (tmp_path / "loads.jsonl").stat().st_size < 16e6
+
+
+def test_tensorboard_gets_a_scalar_a_layer(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write_by_layer(3, {"load_cv": np.float32([0.5, 0.25])})
+    values = {v.tag: v.simple_value for e in _events(tmp_path / "tensorboard") for v in e.summary.value if e.step == 3}
+    assert values == {"load_cv/layer_00": 0.5, "load_cv/layer_01": 0.25}
 
 
 def test_tensorboard_gets_the_same_scalars_and_hides_the_dropped_ones(tmp_path):
