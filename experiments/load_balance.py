@@ -26,6 +26,7 @@ from rich.console import Console
 
 from moejax.config import BalanceConfig, TrainConfig, check
 from moejax.mesh import build_mesh
+from moejax.plots import pyplot
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
 
@@ -154,11 +155,7 @@ def _cell(value: Any) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """CV, drops and bits per byte over capacity, a line a method."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     capacities = [c for c in CAPACITIES if any(row["capacity"] == c for row in rows)]
     figures = {
         "load_cv": "load CV over the window",

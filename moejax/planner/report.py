@@ -11,6 +11,7 @@ from moejax.planner.flops import ceilings, decode_flops, forward_flops
 from moejax.planner.predict import Prediction
 from moejax.planner.search import Choice, Request, follows_rules
 from moejax.planner.work import Phase
+from moejax.plots import pyplot
 
 Row = Sequence[Any]
 PHASES = Phase.__args__
@@ -161,8 +162,7 @@ def as_data(choice: Choice) -> dict[str, Any]:
 
 def figure(choices: dict[int, Choice], limit_bytes: float, title: str) -> Any:
     """A picture of memory by category and of time by phase for each length. Needs matplotlib (extra `plots`)."""
-    import matplotlib.pyplot as plt  # an extra, and slow to import
-
+    plt = pyplot()
     lengths = [f"{seq_len:,}" for seq_len in choices]
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     memory = [{k: v / 1e9 for k, v in choice.best.memory.categories.items()} for choice in choices.values()]
@@ -194,8 +194,7 @@ def _stack(ax: Any, labels: list[str], columns: list[dict[str, float]]) -> None:
 
 
 def _colors(number: int) -> list[Any]:
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     return [plt.get_cmap("tab20")(i % 20) for i in range(number)]
 
 

@@ -1,0 +1,72 @@
+"""Draws how evenly the experts of a run were loaded: by layer and expert, and over its steps.
+
+    python experiments/plot_load.py --workdir=runs/deep --out=load.png
+
+The run may be going on. Left: the load of each expert over its layer's mean, over the last window. Right: the same by
+step. Below: the coefficient of variation with the floor that sampling sets, and the rounds of a dispatch, each with
+the bound beyond which the run warns. Needs matplotlib (extra `plots`). Prints a table of the last window by layer, and
+ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import loading
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from moejax.config import check
+from moejax.profiling.loads import LoadHistory, figure
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
+_OUT = flags.DEFINE_string("out", None, "Where the picture goes: .png, .svg or .pdf. Default: load.png in the workdir.")
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def main(argv: list[str]) -> None:
+    loading.parse_flags(argv)
+    check(bool(_WORKDIR.value), "--workdir is missing; give the directory of a run")
+    workdir = Path(_WORKDIR.value).expanduser()
+    out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "load.png"
+    check(out.suffix in SUFFIXES, f"--out={out} must end in {', '.join(SUFFIXES)}")
+    history = LoadHistory.read(workdir)
+    picture = figure(history)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(out, dpi=120)
+    console = Console()
+    console.print(table(history))
+    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    print(
+        json.dumps(
+            {
+                "last_step": int(history.steps_N[-1]),
+                "window_steps": history.window_steps,
+                "window_tokens": history.window_tokens,
+                "load_cv_floor": history.window_cv_floor,
+                "layers": history.by_layer(),
+            }
+        )
+    )
+
+
+def table(history: LoadHistory) -> Table:
+    """The last window by layer."""
+    title = (
+        f"steps {history.steps_N[-history.window_steps]:,} to {history.steps_N[-1]:,}: "
+        f"{history.window_tokens:,.0f} tokens, sampling floor of the CV {history.window_cv_floor:.3f}"
+    )
+    columns = ("layer", "load CV", "busiest expert", "its load × mean", "least load × mean", "idle experts")
+    rows = Table(*columns, title=title)
+    for row in history.by_layer():
+        rows.add_row(
+            str(row["layer"]), f"{row['load_cv']:.3f}", str(row["busiest_expert"]), f"{row['max_over_mean']:.2f}",
+            f"{row['min_over_mean']:.2f}", str(row["idle_experts"]),
+        )  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    loading.run(main)
