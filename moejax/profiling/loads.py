@@ -19,7 +19,8 @@ from moejax.train.metrics import LOADS_FILE, METRICS_FILE, read_loads, read_metr
 from moejax.train.record import RECORD_FILE, read_starts
 
 MAX_COLUMNS = 200  # of the picture over steps: about two pixels each
-COLOR_LIMITS = (1.5, 2.0, 4.0, 8.0)  # load over the mean, and its inverse below
+COLOR_LIMITS = (1.25, 1.5, 2.0, 4.0)  # load over the mean, and its inverse below
+LEAST = 1e-9  # stands for no load where a logarithm is taken
 MAX_NUMBERED = 20  # experts whose loads are written into the picture
 
 
@@ -115,29 +116,35 @@ def figure(history: LoadHistory) -> Any:
     fig.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     fig.suptitle(f"Expert load of {history.name}, steps {history.steps_N[0]:,} to {history.steps_N[-1]:,}")
     (left, right), (cv, rounds) = fig.subplots(2, 2, height_ratios=(top, 3.2))
-    limit = _color_limit(share_LE)
-    colors = {"norm": plt.matplotlib.colors.LogNorm(1 / limit, limit), "cmap": "RdBu_r"}
-    _draw_window(left, history, share_LE, colors)
-    image = _draw_steps(right, share_CLE, edges, colors)
-    bar = fig.colorbar(image, ax=[left, right], label="load over the layer's mean", extend="both", pad=0.01)
-    ticks = [1 / limit, math.sqrt(1 / limit), 1, math.sqrt(limit), limit]
-    bar.set_ticks(ticks, labels=[f"{tick:.2f} ×" for tick in ticks], minor=False)
-    bar.minorticks_off()
+    _draw_window(left, history, share_LE)
+    _draw_steps(right, share_CLE, edges)
     _draw_cv(cv, history)
     _draw_rounds(rounds, history)
     return fig
 
 
-def _color_limit(share_LE: np.ndarray) -> float:
-    """The least that all but the furthest hundredth of the loads are within, over the mean or under it."""
-    furthest = np.quantile(np.maximum(share_LE, 1 / np.maximum(share_LE, 1e-9)), 0.99)
-    return next((limit for limit in COLOR_LIMITS if furthest <= limit), COLOR_LIMITS[-1])
+def _colors(share: np.ndarray, within: float) -> dict[str, Any]:
+    """Colours as far as the part `within` of the loads is from the mean, above it or below; white is the mean."""
+    furthest = np.quantile(np.maximum(share, 1 / np.maximum(share, LEAST)), within)
+    limit = next((limit for limit in COLOR_LIMITS if furthest <= limit), COLOR_LIMITS[-1])
+    return {"norm": pyplot().matplotlib.colors.LogNorm(1 / limit, limit), "cmap": "RdBu_r"}
 
 
-def _draw_window(ax: Any, history: LoadHistory, share_LE: np.ndarray, colors: dict[str, Any]) -> None:
+def _draw_colorbar(ax: Any, image: Any) -> None:
+    bar = ax.figure.colorbar(image, ax=ax, label="load over the layer's mean", extend="both", pad=0.02)
+    limit = image.norm.vmax
+    ticks = [1 / limit, limit**-0.5, 1, limit**0.5, limit]
+    bar.set_ticks(ticks, labels=[f"{tick:.2f}" for tick in ticks])
+    bar.minorticks_off()
+
+
+def _draw_window(ax: Any, history: LoadHistory, share_LE: np.ndarray) -> None:
     """A cell an expert; the loads stand in it where there is room."""
     layers, experts = share_LE.shape
-    ax.imshow(np.maximum(share_LE, 1e-9), aspect="auto", interpolation="none", **colors)
+    image = ax.imshow(
+        np.maximum(share_LE, LEAST), aspect="auto", interpolation="none", **_colors(share_LE, within=0.99)
+    )
+    _draw_colorbar(ax, image)
     ax.set(xlabel="expert", ylabel="layer")
     ax.set_title(f"last {history.window_steps} steps, {history.window_tokens:,.0f} tokens")
     _count_from_0(ax.xaxis, experts)
@@ -145,18 +152,20 @@ def _draw_window(ax: Any, history: LoadHistory, share_LE: np.ndarray, colors: di
     if experts > MAX_NUMBERED or layers > MAX_NUMBERED:
         return
     for (layer, expert), share in np.ndenumerate(share_LE):
-        far = abs(math.log(max(share, 1e-9))) > 0.6 * math.log(colors["norm"].vmax)
+        far = abs(math.log(max(share, LEAST))) > 0.6 * math.log(image.norm.vmax)
         ax.text(
             expert, layer, f"{share:.2f}" if share < 10 else f"{share:.0f}",
             ha="center", va="center", fontsize=7, color="white" if far else "black",
         )  # fmt: skip
 
 
-def _draw_steps(ax: Any, share_CLE: np.ndarray, edges: np.ndarray, colors: dict[str, Any]) -> Any:
+def _draw_steps(ax: Any, share_CLE: np.ndarray, edges: np.ndarray) -> None:
     """A row an expert, from 0 at the top of its layer; a line between layers."""
     columns, layers, experts = share_CLE.shape
-    rows = np.maximum(share_CLE, 1e-9).reshape(columns, layers * experts).T
-    image = ax.pcolormesh(edges, np.arange(layers * experts + 1) / experts - 0.5, rows, rasterized=True, **colors)
+    rows = np.maximum(share_CLE, LEAST).reshape(columns, layers * experts).T
+    image = ax.pcolormesh(
+        edges, np.arange(layers * experts + 1) / experts - 0.5, rows, rasterized=True, **_colors(share_CLE, within=0.9)
+    )
     ax.invert_yaxis()
     for layer in range(1, layers):
         ax.axhline(layer - 0.5, color="black", linewidth=0.6)
@@ -165,7 +174,7 @@ def _draw_steps(ax: Any, share_CLE: np.ndarray, edges: np.ndarray, colors: dict[
     size = math.ceil(edges[1] - edges[0])
     each = "a column a step" if size == 1 else f"a column {size:,} steps"
     ax.set(ylabel="layer", title=f"by step: a row an expert, {each}")
-    return image
+    _draw_colorbar(ax, image)
 
 
 def _draw_cv(ax: Any, history: LoadHistory) -> None:
@@ -186,13 +195,15 @@ def _draw_rounds(ax: Any, history: LoadHistory) -> None:
     _draw_series(ax, history, {"window_rounds_worst": "worst layer", "window_rounds": "mean over layers"})
     _draw_bound(ax, history, "max_rounds")
     ax.set_ylim(bottom=0.9)  # a dispatch has one at least
-    ax.set(ylabel="rounds a dispatch", title=f"rounds until every assignment has arrived, {_window(history)}")
+    ax.set(ylabel="rounds a dispatch", title=f"rounds of a dispatch, {_window(history)}")
     _finish(ax, history)
 
 
 def _draw_series(ax: Any, history: LoadHistory, labels: dict[str, str]) -> None:
-    for (name, label), color in zip(labels.items(), ("tab:orange", "tab:blue"), strict=True):
-        ax.plot(_steps(history), [line[name] for line in history.metrics], color=color, label=label)
+    """Two figures of each step; the first is the wider line, for the second may lie on it."""
+    for (name, label), color, width in zip(labels.items(), ("tab:orange", "tab:blue"), (2.5, 1.5), strict=True):
+        values = [line[name] for line in history.metrics]
+        ax.plot(_steps(history), values, color=color, linewidth=width, label=label)
 
 
 def _draw_bound(ax: Any, history: LoadHistory, name: str) -> None:

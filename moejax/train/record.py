@@ -40,7 +40,7 @@ def describe_start(
     - `versions`, `devices`, and `git`: see `git_state`;
     - `data_fingerprint`: of the training text and tokenizer.
     """
-    devices = mesh.devices.flat
+    devices = mesh.devices.ravel()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resumed_from": resumed_from,
