@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def repository(tmp_path):
 
 def test_a_start_says_what_ran_and_is_json(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config.seed=3"])
-    monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=true")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
     monkeypatch.setenv("SOME_TOKEN", "secret")
     buckets = (
         Bucket(128, 32, MESH, ParallelConfig(num_microbatches=4)),
@@ -53,7 +54,8 @@ def test_a_start_says_what_ran_and_is_json(monkeypatch):
     config = dataclasses.replace(TrainConfig(), seed=3)
     start = json.loads(json.dumps(describe(config, buckets)))
     assert start["argv"] == ["train.py", "--config.seed=3"]
-    assert start["environment"]["XLA_FLAGS"] == "--xla_some_flag=true"
+    assert start["environment"]["NCCL_ALGO"] == "Ring"
+    assert start["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     assert "SOME_TOKEN" not in start["environment"]
     assert start["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
     assert start["config"]["seed"] == 3
