@@ -15,9 +15,7 @@ def instants(intervals):
 
 
 def is_a_set(intervals):
-    return all(a < b for a, b in intervals) and all(
-        a[1] <= b[0] for a, b in itertools.pairwise(intervals)
-    )
+    return all(a < b for a, b in intervals) and all(a[1] <= b[0] for a, b in itertools.pairwise(intervals))
 
 
 @given(INTERVALS, INTERVALS)
