@@ -162,12 +162,12 @@ class Trainer:
                 bucket = int(batch.get("bucket", 0))
                 fitted = sizes.use(bucket, index, last=self._last_window(step))
                 state, reshard_seconds = self.schedule.move(state, bucket)
-                began = time.perf_counter()
                 with self._around_step(step, fitted, batch["tokens"]):
+                    began = time.perf_counter()
                     ran, (state, metrics) = sizes.run(state, self.schedule.at.put_batch(batch))
                     line = self._line(metrics, batch)
+                    seconds = data_seconds + time.perf_counter() - began
                 index = int(line.pop("next_capacity_index"))
-                seconds = data_seconds + time.perf_counter() - began
                 timing.add(bucket, seconds, since=self._start)
                 seq_len = batch["tokens"].shape[1]
                 line |= {

@@ -105,6 +105,7 @@ def test_the_innermost_scope_is_the_phase():
     assert phase_of("jit(step)/transpose(jvp(gather))/reduce_scatter") == "gather"
     assert phase_of("jit(step)/gathering/mul") is None
     assert phase_of("") is None
+    assert phase_of("jit(step)/(loss/psum:shard_map/route/psum:reduce_sum:transpose(jvp(route))/psum)") == "route"
 
 
 def test_operations_of_a_program():
