@@ -98,7 +98,7 @@ def parse_steps(text: str, last: int) -> range:
     steps = range(*map(int, found.groups())) if found else range(0)
     check(
         len(steps) > 0 and steps[0] > 0 and steps[-1] <= last,
-        f"profile_steps={text} must be FIRST:END with 1 <= FIRST < END <= {last + 1}; 10:13 traces steps 10, 11 and 12",
+        f"--profile_steps={text} must be FIRST:END with 1 <= FIRST < END <= {last + 1}; 10:13 is steps 10, 11 and 12",
     )
     return steps
 
@@ -128,7 +128,7 @@ class StepCapture:
         self._close()
         if self._wanted and not self._seen:
             logging.warning(
-                "profile_steps=%d:%d: the run had no such step to do.", self._wanted.start, self._wanted.stop
+                "--profile_steps=%d:%d: the run had no such step to do.", self._wanted.start, self._wanted.stop
             )
 
     @contextlib.contextmanager

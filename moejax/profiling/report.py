@@ -26,6 +26,7 @@ from moejax.profiling.phases import PHASES
 from moejax.profiling.trace import Event, Trace
 
 UNNAMED = "no phase"
+ROWS = (*PHASES, UNNAMED)
 _MS = 1e6  # ns
 
 
@@ -56,7 +57,7 @@ class Usage:
     @property
     def attributed(self) -> float:
         """Part of the operations' time that has a phase."""
-        return 1 - self.op_ms.get(UNNAMED, 0.0) / sum(self.op_ms.values())
+        return 1 - self.op_ms[UNNAMED] / sum(self.op_ms.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,7 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
 def measure(events: Iterable[Event], window: Sequence[Interval]) -> Usage:
     """What one device spends `window` (disjoint, ns) on; of operations that reach out of it, only the part inside."""
     spans: dict[tuple[bool, str], list[Interval]] = defaultdict(list)
-    op_ms: dict[str, float] = defaultdict(float)
-    backward_ms: dict[str, float] = defaultdict(float)
+    phases, exposed, op_ms, backward_ms = (dict.fromkeys(ROWS, 0.0) for _ in range(4))
     for event in events:
         phase = event.phase or UNNAMED
         spans[event.communication, phase].append((event.start_ns, event.end_ns))
@@ -117,12 +117,11 @@ def measure(events: Iterable[Event], window: Sequence[Interval]) -> Usage:
     compute = union(i for (communication, _), found in sets.items() if not communication for i in found)
     communication = union(i for (communication, _), found in sets.items() if communication for i in found)
     taken: list[Interval] = []
-    phases, exposed = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
     for kind in (False, True):
-        for phase in (*PHASES, UNNAMED):
+        for phase in ROWS:
             new = subtract(sets.get((kind, phase), []), taken)
             taken = union([*taken, *new])
-            phases[phase] = phases.get(phase, 0.0) + length(new) / _MS
+            phases[phase] += length(new) / _MS
             if kind:
                 exposed[phase] = length(new) / _MS
     return Usage(
@@ -133,8 +132,8 @@ def measure(events: Iterable[Event], window: Sequence[Interval]) -> Usage:
         idle_ms=length(subtract(window, taken)) / _MS,
         phases=phases,
         exposed=exposed,
-        op_ms=dict(op_ms),
-        backward_ms=dict(backward_ms),
+        op_ms=op_ms,
+        backward_ms=backward_ms,
     )
 
 
@@ -145,7 +144,7 @@ def _mean(usages: Sequence[Usage]) -> Usage:
         values = [getattr(usage, name) for usage in usages]
         if not isinstance(values[0], dict):
             return statistics.fmean(values)
-        return {key: statistics.fmean(v.get(key, 0.0) for v in values) for key in (*PHASES, UNNAMED)}
+        return {row: statistics.fmean(value[row] for value in values) for row in ROWS}
 
     return Usage(**{field.name: mean(field.name) for field in dataclasses.fields(Usage)})
 
@@ -235,7 +234,7 @@ def _phase_table(report: Report) -> str:
 
     guesses: Mapping[str, float] = predicted or {}
     rows = []
-    for phase in (*PHASES, UNNAMED):
+    for phase in ROWS:
         values = (mean.exposed[phase], mean.op_ms[phase], mean.backward_ms[phase])
         cells = [f"{v / n:,.2f}" for v in values]
         rows.append(row(phase, mean.phases[phase], cells, guesses.get(phase, 0.0)))

@@ -1,6 +1,9 @@
 """Traces written out by hand, of CPUs and of GPUs, are read into the events that they hold."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,6 +13,7 @@ from moejax.config import ConfigError
 from moejax.profiling.phases import Op, ops, phase_of
 from moejax.profiling.trace import FACTS, Marker, read_trace
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %inner (p: f32[8]) -> f32[8] {
@@ -153,3 +157,43 @@ def test_what_is_no_trace_is_one_line(tmp_path):
         read_trace(tmp_path)
     with pytest.raises(ConfigError, match="has no operations of a CPU or a GPU"):
         read_trace(write(tmp_path, plane("/host:CPU", {}, {}, line("python", []))))
+
+
+def run_script(name, *arguments):
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_ends_with_the_figures(tmp_path):
+    """80 ns of NCCL, of which 30 run behind 100 ns of products; 10 ns of a kernel without a name; a step of 300 ns."""
+    saved, tables = tmp_path / "a.json", tmp_path / "a.md"
+    done = run_script("profile", gpu_trace(tmp_path / "trace"), f"--json={saved}", f"--markdown={tables}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(saved.read_text()) == figures
+    assert tables.read_text() in done.stdout
+    usage = figures["devices"]["GPU 0"]
+    assert usage == figures["mean"]
+    names = ("window", "compute", "communication", "exposed", "idle")
+    assert [round(1e6 * usage[f"{name}_ms"]) for name in names] == [300, 110, 80, 50, 140]
+    assert {name: round(1e6 * ms) for name, ms in usage["phases"].items() if ms} == {
+        "attention": 100, "dispatch": 50, "no phase": 10,
+    }  # fmt: skip
+    assert figures["longest"][0] == {
+        "name": "sm90_gemm", "phase": "attention", "communication": False, "times": 1, "total_ms": 1e-4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("profile", ["a", "b"], "a b is given as TRACE; give one directory of a trace"),
+        ("profile", ["/nowhere"], "/nowhere has no plugins/profile"),
+        ("train", ["--profile_steps=5:5"], "--profile_steps=5:5 must be FIRST:END with 1 <= FIRST < END"),
+    ],
+)
+def test_wrong_requests_are_one_line(name, arguments, message):
+    done = run_script(name, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
