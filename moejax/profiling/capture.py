@@ -133,7 +133,7 @@ class StepCapture:
 
     @contextlib.contextmanager
     def step(self, number: int, fitted: FittedStep, tokens_BS: Any) -> Iterator[None]:
-        """Goes around each step of the run, for `Trainer(around_step=...)`; costs nothing where none is traced."""
+        """Goes around each step of the run, for `Trainer(around_step=...)`; where none is traced it costs some 15 µs."""
         if self._recording is None:
             self._start(number)
         if self._recording is None:
