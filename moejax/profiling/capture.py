@@ -10,6 +10,10 @@ under `plugins/`, lie the compiled programs' texts, which say what phase each op
 
 A training run is traced by `StepCapture`: at steps known before, or at once when a file `profile` appears in its work
 directory (`echo 5 > WORKDIR/profile` for five steps, `touch` for three); it is taken away as the trace starts.
+
+Cost, CPU time of tiny steps (two layers) on 16 virtual devices: that of the traced steps is 1.2 to 1.7 times as much,
+that of those before and after cannot be told from runs without. A step of the default model leaves 13 MB of trace; to
+write three took some 11 s on a busy machine, once, after the last, and is not counted in `step_seconds`.
 """
 
 from __future__ import annotations
@@ -133,7 +137,7 @@ class StepCapture:
 
     @contextlib.contextmanager
     def step(self, number: int, fitted: FittedStep, tokens_BS: Any) -> Iterator[None]:
-        """Goes around each step of the run, for `Trainer(around_step=...)`; where none is traced it costs some 15 µs."""
+        """Goes around each step of the run, for `Trainer(around_step=...)`; some 15 µs where none is traced."""
         if self._recording is None:
             self._start(number)
         if self._recording is None:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moejax.config import check
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import DEVICES, Cluster
 from moejax.planner.plan import Plan
@@ -79,12 +80,18 @@ class Report:
 
 
 def make_report(trace: Trace, num_longest: int = 10) -> Report:
-    """The figures of a trace. Without step markers, it counts as one step from its first operation to its last."""
+    """The figures of a trace. Without step markers, it counts as one step from its first operation to its last.
+
+    Raises:
+      ConfigError: no operation ran inside the steps.
+    """
     window = union((marker.start_ns, marker.end_ns) for marker in trace.steps)
     if not window:
         window = [(min(e.start_ns for e in trace.events), max(e.end_ns for e in trace.events))]
+    events = [e for e in trace.events if intersection([(e.start_ns, e.end_ns)], window)]
+    check(len(events) > 0, "the trace has no operation inside its steps; wait for a step's results in recording.step()")
     by_device: dict[str, list[Event]] = defaultdict(list)
-    for event in trace.events:
+    for event in events:
         by_device[event.device].append(event)
     devices = {name: measure(by_device[name], window) for name in sorted(by_device, key=_natural)}
     plans = [step.get("plan") for step in trace.facts.get("steps", ())]
@@ -97,7 +104,7 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
         tokens=sum(plan.tokens for plan in plans) if known else None,
         mean=_mean(list(devices.values())),
         devices=devices,
-        longest=_longest(trace.events, num_longest),
+        longest=_longest(events, num_longest),
         predicted_ms=predicted,
         predicted_on=on,
     )

@@ -12,7 +12,7 @@ from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.profiling import capture, report
 from moejax.profiling.capture import StepCapture, parse_steps
-from moejax.profiling.trace import FACTS, read_trace
+from moejax.profiling.trace import FACTS, Marker, read_trace
 from moejax.train.step import make_train_step
 
 LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
@@ -103,6 +103,12 @@ def test_steps_out_of_the_run_are_one_line(text):
 def test_steps():
     assert list(parse_steps("10:13", 20)) == [10, 11, 12]
     assert list(parse_steps("1:21", 20)) == list(range(1, 21))
+
+
+def test_steps_that_were_not_waited_for_are_one_line(trace):
+    early = dataclasses.replace(trace, steps=[Marker(1, -20.0, -10.0)])
+    with pytest.raises(ConfigError, match="no operation inside its steps; wait"):
+        report.make_report(early)
 
 
 def in_ns(figures_ms):
