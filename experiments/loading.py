@@ -31,11 +31,11 @@ CONFIGS = ROOT / "experiments" / "configs"
 MESH_CONFIGS = ROOT / "mesh_configs"
 
 
-def parse_flags(argv: Sequence[str]) -> None:
-    """Parses the flags of a script that takes nothing else.
+def parse_flags(argv: Sequence[str], *, positional: bool = False) -> list[str]:
+    """Parses the flags of a script that takes nothing else, but for `positional` arguments, which are returned.
 
     Raises:
-      ConfigError: a flag that does not exist, a value that is wrong, or a positional argument.
+      ConfigError: a flag that does not exist, a value that is wrong, or a positional argument that is not taken.
     """
     try:
         rest = flags.FLAGS([a for a in argv if a != "--help"])
@@ -49,8 +49,9 @@ def parse_flags(argv: Sequence[str]) -> None:
         script = sys.modules["__main__"]
         print(f"{(script.__doc__ or '').strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         raise ConfigError(f"{' '.join(rest[1:])} is no flag; flags start with --")
+    return rest[1:]
 
 
 def load_model(name: str) -> ModelConfig:

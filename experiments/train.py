@@ -5,7 +5,9 @@
     python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --workdir=runs/deep
     python experiments/train.py --config=mixed --mesh=cpu_16_mixed     # a plan: lengths mixed, each on its own mesh
 
-A run that was stopped goes on where it was when it is started again with its --workdir.
+A run that was stopped goes on where it was when it is started again with its --workdir. `--profile_steps=10:13` traces
+steps 10, 11 and 12; `echo 3 > WORKDIR/profile` has a run that goes on already trace its next three. For what a trace
+says see experiments/profile.py.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.planner import DEVICES, Plan
 from moejax.planner.predict import check_fits
+from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.train.loop import Summary, Trainer
 from moejax.train.schedule import Bucket
 
+_PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, first:end; 10:13 is 10, 11 and 12.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Checkpoints and metrics of the run; an existing one is resumed. Default: a new one under runs/."
 )
@@ -39,12 +43,14 @@ def main(argv: list[str]) -> None:
     check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
     buckets = common.plan_buckets()
     refuse_what_cannot_fit(config, mesh_config, buckets)
+    profiled = parse_steps(_PROFILE_STEPS.value, config.steps) if _PROFILE_STEPS.value else range(0)
     common.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     console = Console(stderr=True)
     console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}", highlight=False)
-    summary = Trainer(config, mesh, workdir, buckets).run()
+    with StepCapture(workdir, mesh_config, profiled) as profiler:
+        summary = Trainer(config, mesh, workdir, buckets, profiler.step).run()
     show(summary, config.steps, workdir, console)
     print(json.dumps(dataclasses.asdict(summary)))
 

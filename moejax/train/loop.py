@@ -43,12 +43,20 @@ class Trainer:
     With the `buckets` of a plan, they say how on the mesh's devices, and each step's batch is of one of them. Held-out
     text is then in rows of the longest, and evaluated on its mesh.
 
+    `around_step(number, step, tokens_BS)` is a context in which each step runs and ends, for what looks on
+    (`moejax.profiling.capture.StepCapture.step`).
+
     Raises:
       ConfigError: the configuration, the mesh or the data cannot work; before anything is compiled or written.
     """
 
     def __init__(
-        self, config: TrainConfig, mesh: Mesh, workdir: str | pathlib.Path, buckets: Sequence[Bucket] = ()
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        workdir: str | pathlib.Path,
+        buckets: Sequence[Bucket] = (),
+        around_step: Callable[..., contextlib.AbstractContextManager[None]] = lambda *_: contextlib.nullcontext(),
     ) -> None:
         self.workdir = pathlib.Path(workdir)
         self.mesh, self.buckets = mesh, tuple(buckets)
@@ -62,6 +70,7 @@ class Trainer:
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
             f"{self.data.tokenizer.vocab_size}",
         )
+        self._around_step = around_step
         self._stop = False
         self._outside: dict[str, str] = {}  # figures of the balance that are out of their bounds
         self._start = time.perf_counter()
@@ -156,13 +165,14 @@ class Trainer:
                 batch = next(batches)
                 data_seconds = time.perf_counter() - began
                 bucket = int(batch.get("bucket", 0))
-                sizes.use(bucket, index, last=self._last_window(step))
+                fitted = sizes.use(bucket, index, last=self._last_window(step))
                 state, reshard_seconds = self.schedule.move(state, bucket)
-                began = time.perf_counter()
-                ran, (state, metrics) = sizes.run(state, self.schedule.at.put_batch(batch))
-                line = self._line(metrics, batch)
+                with self._around_step(step, fitted, batch["tokens"]):
+                    began = time.perf_counter()
+                    ran, (state, metrics) = sizes.run(state, self.schedule.at.put_batch(batch))
+                    line = self._line(metrics, batch)
+                    seconds = data_seconds + time.perf_counter() - began
                 index = int(line.pop("next_capacity_index"))
-                seconds = data_seconds + time.perf_counter() - began
                 timing.add(bucket, seconds, since=self._start)
                 seq_len = batch["tokens"].shape[1]
                 line |= {

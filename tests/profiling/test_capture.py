@@ -1,0 +1,137 @@
+"""Traces of a real train step on the 16 virtual devices: taken when asked for, and nearly all of it has a phase."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import pytest
+from layouts import MODEL, Layout
+
+from moejax.config import ConfigError
+from moejax.mesh import MeshConfig
+from moejax.profiling import capture, report
+from moejax.profiling.capture import StepCapture, parse_steps
+from moejax.profiling.trace import FACTS, Marker, read_trace
+from moejax.train.step import make_train_step
+
+LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory):
+    """The traces of a run of 8 steps, of which 2 and 3 are asked for before, 5 while it runs, and 7 by mistake."""
+    workdir = tmp_path_factory.mktemp("run")
+    step = make_train_step(LAYOUT.program)
+    compiled = step.lower(LAYOUT.batch_size, LAYOUT.seq_len).compile()
+    fitted = types.SimpleNamespace(compiled=compiled, step=step)
+    state, batch = step.init(jax.random.key(0)), step.put_batch(LAYOUT.batch)
+    with StepCapture(workdir, MeshConfig(expert=16), range(2, 4)) as profiler:
+        for number in range(1, 9):
+            if number in (5, 7):
+                (workdir / "profile").write_text({5: "1\n", 7: "some"}[number])
+            with profiler.step(number, fitted, LAYOUT.batch["tokens"]):
+                state, _ = jax.block_until_ready(compiled(state, batch))
+            assert not (workdir / "profile").exists()
+    return workdir / "profiles"
+
+
+@pytest.fixture(scope="module")
+def trace(profiles):
+    return read_trace(profiles / "step_000002")
+
+
+@pytest.fixture(scope="module")
+def found(trace):
+    return report.make_report(trace)
+
+
+def test_the_steps_asked_for_are_traced_and_no_others(profiles):
+    steps = {
+        folder.name: [step["step"] for step in json.loads((folder / FACTS).read_text())["steps"]]
+        for folder in profiles.iterdir()
+    }
+    assert steps == {"step_000002": [2, 3], "step_000005": [5]}
+
+
+def test_nearly_all_time_has_a_phase(trace, found):
+    assert [marker.step for marker in trace.steps] == [2, 3]
+    assert list(found.devices) == [f"CPU {i}" for i in range(16)]
+    assert found.mean.attributed > 0.95
+    for usage in (found.mean, *found.devices.values()):
+        assert sum(usage.phases.values()) + usage.idle_ms == pytest.approx(usage.window_ms)
+    in_steps = sum(sum(usage.op_ms.values()) for usage in found.devices.values())
+    assert in_steps == pytest.approx(sum(event.duration_ns for event in trace.events) / 1e6, rel=0.02)
+    for phase in report.PHASES:
+        assert found.mean.op_ms[phase] > 0, phase
+    for phase in ("attention", "expert", "dispatch", "combine", "logits"):
+        assert 0 < found.mean.backward_ms[phase] < found.mean.op_ms[phase], phase
+    assert found.mean.backward_ms["optimizer"] == 0
+    assert {phase for phase, ms in found.mean.exposed.items() if ms} >= {"dispatch", "combine", "pipeline", "gather"}
+
+
+def test_the_plan_comes_along(found):
+    assert found.tokens == 2 * LAYOUT.batch_size * LAYOUT.seq_len
+    assert found.predicted_on == "cpu"
+    assert found.predicted_ms.keys() == {*report.PHASES, "bubble", "host"}
+    text = report.as_markdown(found)
+    for part in ("| attention |", "| CPU 15 |", "| **mean** |", "can't tell", "one assumed virtual device"):
+        assert part in text
+
+
+def test_a_trace_of_anything(tmp_path):
+    compiled = jax.jit(lambda x: jax.numpy.sin(x @ x)).lower(jax.ShapeDtypeStruct((64, 64), "float32")).compile()
+    with capture(tmp_path / "a") as recording, recording.step(4, compiled):
+        compiled(jax.numpy.ones((64, 64))).block_until_ready()
+    trace = read_trace(tmp_path / "a")
+    assert trace.platform == "cpu"
+    assert [marker.step for marker in trace.steps] == [4]
+    assert {event.device for event in trace.events} == {"CPU 0"}
+    assert {event.phase for event in trace.events} == {None}
+    found = report.make_report(trace)
+    assert found.tokens is found.predicted_ms is None
+    assert json.loads(json.dumps(report.as_data(found)))["num_steps"] == 1
+
+
+@pytest.mark.parametrize("text", ["0:3", "5:5", "7:5", "5:22", "5", "a:b", "-1:3", "1:2:3"])
+def test_steps_out_of_the_run_are_one_line(text):
+    message = f"^--profile_steps={text} must be FIRST:END with 1 <= FIRST < END <= 21; 10:13 is steps 10, 11 and 12$"
+    with pytest.raises(ConfigError, match=message):
+        parse_steps(text, 20)
+
+
+def test_steps():
+    assert list(parse_steps("10:13", 20)) == [10, 11, 12]
+    assert list(parse_steps("1:21", 20)) == list(range(1, 21))
+
+
+def test_steps_that_were_not_waited_for_are_one_line(trace):
+    early = dataclasses.replace(trace, steps=[Marker(1, -20.0, -10.0)])
+    with pytest.raises(ConfigError, match="no operation inside its steps; wait"):
+        report.make_report(early)
+
+
+def in_ns(figures_ms):
+    return {name: round(1e6 * ms) for name, ms in figures_ms.items() if ms}
+
+
+def test_a_usage_counts_every_instant_once():
+    """Products 0 to 100, an exchange 60 to 150, and another phase's from 140 to 160, in a step from 10 to 200."""
+    event = dataclasses.make_dataclass("E", ["phase", "start_ns", "end_ns", "communication", "backward"])
+    events = [
+        event("expert", 0, 60, False, False),
+        event("attention", 50, 100, False, True),
+        event("dispatch", 60, 150, True, False),
+        event("combine", 140, 160, True, False),
+        event(None, 170, 180, False, False),
+    ]
+    usage = report.measure(events, [(10, 200)])
+    times = ("window_ms", "compute_ms", "communication_ms", "exposed_ms", "idle_ms")
+    assert [round(1e6 * getattr(usage, name)) for name in times] == [190, 100, 100, 60, 30]
+    # where two operations of one kind run at once, the phase that is named first has the time
+    assert in_ns(usage.phases) == {"attention": 50, "expert": 40, "dispatch": 50, "combine": 10, report.UNNAMED: 10}
+    assert in_ns(usage.exposed) == {"dispatch": 50, "combine": 10}
+    assert in_ns(usage.op_ms) == {"expert": 50, "attention": 50, "dispatch": 90, "combine": 20, report.UNNAMED: 10}
+    assert in_ns(usage.backward_ms) == {"attention": 50}
+    assert usage.busy == pytest.approx(160 / 190)
+    assert usage.attributed == pytest.approx(210 / 220)

@@ -1,0 +1,199 @@
+"""Traces written out by hand, of CPUs and of GPUs, are read into the events that they hold."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from moejax import hlo
+from moejax.config import ConfigError
+from moejax.profiling.phases import Op, ops, phase_of
+from moejax.profiling.trace import FACTS, Marker, read_trace
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} negate(%p), metadata={op_name="jit(step)/shard_map/expert/neg"}
+  %b = f32[8]{0} negate(%a), metadata={op_name="jit(step)/shard_map/expert/neg"}
+  ROOT %c = f32[8]{0} negate(%b), metadata={op_name="jit(step)/shard_map/combine/neg"}
+}
+
+%body (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %dot = f32[8]{0} negate(%q), metadata={op_name="jit(step)/transpose(jvp(attention))/while/body/dot_general"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %fusion = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner
+  %all-to-all.1 = f32[8]{0} all-to-all(%fusion), replica_groups={{0,1}}, metadata={op_name="jit(step)/dispatch/a2a"}
+  %copy.2 = f32[8]{0} copy(%all-to-all.1)
+  ROOT %while = f32[8]{0} while(%copy.2), condition=%inner, body=%body
+}
+"""
+STEP = Op("attention", backward=True, communication=False, container=False)
+
+
+def line(name, events):
+    """A line of an XPlane; events are (metadata id, start in ns, duration in ns, stats)."""
+    text = "".join(
+        f"events {{ metadata_id: {kind} offset_ps: {start * 1000} duration_ps: {duration * 1000} {stats} }} "
+        for kind, start, duration, stats in events
+    )
+    return f'lines {{ name: "{name}" {text} }} '
+
+
+def plane(name, event_names, stat_names, *lines):
+    entries = "".join(f'event_metadata {{ key: {i} value {{ id: {i} name: "{n}" }} }} ' for i, n in event_names.items())
+    entries += "".join(f'stat_metadata {{ key: {i} value {{ id: {i} name: "{n}" }} }} ' for i, n in stat_names.items())
+    return f'planes {{ name: "{name}" {"".join(lines)} {entries} }} '
+
+
+STATS = {1: "hlo_op", 2: "device_ordinal", 3: "step_num"}
+
+
+def op(name, device=None):
+    ordinal = "" if device is None else f"stats {{ metadata_id: 2 int64_value: {device} }}"
+    return f'stats {{ metadata_id: 1 str_value: "{name}" }} {ordinal}'
+
+
+def number(step):
+    return f"stats {{ metadata_id: 3 int64_value: {step} }}"
+
+
+def write(folder, text, steps=(7,)):
+    """The directory of a trace."""
+    run = folder / "plugins" / "profile" / "now"
+    run.mkdir(parents=True)
+    (run / "host.xplane.pb").write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(text))
+    (folder / "program_0.txt").write_text(PROGRAM)
+    facts = {"steps": [{"step": n, "program": "program_0.txt", "plan": None} for n in steps]}
+    (folder / FACTS).write_text(json.dumps(facts))
+    return folder
+
+
+def cpu_trace(folder):
+    names = {1: "train", 2: "fusion", 3: "all-to-all.1", 4: "while", 5: "dot", 6: "Rendezvous", 7: "end: fusion"}
+    ops = [
+        (2, 110, 50, op("fusion", 0)),
+        (3, 160, 40, op("all-to-all.1", 0)),
+        (6, 160, 35, ""),
+        (7, 159, 1, ""),
+        (4, 200, 80, op("while", 1)),
+        (5, 200, 30, op("dot", 1)),
+    ]
+    markers = [(1, 100, 200, number(7))]
+    return write(folder, plane("/host:CPU", names, STATS, line("python", markers), line("tf_XLAEigen/1", ops)))
+
+
+def gpu_trace(folder):
+    """Two streams: 100 ns of products, and of 80 ns of NCCL 30 behind them; a kernel that nothing names."""
+    names = {1: "sm90_gemm", 2: "ncclDevKernel_AllGather_RING_LL", 3: "memcpy32"}
+    compute = [(1, 1000, 100, op("dot")), (3, 1200, 10, "")]
+    nccl = [(2, 1070, 80, op("all-to-all.1"))]
+    repeated = [(1, 1000, 100, op("dot"))]
+    lines = line("Stream #13(Compute)", compute), line("Stream #14(Memcpy)", nccl), line("XLA Ops", repeated)
+    host = plane("/host:CPU", {1: "train"}, STATS, line("python", [(1, 950, 300, number(7))]))
+    return write(folder, plane("/device:GPU:0", names, STATS, *lines) + host)
+
+
+def test_the_innermost_scope_is_the_phase():
+    assert phase_of("jit(step)/shard_map/pipeline/while/body/attention/dot_general") == "attention"
+    assert phase_of("jit(step)/transpose(jvp(gather))/expert/checkpoint/mul") == "expert"
+    assert phase_of("jit(step)/dispatch/jit(_take)/gather") == "dispatch"  # the operation, not the phase
+    assert phase_of("jit(step)/transpose(jvp(gather))/reduce_scatter") == "gather"
+    assert phase_of("jit(step)/gathering/mul") is None
+    assert phase_of("") is None
+    assert phase_of("jit(step)/(loss/psum:shard_map/route/psum:reduce_sum:transpose(jvp(route))/psum)") == "route"
+
+
+def test_operations_of_a_program():
+    found = ops(hlo.parse(PROGRAM))
+    assert found["fusion"] == Op("expert", False, False, False)  # two of three parts
+    assert found["all-to-all.1"] == Op("dispatch", False, True, False)
+    assert found["copy.2"].phase is None
+    assert found["while"].container
+    assert found["dot"] == STEP
+
+
+def test_a_cpu_trace(tmp_path):
+    trace = read_trace(cpu_trace(tmp_path))
+    assert trace.platform == "cpu"
+    assert trace.steps == [Marker(7, 0, 200)]
+    found = [(e.device, e.name, e.start_ns, e.end_ns, e.phase, e.backward, e.communication) for e in trace.events]
+    assert found == [
+        ("CPU 0", "fusion", 10, 60, "expert", False, False),
+        ("CPU 0", "all-to-all.1", 60, 100, "dispatch", False, True),
+        ("CPU 1", "dot", 100, 130, "attention", True, False),  # the loop is its body
+    ]
+
+
+def test_a_gpu_trace(tmp_path):
+    trace = read_trace(gpu_trace(tmp_path))
+    assert trace.platform == "gpu"
+    found = [(e.device, e.line, e.start_ns, e.duration_ns, e.phase, e.communication) for e in trace.events]
+    assert found == [
+        ("GPU 0", "Stream #13(Compute)", 50, 100, "attention", False),
+        ("GPU 0", "Stream #13(Compute)", 250, 10, None, False),
+        ("GPU 0", "Stream #14(Memcpy)", 120, 80, "dispatch", True),
+    ]
+
+
+def test_another_steps_program_says_nothing(tmp_path):
+    folder = gpu_trace(tmp_path)
+    (folder / FACTS).write_text('{"steps": [{"step": 6, "program": "program_0.txt", "plan": null}]}')
+    events = read_trace(folder).events
+    assert {event.phase for event in events} == {None}
+    assert [event.communication for event in events] == [False, False, True]  # by the kernel's name
+
+
+def test_what_is_no_trace_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no plugins/profile/\*/\*.xplane.pb; give a directory"):
+        read_trace(tmp_path)
+    with pytest.raises(ConfigError, match="has no operations of a CPU or a GPU"):
+        read_trace(write(tmp_path, plane("/host:CPU", {}, {}, line("python", []))))
+
+
+def run_script(name, *arguments):
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_ends_with_the_figures(tmp_path):
+    """80 ns of NCCL, of which 30 run behind 100 ns of products; 10 ns of a kernel without a name; a step of 300 ns."""
+    saved, tables = tmp_path / "a.json", tmp_path / "a.md"
+    done = run_script("profile", gpu_trace(tmp_path / "trace"), f"--json={saved}", f"--markdown={tables}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(saved.read_text()) == figures
+    assert tables.read_text() in done.stdout
+    usage = figures["devices"]["GPU 0"]
+    assert usage == figures["mean"]
+    names = ("window", "compute", "communication", "exposed", "idle")
+    assert [round(1e6 * usage[f"{name}_ms"]) for name in names] == [300, 110, 80, 50, 140]
+    assert {name: round(1e6 * ms) for name, ms in usage["phases"].items() if ms} == {
+        "attention": 100, "dispatch": 50, "no phase": 10,
+    }  # fmt: skip
+    assert figures["longest"][0] == {
+        "name": "sm90_gemm", "phase": "attention", "communication": False, "times": 1, "total_ms": 1e-4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("profile", ["a", "b"], "a b is given as TRACE; give one directory of a trace"),
+        ("profile", ["/nowhere"], "/nowhere has no plugins/profile"),
+        ("train", ["--profile_steps=5:5"], "--profile_steps=5:5 must be FIRST:END with 1 <= FIRST < END"),
+    ],
+)
+def test_wrong_requests_are_one_line(name, arguments, message):
+    done = run_script(name, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
