@@ -260,9 +260,17 @@ def wait_for_step(process, workdir, step):
         time.sleep(0.02)
 
 
+def wait_for_checkpoint(process, workdir):
+    """Returns once there is a whole one; they are written beside the steps, which a busy machine does sooner."""
+    while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+
+
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(corpus, finished, tmp_path):
     process = start(tmp_path, corpus)
     wait_for_step(process, tmp_path, random.SystemRandom().randint(3, 7))
+    wait_for_checkpoint(process, tmp_path)
     process.kill()
     process.communicate()
     resumed = start(tmp_path, corpus)
