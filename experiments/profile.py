@@ -11,34 +11,19 @@ line of JSON.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import loading
-from absl import flags
-
-from moejax.config import ConfigError
-from moejax.planner.report import finite
-from moejax.profiling import report
-from moejax.profiling.trace import read_trace
-
-_JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
-_MARKDOWN = flags.DEFINE_string("markdown", None, "Where to write the tables.")
-
-
-def main(argv: list[str]) -> None:
-    rest = loading.parse_flags(argv, positional=True)
-    if len(rest) != 1:
-        raise ConfigError(f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace")
-    found = report.make_report(read_trace(rest[0]))
-    text, data = report.as_markdown(found), finite(report.as_data(found))
-    print(text)
-    if _MARKDOWN.value:
-        Path(_MARKDOWN.value).expanduser().write_text(text + "\n")
-    if _JSON.value:
-        Path(_JSON.value).expanduser().write_text(json.dumps(data, indent=1) + "\n")
-    print(json.dumps(data))
-
+import sys
 
 if __name__ == "__main__":
-    loading.run(main)
+    import loading
+    import trace_report
+
+    loading.run(trace_report.main)
+else:  # somebody imports the standard library's `profile`, as `cProfile` does, which this folder hides from scripts
+    import importlib.util
+    import sysconfig
+    from pathlib import Path
+
+    _spec = importlib.util.spec_from_file_location(__name__, Path(sysconfig.get_path("stdlib"), "profile.py"))
+    _module = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+    sys.modules[__name__] = _module

@@ -197,3 +197,10 @@ def test_wrong_requests_are_one_line(name, arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
+
+
+def test_scripts_can_import_the_standard_librarys_profile():
+    code = "import cProfile, profile; assert profile.Profile is not None; cProfile.run('1 + 1')"
+    folder = Path(__file__).resolve().parents[2] / "experiments"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
