@@ -7,6 +7,7 @@ import dataclasses
 from moejax import sharding
 from moejax.config import ConfigError
 from moejax.mesh import EXPERT
+from moejax.pipeline import num_ticks
 from moejax.planner.flops import decode_flops, forward_flops
 from moejax.planner.hardware import Cluster
 from moejax.planner.memory import Memory, predict_memory
@@ -67,7 +68,7 @@ def step_of(plan: Plan) -> Step:
     """What the time model asks of a step beside its work."""
     ragged = plan.dispatch.strategy == "ragged"
     load = EXPECTED_LOAD if ragged else 1.0  # buffers are computed whole, whatever is in them
-    ticks = plan.parallel.repeats * plan.parallel.num_microbatches + plan.mesh.pipeline - 1
+    ticks = num_ticks(plan.parallel.num_microbatches, plan.mesh.pipeline, plan.parallel.repeats)
     bubble = 0.0 if plan.mode == "decode" else (plan.mesh.pipeline - 1) / ticks
     split = plan.parallel.batch_split or 2
     if plan.mode == "decode" or plan.mesh.shape[EXPERT] * plan.mesh.tensor == 1:
@@ -102,13 +103,14 @@ def check_fits(plan: Plan, limit_bytes: float) -> bool:
     memory = predict_memory(plan)
     if memory.peak_bytes <= limit_bytes:
         return True
-    least = predict_memory(_last_rung(plan))
+    last = _last_rung(plan)
+    least = predict_memory(last)
     if least.peak_bytes > limit_bytes:
         raise DoesNotFitError(
             f"{plan.batch_size} sequences of {plan.seq_len} tokens need {memory.peak_bytes / 1e9:.1f} GB of a device's "
             f"{limit_bytes / 1e9:.1f} as planned, and {least.peak_bytes / 1e9:.1f} with full rematerialisation and the "
             f"smallest microbatches, most of it {least.largest} ({least.categories[least.largest] / 1e9:.1f} GB); "
-            f"{smallest_change(_last_rung(plan), limit_bytes)} would fit"
+            f"{smallest_change(last, limit_bytes)} would fit"
         )
     return False
 

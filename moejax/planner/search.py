@@ -26,9 +26,8 @@ from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Mode, Plan
 from moejax.planner.predict import Prediction, is_legal, predict_step, smallest_change
 from moejax.planner.time import Assumptions
-from moejax.train.memory_guard import DoesNotFitError
+from moejax.train.memory_guard import REMAT_LADDER, DoesNotFitError
 
-WEAKEST_FIRST = ("none", "minimal", "collectives", "full")
 ACCUMULATE = (1, 2, 4, 8, 16, 32)
 REFINED = 8  # layouts that the second stage looks at
 REMAT_FROM, TENSOR_FROM = 2048, 4096  # tokens, the rules of the strategy
@@ -247,7 +246,7 @@ def _layouts(request: Request, accumulate: int) -> Iterator[Plan]:
 
 def _by_remat(plan: Plan) -> list[Plan]:
     """The plan under each policy, the weakest first."""
-    policies = WEAKEST_FIRST if plan.mode == "train" else ("none",)
+    policies = REMAT_LADDER if plan.mode == "train" else ("none",)
     return [_with(plan, parallel={"remat": policy}) for policy in policies]
 
 
@@ -262,7 +261,7 @@ def _variants(plan: Plan) -> Iterator[Plan]:
     splits = (1, 2) if exchanges and train else (plan.parallel.batch_split,)
     chunks = (1, 2, 4) if exchanges and train else (1,)
     hops = (1, crossed) if crossed > 1 else (1,)
-    policies = WEAKEST_FIRST if train else ("none",)
+    policies = REMAT_LADDER if train else ("none",)
     for gather, strategy, split, count, hosts in itertools.product(gathers, strategies, splits, chunks, hops):
         if strategy == "ragged" and count > 1:
             continue
