@@ -64,6 +64,19 @@ def ops(module: Module) -> dict[str, Op]:
     return {x.name: _op(module, x) for instructions in module.computations.values() for x in instructions.values()}
 
 
+def op_from_event(name: str, opcode: str = "", op_name: str = "") -> Op:
+    """What can be said of an operation without its program.
+
+    Args:
+      name: the instruction's, `all-reduce-start.3`; XLA names collectives by what they are.
+      opcode: where it is known.
+      op_name: the scope path, where it is known.
+    """
+    opcode = opcode or re.sub(r"\.\d+$", "", name)
+    communication = name.startswith((*COLLECTIVES, "async-collective")) or opcode.startswith(COLLECTIVES)
+    return Op(phase_of(op_name), "transpose(" in op_name, communication, opcode in _CONTAINERS)
+
+
 def _op(module: Module, x: Instruction) -> Op:
     inside = [i for name in x.called for i in module.computations.get(name, {}).values()]
     path = _op_name(x)

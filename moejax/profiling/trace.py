@@ -1,16 +1,28 @@
 """Reads an XPlane trace, as `moejax.profiling.capture` writes it, into plain events.
 
-What a trace holds (jax 0.10.2, looked at):
+What a trace holds:
 
 - XLA:CPU: one plane `/host:CPU`, a line for each thread. An operation (a thunk) is an event with `hlo_op` and
   `device_ordinal`; a thread runs several devices' operations in turn. That of a collective lasts until the others have
   come: it holds the wait for them.
-- GPU: a plane `/device:GPU:n` for each, a line `Stream #...` for each stream, an event for each kernel with `hlo_op`.
-  Collectives are kernels named nccl... . Kernels that a CUDA graph starts may have no `hlo_op`, so no phase.
+- GPU: a plane `/device:GPU:n` for each, one without events where it did nothing; a line `Stream #16(Compute,MemcpyD2D)`
+  for each stream, an event for each kernel and copy. What a program started has `hlo_op` and `name`, the scope path;
+  copies that the host asked for, and the kernels of a CUDA graph where the tracer can't tell them, have neither, so no
+  phase. Collectives are kernels named nccl..., RCCL's too, or copies between devices, MemcpyP2P. All else in such a
+  plane ("Steps", "TensorFlow Ops", "XLA Ops") repeats the streams.
+- TPU: a plane `/device:TPU:n` for each chip. The line "XLA Ops" has what its core does, one after the other, loops
+  around what they run; an event is named by its instruction's whole text but for the metadata. "Async XLA Ops" has
+  what goes on beside it, from a start to its done; the wait for it is the done. Of these we read collectives: that a
+  copy goes on says nothing of a chip's time. `tf_op`, the scope path, belongs to the event's kind, which `ProfileData`
+  doesn't show, so that phases come from the program's text alone.
 - A step marker (`jax.profiler.StepTraceAnnotation`) is an event of a host's thread with `step_num`.
 
 An operation's phase is looked up by its name in the compiled program's text (`moejax.profiling.phases`), which
-`capture` saves beside the trace; the events themselves do not say.
+`capture` saves beside the trace; where there is none, or not this operation, in the event's own scope path.
+
+Looked at, of what others recorded: JAX on eight MI300X (0.8 and one before it) and on MI350X (2026), without
+collectives; JAX on four TPU v6e (2025), with all-reduces and copies to the host; TensorFlow on V100 (2020). None was of
+JAX on NVIDIA's devices: streams' names, `hlo_op`, `name`, CUDA graphs and MemcpyP2P there are as XLA's sources say.
 """
 
 from __future__ import annotations
@@ -19,7 +31,7 @@ import bisect
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +39,20 @@ import jax
 
 from moejax import hlo
 from moejax.config import ConfigError
-from moejax.profiling.phases import Op, ops
+from moejax.profiling.phases import Op, op_from_event, ops
 
 FACTS = "capture.json"
 STEP = "train"  # the name of the step markers
-_GPU = re.compile(r"/device:GPU:(\d+)")
+_DEVICE = re.compile(r"/device:(GPU|TPU):(\d+)")
+_TPU_OPS, _TPU_ASYNC = "XLA Ops", "Async XLA Ops"
+_TPU_NAME = re.compile(r"%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
     """One operation on one device; times in ns since its host's first step began. No `phase` where nothing says it."""
 
-    device: str  # "CPU 3", "GPU 0"; of several hosts "host GPU 0"
+    device: str  # "CPU 3", "GPU 0", "TPU 0"; of several hosts "host GPU 0"
     line: str  # the thread or stream
     name: str
     start_ns: float
@@ -65,7 +79,7 @@ class Marker:
 class Trace:
     """Operations of all devices, step markers in order, and what `capture` noted beside them (see `Recording.step`)."""
 
-    platform: str  # "cpu" or "gpu"
+    platform: str  # "cpu", "gpu" or "tpu"
     events: list[Event]
     steps: list[Marker]
     facts: Mapping[str, Any]
@@ -94,9 +108,14 @@ def read_trace(directory: str | Path) -> Trace:
         steps = steps or read_steps(data)[0]
         events += read_events(data, by_step, host)
     if not events:
-        raise ConfigError(f"{directory} has no operations of a CPU or a GPU in its trace; other devices are not read")
-    platform = "gpu" if any("GPU" in event.device for event in events) else "cpu"
+        raise ConfigError(f"{directory} has no operations of a CPU, GPU or TPU in its trace; it reads no others")
+    platform = next(kind for kind in ("tpu", "gpu", "cpu") if any(_is_of(kind, event) for event in events))
+    events = [event for event in events if _is_of(platform, event)]  # not what the host of a GPU ran by XLA
     return Trace(platform, events, steps, facts)
+
+
+def _is_of(platform: str, event: Event) -> bool:
+    return event.device.split(" ")[-2] == platform.upper()
 
 
 def _programs(facts: Mapping[str, Any]) -> dict[int, str]:
@@ -123,34 +142,65 @@ def read_events(data: Any, programs: Mapping[int, Mapping[str, Op]], host: str =
 
     Args:
       data: the trace of one host.
-      programs: step -> the operations of the program that it ran; those of other steps have no phase. An operation
-        belongs to the last step that began before it.
+      programs: step -> the operations of the program that it ran; of others is known what their events say. An
+        operation belongs to the last step that began before it.
       host: put before the devices' names.
     """
     steps, origin = read_steps(data)
     starts = [marker.start_ns for marker in steps]
-    unknown = Op(None, False, False, False)
-    for device, line, event, stats in _operations(data):
+    for device, line, event, name, said in _operations(data):
         start = event.start_ns - origin
         at = bisect.bisect_right(starts, start) - 1
         program = programs.get(steps[at].step, {}) if at >= 0 else {}
-        op = program.get(stats.get("hlo_op", ""), unknown)
-        if op.container:
+        op = program.get(name, said)
+        if op.container and not device.startswith("GPU"):  # there it is a copy that a loop makes itself
             continue
-        communication = op.communication or "nccl" in event.name.lower()
-        yield Event(host + device, line, event.name, start, event.duration_ns, op.phase, op.backward, communication)
+        communication = op.communication or said.communication
+        if line == _TPU_ASYNC and not communication:
+            continue
+        phase, backward = op.phase or said.phase, op.backward or said.backward
+        shown = name if device.startswith("TPU") else event.name
+        yield Event(host + device, line, shown, start, event.duration_ns, phase, backward, communication)
 
 
-def _operations(data: Any) -> Iterable[tuple[str, str, Any, dict[str, Any]]]:
-    """Device, line, event and its stats of everything that a device ran."""
+def _operations(data: Any) -> Iterator[tuple[str, str, Any, str, Op]]:
+    """Device, line, event, the instruction's name and what the event says of it, of everything that a device ran."""
     for plane in data.planes:
-        gpu = _GPU.fullmatch(plane.name)
-        for line in plane.lines:
-            if gpu and line.name.startswith("Stream"):  # other lines repeat them
-                for event in line.events:
-                    yield f"GPU {gpu[1]}", line.name, event, dict(event.stats)
-            elif plane.name == "/host:CPU":
-                for event in line.events:
-                    stats = dict(event.stats)
-                    if "hlo_op" in stats and "device_ordinal" in stats:
-                        yield f"CPU {stats['device_ordinal']}", line.name, event, stats
+        device = _DEVICE.fullmatch(plane.name)
+        if device:
+            read = {"GPU": _read_gpu, "TPU": _read_tpu}[device[1]]
+            for line, event, name, said in read(plane):
+                yield f"{device[1]} {device[2]}", line, event, name, said
+        elif plane.name == "/host:CPU":
+            yield from _read_cpu(plane)
+
+
+def _read_cpu(plane: Any) -> Iterator[tuple[str, str, Any, str, Op]]:
+    for line in plane.lines:
+        for event in line.events:
+            stats = dict(event.stats)
+            if "hlo_op" in stats and "device_ordinal" in stats:
+                name = stats["hlo_op"]
+                yield f"CPU {stats['device_ordinal']}", line.name, event, name, op_from_event(name)
+
+
+def _read_gpu(plane: Any) -> Iterator[tuple[str, Any, str, Op]]:
+    for line in plane.lines:
+        if not line.name.startswith("Stream"):
+            continue
+        for event in line.events:
+            stats = dict(event.stats)
+            name = stats.get("hlo_op", "")
+            said = op_from_event(name, op_name=stats.get("name", ""))
+            between_devices = "nccl" in event.name.lower() or event.name.startswith("MemcpyP2P")
+            yield line.name, event, name, dataclasses.replace(said, communication=said.communication or between_devices)
+
+
+def _read_tpu(plane: Any) -> Iterator[tuple[str, Any, str, Op]]:
+    for line in plane.lines:
+        if line.name not in (_TPU_OPS, _TPU_ASYNC):
+            continue
+        for event in line.events:
+            found = _TPU_NAME.match(event.name)
+            name, opcode = found.groups() if found else (event.name, "")
+            yield line.name, event, name, op_from_event(name, opcode)

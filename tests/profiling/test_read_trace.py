@@ -54,12 +54,16 @@ def plane(name, event_names, stat_names, *lines):
     return f'planes {{ name: "{name}" {"".join(lines)} {entries} }} '
 
 
-STATS = {1: "hlo_op", 2: "device_ordinal", 3: "step_num"}
+STATS = {1: "hlo_op", 2: "device_ordinal", 3: "step_num", 4: "name", 5: "device_id"}
 
 
 def op(name, device=None):
     ordinal = "" if device is None else f"stats {{ metadata_id: 2 int64_value: {device} }}"
     return f'stats {{ metadata_id: 1 str_value: "{name}" }} {ordinal}'
+
+
+def scoped(name, path):
+    return f'{op(name)} stats {{ metadata_id: 4 str_value: "{path}" }}'
 
 
 def number(step):
@@ -100,6 +104,54 @@ def gpu_trace(folder):
     lines = line("Stream #13(Compute)", compute), line("Stream #14(Memcpy)", nccl), line("XLA Ops", repeated)
     host = plane("/host:CPU", {1: "train"}, STATS, line("python", [(1, 950, 300, number(7))]))
     return write(folder, plane("/device:GPU:0", names, STATS, *lines) + host)
+
+
+def foreign_gpu_trace(folder):
+    """As JAX wrote it on an MI300X of eight, of a program that is not at hand; and copies as XLA writes NVIDIA's."""
+    names = {1: "Cijk_Ailk_Bljk_BBS", 2: "__amd_rocclr_copyBuffer.kd", 3: "ncclDevKernel_Generic_1", 4: "MemcpyP2P"}
+    names |= {5: "MemcpyD2H", 6: "loop_convert_fusion.kd", 7: "train", 8: "hipExtModuleLaunchKernel"}
+    kernels = [
+        (1, 1000, 100, scoped("custom-call.1", "jit(step)/transpose(jvp(attention))/dot_general")),
+        (6, 1100, 50, scoped("loop_convert_fusion", "jit(f)/convert_element_type")),
+        (5, 1150, 5, scoped("while.3", "jit(step)/pipeline/while")),
+    ]
+    copies = [
+        (2, 1000, 20, ""),
+        (3, 1020, 30, op("all-gather-start.2")),
+        (4, 1050, 30, scoped("fusion.7", "jit(step)/dispatch/all_to_all")),
+    ]
+    device = line("Stream #16(Kernel)", kernels), line("Stream #17(MemcpyP2P,Kernel)", copies)
+    launched = f"{op('custom-call.1')} stats {{ metadata_id: 5 int64_value: 768 }}"
+    host = line("python", [(7, 900, 300, number(7))]), line("Host Threads/2356", [(8, 950, 10, launched)])
+    cpu = line("tf_XLAEigen/1", [(6, 950, 10, op("loop_convert_fusion", 0))])  # a program of the host's own
+    planes = (
+        plane("/device:GPU:0", names, STATS, *device),
+        plane("/device:GPU:1", names, STATS),
+        plane("/host:CPU", names, STATS, *host, cpu),
+    )
+    run = write(folder, "".join(planes))
+    (run / FACTS).unlink()
+    return run
+
+
+def tpu_trace(folder):
+    """As JAX wrote it on a v6e, but for the loop: a core does one thing at a time, others go on beside it."""
+    names = {
+        1: "%while = f32[8]{0:T(128)} while(f32[8]{0} %copy.2), condition=%inner, body=%body",
+        2: "%dot = f32[8]{0:T(8,128)S(5)} negate(f32[8]{0} %q)",
+        3: "%all-reduce = (f32[8]{0:T(128)}, f32[4]{0}) all-reduce(f32[8]{0} %a, f32[4]{0} %b), channel_id=1",
+        4: "%all-gather-start.2 = (f32[4]{0}, f32[8]{0}) all-gather-start(f32[4]{0} %a), channel_id=1",
+        5: "%all-gather-done.2 = f32[8]{0} all-gather-done((f32[4]{0}, f32[8]{0}) %all-gather-start.2)",
+        6: "%copy-start.1 = (f32[8]{0:T(8,128)S(5)}, f32[8]{0}, u32[]{:S(2)}) copy-start(f32[8]{0} %a)",
+        7: "jit_step(9646411105960254074)",
+        8: "barrier-cores",
+        9: "train",
+    }
+    core = [(1, 1000, 200, ""), (2, 1000, 90, ""), (3, 1100, 40, ""), (4, 1140, 1, ""), (5, 1180, 20, "")]
+    beside = [(4, 1140, 60, ""), (6, 1000, 300, "")]
+    lines = line("XLA Modules", [(7, 1000, 250, "")]), line("XLA Ops", core), line("Async XLA Ops", beside)
+    device = plane("/device:TPU:2", names, STATS, *lines, line("XLA TraceMe", [(8, 1000, 100, "")]))
+    return write(folder, device + plane("/host:CPU", names, STATS, line("python", [(9, 900, 400, number(7))])))
 
 
 def test_the_innermost_scope_is_the_phase():
@@ -144,6 +196,34 @@ def test_a_gpu_trace(tmp_path):
     ]
 
 
+def test_a_gpu_trace_without_its_program(tmp_path):
+    """Phases come from the events' own scopes, communication from names; a launch is the host's own affair."""
+    trace = read_trace(foreign_gpu_trace(tmp_path))
+    assert trace.platform == "gpu"
+    found = [(e.device, e.name, e.start_ns, e.phase, e.backward, e.communication) for e in trace.events]
+    assert found == [
+        ("GPU 0", "Cijk_Ailk_Bljk_BBS", 100, "attention", True, False),
+        ("GPU 0", "loop_convert_fusion.kd", 200, None, False, False),
+        ("GPU 0", "MemcpyD2H", 250, "pipeline", False, False),
+        ("GPU 0", "__amd_rocclr_copyBuffer.kd", 100, None, False, False),
+        ("GPU 0", "ncclDevKernel_Generic_1", 120, None, False, True),
+        ("GPU 0", "MemcpyP2P", 150, "dispatch", False, True),
+    ]
+
+
+def test_a_tpu_trace(tmp_path):
+    trace = read_trace(tpu_trace(tmp_path))
+    assert trace.platform == "tpu"
+    found = [(e.device, e.line, e.name, e.start_ns, e.duration_ns, e.phase, e.communication) for e in trace.events]
+    assert found == [
+        ("TPU 2", "XLA Ops", "dot", 100, 90, "attention", False),  # the loop is its body
+        ("TPU 2", "XLA Ops", "all-reduce", 200, 40, None, True),
+        ("TPU 2", "XLA Ops", "all-gather-start.2", 240, 1, None, True),
+        ("TPU 2", "XLA Ops", "all-gather-done.2", 280, 20, None, True),
+        ("TPU 2", "Async XLA Ops", "all-gather-start.2", 240, 60, None, True),
+    ]
+
+
 def test_another_steps_program_says_nothing(tmp_path):
     folder = gpu_trace(tmp_path)
     (folder / FACTS).write_text('{"steps": [{"step": 6, "program": "program_0.txt", "plan": null}]}')
@@ -155,7 +235,7 @@ def test_another_steps_program_says_nothing(tmp_path):
 def test_what_is_no_trace_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"has no plugins/profile/\*/\*.xplane.pb; give a directory"):
         read_trace(tmp_path)
-    with pytest.raises(ConfigError, match="has no operations of a CPU or a GPU"):
+    with pytest.raises(ConfigError, match="has no operations of a CPU, GPU or TPU"):
         read_trace(write(tmp_path, plane("/host:CPU", {}, {}, line("python", []))))
 
 
