@@ -5,8 +5,9 @@
             with recording.step(i, compiled):
                 state, metrics = jax.block_until_ready(compiled(state, batch))
 
-`experiments/profile.py traces/a` reads it, and so does TensorBoard with its profile plugin. Beside XLA's own files,
-under `plugins/`, lie the compiled programs' texts, which say what phase each operation is of, and `capture.json`.
+`experiments/profile.py traces/a` reads it, and `tensorboard --logdir=traces` (extra `profile`) shows it. Beside XLA's
+own files, under `plugins/`, lie the compiled programs' texts, which say of what phase each operation is, and
+`capture.json`.
 
 A training run is traced by `StepCapture`: at steps known before, or at once when a file `profile` appears in its work
 directory (`echo 5 > WORKDIR/profile` for five steps, `touch` for three); it is taken away as the trace starts.
@@ -29,10 +30,13 @@ from typing import Any
 import jax
 from absl import logging
 
+from moejax import hlo
 from moejax.config import check
 from moejax.mesh import MeshConfig
 from moejax.planner.plan import Plan
-from moejax.profiling.trace import FACTS, STEP
+from moejax.profiling.phases import ops
+from moejax.profiling.trace import FACTS, STEP, trace_files
+from moejax.profiling.viewer import show_phases
 from moejax.train.memory_guard import FittedStep
 
 TRIGGER = "profile"
@@ -66,12 +70,17 @@ class Recording:
             yield
 
     def save(self) -> None:
-        """Writes the programs' texts and `capture.json`."""
-        for index, compiled in enumerate(self._programs):
-            (self.directory / f"program_{index}.txt").write_text(compiled.as_text())
+        """Writes the programs' texts and `capture.json`, and phases into the trace of a CPU."""
+        texts = [compiled.as_text() for compiled in self._programs]
+        for index, text in enumerate(texts):
+            (self.directory / f"program_{index}.txt").write_text(text)
         versions = {"jax": jax.__version__}
         facts = {"steps": self._steps, "devices": jax.device_count(), "versions": versions}
         (self.directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        if jax.default_backend() == "cpu":
+            programs = [ops(hlo.parse(text)) for text in texts]
+            for file in trace_files(self.directory):
+                show_phases(file, programs)
 
 
 @contextlib.contextmanager

@@ -92,10 +92,9 @@ def read_trace(directory: str | Path) -> Trace:
       ConfigError: there is no trace, or none with operations of a CPU or a GPU.
     """
     directory = Path(directory).expanduser()
-    files = sorted(directory.glob("plugins/profile/*/*.xplane.pb"))
+    files = trace_files(directory)
     if not files:
         raise ConfigError(f"{directory} has no plugins/profile/*/*.xplane.pb; give a directory that capture() wrote")
-    files = [file for file in files if file.parent == files[-1].parent]
     facts_file = directory / FACTS
     facts = json.loads(facts_file.read_text()) if facts_file.exists() else {}
     programs = {name: ops(hlo.parse((directory / name).read_text())) for name in {*_programs(facts).values()}}
@@ -112,6 +111,12 @@ def read_trace(directory: str | Path) -> Trace:
     platform = next(kind for kind in ("tpu", "gpu", "cpu") if any(_is_of(kind, event) for event in events))
     events = [event for event in events if _is_of(platform, event)]  # not what the host of a GPU ran by XLA
     return Trace(platform, events, steps, facts)
+
+
+def trace_files(directory: Path) -> list[Path]:
+    """The files of the newest trace under a directory, one a host, where TensorBoard looks for them."""
+    files = sorted(directory.glob("plugins/profile/*/*.xplane.pb"))
+    return [file for file in files if file.parent == files[-1].parent]
 
 
 def _is_of(platform: str, event: Event) -> bool:
