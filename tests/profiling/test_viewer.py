@@ -47,6 +47,20 @@ def test_an_operation_is_shown_with_its_phase_and_nothing_else_is_touched(tmp_pa
     assert file.read_bytes() == space(plane, "dot.12", f'display_name: "{shown}"' if shown else "")
 
 
+def test_the_line_with_the_step_markers_comes_first(tmp_path):
+    def text(place):
+        events = "events { metadata_id: 2 duration_ps: 9 } events { metadata_id: 301 duration_ps: 5 }"
+        others = "events { metadata_id: 2 duration_ps: 301 }"
+        return f"""planes {{ name: "/host:CPU"
+            lines {{ id: 9 name: "tf_XLAEigen" {others} }} lines {{ id: 8 name: "python" {events} {place} }}
+            event_metadata {{ key: 301 value {{ id: 301 name: "train" }} }} }}"""
+
+    file = tmp_path / "host.xplane.pb"
+    file.write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(text("")))
+    show_phases(file, [])
+    assert file.read_bytes() == jax.profiler.ProfileData.text_proto_to_serialized_xspace(text("display_id: 1"))
+
+
 def test_a_trace_has_phases_and_lies_where_tensorboard_looks(tmp_path):
     """Its plugin takes every LOGDIR/.../plugins/profile/RUN/HOST.xplane.pb, and shows the run as .../RUN."""
 
