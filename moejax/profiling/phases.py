@@ -68,12 +68,13 @@ def op_from_event(name: str, opcode: str = "", op_name: str = "") -> Op:
     """What can be said of an operation without its program.
 
     Args:
-      name: the instruction's, `all-reduce-start.3`; XLA names collectives by what they are.
+      name: the instruction's; collectives are named by what they are, `all-reduce-start.3` or, by JAX, `all_gather.5`.
       opcode: where it is known.
       op_name: the scope path, where it is known.
     """
     opcode = opcode or re.sub(r"\.\d+$", "", name)
-    communication = name.startswith((*COLLECTIVES, "async-collective")) or opcode.startswith(COLLECTIVES)
+    named = name.replace("_", "-").startswith((*COLLECTIVES, "async-collective"))
+    communication = named or opcode.startswith(COLLECTIVES)
     return Op(phase_of(op_name), "transpose(" in op_name, communication, opcode in _CONTAINERS)
 
 

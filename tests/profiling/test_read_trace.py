@@ -117,8 +117,9 @@ def foreign_gpu_trace(folder):
     ]
     copies = [
         (2, 1000, 20, ""),
-        (3, 1020, 30, op("all-gather-start.2")),
-        (4, 1050, 30, scoped("fusion.7", "jit(step)/dispatch/all_to_all")),
+        (3, 1020, 30, op("psum.2")),
+        (2, 1085, 10, op("all_gather.2")),
+        (4, 1050, 30, scoped("fusion.7", "jit(step)/dispatch/mul")),
     ]
     device = line("Stream #16(Kernel)", kernels), line("Stream #17(MemcpyP2P,Kernel)", copies)
     launched = f"{op('custom-call.1')} stats {{ metadata_id: 5 int64_value: 768 }}"
@@ -207,6 +208,7 @@ def test_a_gpu_trace_without_its_program(tmp_path):
         ("GPU 0", "MemcpyD2H", 250, "pipeline", False, False),
         ("GPU 0", "__amd_rocclr_copyBuffer.kd", 100, None, False, False),
         ("GPU 0", "ncclDevKernel_Generic_1", 120, None, False, True),
+        ("GPU 0", "__amd_rocclr_copyBuffer.kd", 185, None, False, True),
         ("GPU 0", "MemcpyP2P", 150, "dispatch", False, True),
     ]
 
