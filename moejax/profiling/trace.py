@@ -7,9 +7,10 @@ What a trace holds:
   come: it holds the wait for them.
 - GPU: a plane `/device:GPU:n` for each, one without events where it did nothing; a line `Stream #16(Compute,MemcpyD2D)`
   for each stream, an event for each kernel and copy. What a program started has `hlo_op` and `name`, the scope path;
-  copies that the host asked for, and the kernels of a CUDA graph where the tracer can't tell them, have neither, so no
-  phase. Collectives are kernels named nccl..., RCCL's too, or copies between devices, MemcpyP2P. All else in such a
-  plane ("Steps", "TensorFlow Ops", "XLA Ops") repeats the streams.
+  copies that the host asked for have neither, so no phase. Collectives are kernels named nccl..., RCCL's too, or copies
+  between devices, MemcpyP2P. All else in such a plane ("Steps", "TensorFlow Ops") repeats the streams. Kernels of a
+  command buffer (CUDA graph; on by default) are all said to be of the buffer, and have no phase either:
+  XLA_FLAGS=--xla_gpu_enable_command_buffer= turns them off for a run to be traced (xprof's issues 2544 and 3070).
 - TPU: a plane `/device:TPU:n` for each chip. The line "XLA Ops" has what its core does, one after the other, loops
   around what they run; an event is named by its instruction's whole text but for the metadata. "Async XLA Ops" has
   what goes on beside it, from a start to its done; the wait for it is the done. Of these we read collectives: that a
@@ -22,7 +23,7 @@ An operation's phase is looked up by its name in the compiled program's text (`m
 
 Looked at, of what others recorded: JAX on eight MI300X (0.8 and one before it) and on MI350X (2026), without
 collectives; JAX on four TPU v6e (2025), with all-reduces and copies to the host; TensorFlow on V100 (2020). None was of
-JAX on NVIDIA's devices: streams' names, `hlo_op`, `name`, CUDA graphs and MemcpyP2P there are as XLA's sources say.
+JAX on NVIDIA's devices: streams' names, `hlo_op`, `name` and MemcpyP2P there are as XLA's sources have them.
 """
 
 from __future__ import annotations
