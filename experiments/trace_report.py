@@ -9,14 +9,16 @@ from pathlib import Path
 import loading
 from absl import flags
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, check
 from moejax.planner.report import finite
-from moejax.profiling import report
+from moejax.profiling import report, tables, timeline
 from moejax.profiling.trace import read_trace
 
-_JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
-_MARKDOWN = flags.DEFINE_string("markdown", None, "Where to write the tables.")
-for _flag in (_JSON, _MARKDOWN):
+_OUT = flags.DEFINE_string(
+    "out", None, "The folder for report.md, report.json and timeline.png. Default: that of the trace."
+)
+_PICTURE = flags.DEFINE_boolean("picture", True, "Draw timeline.png, which needs matplotlib (extra plots).")
+for _flag in (_OUT, _PICTURE):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[_flag.name])  # for --help
 
 
@@ -24,11 +26,16 @@ def main(argv: list[str]) -> None:
     rest = loading.parse_flags(argv, positional=True)
     if len(rest) != 1:
         raise ConfigError(f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace")
-    found = report.make_report(read_trace(rest[0]))
-    text, data = report.as_markdown(found), finite(report.as_data(found))
+    out = Path(_OUT.value or rest[0]).expanduser()
+    check(out.is_dir() or not out.exists(), f"--out={out} is a file; give a folder")
+    trace = read_trace(rest[0])
+    found = report.make_report(trace)
+    text, data = tables.as_markdown(found), finite(tables.as_data(found))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(text + "\n")
+    (out / "report.json").write_text(json.dumps(data, indent=1) + "\n")
     print(text)
-    if _MARKDOWN.value:
-        Path(_MARKDOWN.value).expanduser().write_text(text + "\n")
-    if _JSON.value:
-        Path(_JSON.value).expanduser().write_text(json.dumps(data, indent=1) + "\n")
+    if _PICTURE.value:
+        timeline.figure(trace, found).savefig(out / "timeline.png", dpi=120)
+    print(f"\nWritten: report.md, report.json{', timeline.png' * _PICTURE.value} in {out}")
     print(json.dumps(data))

@@ -29,7 +29,7 @@ from moejax.planner.hardware import Cluster
 from moejax.planner.work import Product, Sweep, Transfer
 
 CATEGORIES = ("compute", "memory", "communication", "bubble", "optimizer", "host")
-_PIPELINED = frozenset(("attention", "route", "dispatch", "expert", "combine", "pipeline"))
+PIPELINED = frozenset(("attention", "route", "dispatch", "expert", "combine", "pipeline"))
 _ROUTED = frozenset(("dispatch", "expert", "combine"))
 
 
@@ -174,7 +174,7 @@ def predict_time(
             bound[phase] += factor * item.filled * (max(computing, moving) + rate.launch)
             flops = 2.0 * item.m * item.n * item.k * item.groups * item.times * item.filled
             executed += flops
-            if phase in _PIPELINED:
+            if phase in PIPELINED:
                 wasted += flops
         elif kind is Sweep:
             seconds = factor * (item.moved_bytes / rate.copy + rate.launch)
@@ -219,12 +219,12 @@ def _assemble(sums: _Sums, cluster: Cluster, assumptions: Assumptions, step: Ste
     by_phase = _by_phase(sums, paid)
 
     # A bubble that is counted is a part of every pipelined entry; one that is not is as many ticks more.
-    pipelined = sum(seconds for phase, seconds in by_phase.items() if phase in _PIPELINED)
+    pipelined = sum(seconds for phase, seconds in by_phase.items() if phase in PIPELINED)
     bubble = pipelined * (step.bubble if step.bubble_counted else step.bubble / (1 - step.bubble))
     kept = 1.0
     if bubble and step.bubble_counted:
         kept = 1 - bubble / running
-        for phase in _PIPELINED & by_phase.keys():
+        for phase in PIPELINED & by_phase.keys():
             by_phase[phase] *= 1 - step.bubble
     host = max(step.host_s - running, 0.0) + step.host_waits * min(step.host_s, running)
     by_phase |= {"bubble": bubble, "host": host}

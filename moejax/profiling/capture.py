@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jax.sharding import NamedSharding
 
 from moejax import hlo
 from moejax.config import check
-from moejax.mesh import MeshConfig
+from moejax.mesh import PIPELINE, MeshConfig
 from moejax.planner.plan import Plan
 from moejax.profiling.phases import ops
 from moejax.profiling.trace import FACTS, STEP, trace_files
@@ -63,9 +65,8 @@ class Recording:
         if not any(compiled is program for program in self._programs):
             self._programs.append(compiled)
         index = next(i for i, program in enumerate(self._programs) if program is compiled)
-        self._steps.append(
-            {"step": number, "program": f"program_{index}.txt", "plan": plan and dataclasses.asdict(plan)}
-        )
+        facts = {"plan": plan and dataclasses.asdict(plan), "stages": _stages(compiled)}
+        self._steps.append({"step": number, "program": f"program_{index}.txt"} | facts)
         with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
             yield
 
@@ -81,6 +82,20 @@ class Recording:
             programs = [ops(hlo.parse(text)) for text in texts]
             for file in trace_files(self.directory):
                 show_phases(file, programs)
+
+
+def _stages(compiled: Any) -> dict[int, int]:
+    """Place along the pipeline of each of this host's devices, by its number there, as the trace names them."""
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and PIPELINE in s.mesh.axis_names), None)
+    if mesh is None:
+        return {}
+    along = mesh.axis_names.index(PIPELINE)
+    return {
+        device.local_hardware_id: at[along]
+        for at, device in np.ndenumerate(mesh.devices)
+        if device.process_index == jax.process_index()
+    }
 
 
 @contextlib.contextmanager

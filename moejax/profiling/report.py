@@ -1,9 +1,10 @@
 """What a trace says: by phase, compute, communication, what of it is exposed, idle; beside the planner's prediction.
 
 Every instant of a device's steps is counted once. Where several operations run at the same time, computation goes
-before communication, so that what is left of a phase's communication is exposed; and phases, what has no phase, and
-idle add up to the steps. Sums of the operations' own times are given beside it: where they are more than the phases'
-time, operations ran side by side.
+before communication, so that what is left of a phase's communication is exposed; the ticks in which a pipeline's stage
+has no work are its bubble, whatever runs there; and phases, what has no phase, bubble and idle add up to the steps.
+Sums of the operations' own times are given beside it: where they are more than the phases' time, operations ran side
+by side. `moejax.profiling.tables` writes a report out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import DEVICES, Cluster
 from moejax.planner.plan import Plan
 from moejax.planner.predict import predict_step
-from moejax.planner.report import table
+from moejax.profiling.bubble import find_bubble
 from moejax.profiling.intervals import Interval, intersection, length, subtract, union
 from moejax.profiling.phases import PHASES
 from moejax.profiling.trace import Event, Trace
@@ -35,15 +36,18 @@ _MS = 1e6  # ns
 class Usage:
     """What a device spends its steps on, ms in all of them together.
 
-    `phases` adds up, with `idle_ms`, to `window_ms`: compute of the phase, and communication of it that is exposed.
-    `compute_ms` and `communication_ms` are the time in which any of it runs. `op_ms` are sums over operations,
-    `backward_ms` the part of them that is of the backward pass.
+    `phases` adds up, with `bubble_ms` and `idle_ms`, to `window_ms`: compute of the phase, and communication of it that
+    is exposed, outside of the bubble. `running_ms`, `compute_ms` and `communication_ms` are the time in which anything
+    runs, or any of it, and `exposed_ms` that of communication alone, in the bubble as well. `op_ms` are sums over
+    operations, `backward_ms` the part of them that is of the backward pass.
     """
 
     window_ms: float
+    running_ms: float
     compute_ms: float
     communication_ms: float
     exposed_ms: float
+    bubble_ms: float
     idle_ms: float
     phases: dict[str, float]
     exposed: dict[str, float]
@@ -52,13 +56,27 @@ class Usage:
 
     @property
     def busy(self) -> float:
-        """Part of the time in which something runs, communication included."""
-        return 1 - self.idle_ms / self.window_ms
+        """Part of the time in which something runs: communication, and what runs in a bubble, included."""
+        return self.running_ms / self.window_ms
 
     @property
     def attributed(self) -> float:
         """Part of the operations' time that has a phase."""
         return 1 - self.op_ms[UNNAMED] / sum(self.op_ms.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """The planner's mean step, ms: by phase, with "bubble" and "host", and the time that its FLOPs take at peak."""
+
+    hardware: str
+    phase_ms: dict[str, float]
+    model_ms: float  # matrix FLOPs of the model's mathematics, no rematerialisation, causal attention halved
+    executed_ms: float  # those that are executed, outside of the bubble
+
+    @property
+    def step_ms(self) -> float:
+        return sum(self.phase_ms.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +86,29 @@ class Report:
     platform: str
     num_steps: int
     tokens: float | None  # of all steps, over all devices
+    bubble: dict[str, list[Interval]] | None  # by device, ns; None: not told apart, its time is that of phases and idle
     mean: Usage
     devices: dict[str, Usage]
     longest: list[dict[str, Any]]
-    predicted_ms: dict[str, float] | None  # by phase, "bubble" and "host" as well
-    predicted_on: str | None
+    predicted: Predicted | None
+
+    @property
+    def step_ms(self) -> float:
+        return self.mean.window_ms / self.num_steps
 
     @property
     def tokens_per_ms(self) -> float | None:
         return self.tokens / self.mean.window_ms if self.tokens else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what the devices' datasheet peak could do in the steps' time."""
+        return self.predicted.model_ms / self.step_ms if self.predicted else None
+
+    @property
+    def hfu(self) -> float | None:
+        """As `mfu`, of executed FLOPs: what rematerialisation computes again is counted."""
+        return self.predicted.executed_ms / self.step_ms if self.predicted else None
 
 
 def make_report(trace: Trace, num_longest: int = 10) -> Report:
@@ -93,25 +125,48 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
     by_device: dict[str, list[Event]] = defaultdict(list)
     for event in events:
         by_device[event.device].append(event)
-    devices = {name: measure(by_device[name], window) for name in sorted(by_device, key=_natural)}
-    plans = [step.get("plan") for step in trace.facts.get("steps", ())]
-    plans = [_build(Plan, plan) for plan in plans if plan]
-    known = len(plans) == max(len(trace.steps), 1)
-    predicted, on = _predict(plans) if known else (None, None)
+    facts = {step["step"]: step for step in trace.facts.get("steps", ())}
+    plans = {number: _build(Plan, step["plan"]) for number, step in facts.items() if step.get("plan")}
+    known = bool(trace.steps) and all(marker.step in plans for marker in trace.steps)
+    bubble = _bubble(by_device, trace, plans) if known else None
+    devices = {
+        name: measure(by_device[name], window, bubble[name] if bubble else ())
+        for name in sorted(by_device, key=_natural)
+    }
+    ran = [plans[marker.step] for marker in trace.steps] if known else []
     return Report(
         platform=trace.platform,
         num_steps=max(len(trace.steps), 1),
-        tokens=sum(plan.tokens for plan in plans) if known else None,
+        tokens=sum(plan.tokens for plan in ran) if known else None,
+        bubble=bubble,
         mean=_mean(list(devices.values())),
         devices=devices,
         longest=_longest(events, num_longest),
-        predicted_ms=predicted,
-        predicted_on=on,
+        predicted=_predict(ran),
     )
 
 
-def measure(events: Iterable[Event], window: Sequence[Interval]) -> Usage:
-    """What one device spends `window` (disjoint, ns) on; of operations that reach out of it, only the part inside."""
+def _bubble(
+    events: Mapping[str, Sequence[Event]], trace: Trace, plans: Mapping[int, Plan]
+) -> dict[str, list[Interval]] | None:
+    """The bubble of all steps by device; None where one step's cannot be told."""
+    found: dict[str, list[Interval]] = {device: [] for device in events}
+    stages = {step["step"]: step.get("stages", {}) for step in trace.facts["steps"]}
+    for marker in trace.steps:
+        at = {f"{trace.platform.upper()} {number}": stage for number, stage in stages[marker.step].items()}
+        step = find_bubble(events, at, plans[marker.step], (marker.start_ns, marker.end_ns))
+        if step is None:
+            return None
+        for device, ticks in step.items():
+            found[device] += ticks
+    return found
+
+
+def measure(events: Iterable[Event], window: Sequence[Interval], bubble: Sequence[Interval] = ()) -> Usage:
+    """What one device spends `window` on; of operations that reach out of it, only the part inside.
+
+    `window` and `bubble` are disjoint intervals in order, ns. What runs in the bubble is of no phase's time.
+    """
     spans: dict[tuple[bool, str], list[Interval]] = defaultdict(list)
     phases, exposed, op_ms, backward_ms = (dict.fromkeys(ROWS, 0.0) for _ in range(4))
     for event in events:
@@ -123,7 +178,8 @@ def measure(events: Iterable[Event], window: Sequence[Interval]) -> Usage:
     sets = {key: intersection(union(found), window) for key, found in spans.items()}
     compute = union(i for (communication, _), found in sets.items() if not communication for i in found)
     communication = union(i for (communication, _), found in sets.items() if communication for i in found)
-    taken: list[Interval] = []
+    lost = intersection(window, bubble)
+    taken: list[Interval] = lost
     for kind in (False, True):
         for phase in ROWS:
             new = subtract(sets.get((kind, phase), []), taken)
@@ -133,9 +189,11 @@ def measure(events: Iterable[Event], window: Sequence[Interval]) -> Usage:
                 exposed[phase] = length(new) / _MS
     return Usage(
         window_ms=length(window) / _MS,
+        running_ms=length(union([*compute, *communication])) / _MS,
         compute_ms=length(compute) / _MS,
         communication_ms=length(communication) / _MS,
         exposed_ms=length(subtract(communication, compute)) / _MS,
+        bubble_ms=length(lost) / _MS,
         idle_ms=length(subtract(window, taken)) / _MS,
         phases=phases,
         exposed=exposed,
@@ -174,16 +232,20 @@ def _natural(name: str) -> tuple[str, int]:
     return text, int(number)
 
 
-def _predict(plans: Sequence[Plan]) -> tuple[dict[str, float] | None, str | None]:
-    """The mean predicted step by phase, ms; None where there is no plan or its devices have no figures."""
+def _predict(plans: Sequence[Plan]) -> Predicted | None:
+    """None where there is no plan or its devices have no figures."""
     if not plans or any(plan.mesh.hardware not in DEVICES for plan in plans):
-        return None, None
-    total: dict[str, float] = defaultdict(float)
+        return None
+    phase_ms: dict[str, float] = defaultdict(float)
+    model_ms = executed_ms = 0.0
     for plan in plans:
-        cluster = Cluster.of_mesh(plan.mesh.hardware, plan.mesh)
-        for phase, seconds in predict_step(plan, cluster, Assumptions()).by_phase.items():
-            total[phase] += 1e3 * seconds / len(plans)
-    return dict(total), plans[0].mesh.hardware
+        time = predict_step(plan, Cluster.of_mesh(plan.mesh.hardware, plan.mesh), Assumptions())
+        each_ms = 1e3 / len(plans)
+        for phase, seconds in time.by_phase.items():
+            phase_ms[phase] += each_ms * seconds
+        model_ms += each_ms * time.mfu * time.expected
+        executed_ms += each_ms * time.hfu * time.expected
+    return Predicted(plans[0].mesh.hardware, dict(phase_ms), model_ms, executed_ms)
 
 
 def _build(kind: Any, value: Any) -> Any:
@@ -195,111 +257,3 @@ def _build(kind: Any, value: Any) -> Any:
         options = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
         return _build(next(option for option in options if dataclasses.is_dataclass(option)), value)
     return tuple(_build(None, item) for item in value) if isinstance(value, list) else value
-
-
-def as_data(report: Report) -> dict[str, Any]:
-    """The figures for JSON, with units in the keys; times are of all steps together, predicted ones of one."""
-
-    def usage(u: Usage) -> dict[str, Any]:
-        return dataclasses.asdict(u) | {"busy_fraction": u.busy, "attributed_fraction": u.attributed}
-
-    return {
-        "platform": report.platform,
-        "num_steps": report.num_steps,
-        "tokens": report.tokens,
-        "tokens_per_ms": report.tokens_per_ms,
-        "mean": usage(report.mean),
-        "devices": {name: usage(u) for name, u in report.devices.items()},
-        "longest": report.longest,
-        "predicted_step_ms": report.predicted_ms,
-        "predicted_on": report.predicted_on,
-    }
-
-
-def as_markdown(report: Report) -> str:
-    """All tables, times in ms of one step."""
-    tokens = f", {report.tokens_per_ms:.3g} tokens/ms" if report.tokens_per_ms else ""
-    n, mean, devices = report.num_steps, report.mean, f"{len(report.devices)} {report.platform.upper()} devices"
-    head = (
-        f"{n} steps of {mean.window_ms / n:,.2f} ms on {devices}{tokens}; "
-        f"{mean.attributed:.1%} of the operations' time has a phase."
-    )
-    parts = [head, _phase_table(report), _device_table(report), _longest_table(report), *_notes(report)]
-    return "\n\n".join(parts)
-
-
-def _phase_table(report: Report) -> str:
-    mean, n = report.mean, report.num_steps
-    predicted = report.predicted_ms
-    header = ["ms a step, mean of devices", "time", "of the step", "of it exposed communication", "sum of operations",
-              "of it backward"]  # fmt: skip
-    header += ["predicted", "difference"] if predicted else []
-
-    def row(name: str, ms: float, cells: Sequence[str], expected: float) -> list[str]:
-        known = [f"{expected:,.2f}", f"{ms / n - expected:+,.2f}"] if predicted else []
-        return [name, f"{ms / n:,.2f}", f"{ms / mean.window_ms:.1%}", *cells, *known]
-
-    guesses: Mapping[str, float] = predicted or {}
-    rows = []
-    for phase in ROWS:
-        values = (mean.exposed[phase], mean.op_ms[phase], mean.backward_ms[phase])
-        cells = [f"{v / n:,.2f}" for v in values]
-        rows.append(row(phase, mean.phases[phase], cells, guesses.get(phase, 0.0)))
-    waits = guesses.get("bubble", 0.0) + guesses.get("host", 0.0)
-    rows.append(row("idle (predicted: bubble and host)", mean.idle_ms, ["", "", ""], waits))
-    sums = (mean.exposed_ms, sum(mean.op_ms.values()), sum(mean.backward_ms.values()))
-    cells = [f"{v / n:,.2f}" for v in sums]
-    rows.append(row("**step**", mean.window_ms, cells, sum(guesses.values())))
-    return table(header, rows)
-
-
-def _device_table(report: Report) -> str:
-    n = report.num_steps
-    header = ("ms a step", "compute", "communication", "exposed", "idle", "busy", "has a phase")
-    rows = [
-        (
-            name,
-            *(f"{v / n:,.2f}" for v in (u.compute_ms, u.communication_ms, u.exposed_ms, u.idle_ms)),
-            f"{u.busy:.1%}",
-            f"{u.attributed:.1%}",
-        )
-        for name, u in [*report.devices.items(), ("**mean**", report.mean)]
-    ]
-    return table(header, rows)
-
-
-def _longest_table(report: Report) -> str:
-    total = sum(report.mean.op_ms.values()) * len(report.devices)
-    header = ("longest operations", "phase", "kind", "times", "ms, all devices and steps", "of all operations")
-    rows = [
-        (
-            f"`{op['name']}`",
-            op["phase"],
-            "communication" if op["communication"] else "compute",
-            op["times"],
-            f"{op['total_ms']:,.2f}",
-            f"{op['total_ms'] / total:.1%}",
-        )
-        for op in report.longest
-    ]
-    return table(header, rows)
-
-
-def _notes(report: Report) -> list[str]:
-    """What the figures do not say."""
-    notes = []
-    if report.platform == "cpu":
-        notes.append(
-            "A trace of virtual CPU devices can't tell how fast links are, nor how much communication can be hidden: "
-            "devices share the cores and memory of one machine; a collective's time is mostly its wait until the other "
-            "devices' threads have had their turn; nothing runs beside it on its device; idle holds waits for a core "
-            "and pipelines' bubbles, which look the same."
-        )
-    if report.predicted_on == "cpu":
-        notes.append(
-            "Predicted figures are of one assumed virtual device, a sixteenth of two cores (moejax.planner.hardware), "
-            "not of this machine: compare their proportions, or calibrate with experiments/calibrate.py."
-        )
-    if report.predicted_ms is None:
-        notes.append("No prediction: the trace does not say the plan of every step, or its devices have no figures.")
-    return notes

@@ -10,8 +10,9 @@ from layouts import MODEL, Layout
 
 from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
-from moejax.profiling import capture, report
+from moejax.profiling import capture, report, tables, timeline
 from moejax.profiling.capture import StepCapture, parse_steps
+from moejax.profiling.intervals import intersection, union
 from moejax.profiling.trace import FACTS, Marker, read_trace
 from moejax.train.step import make_train_step
 
@@ -59,7 +60,7 @@ def test_nearly_all_time_has_a_phase(trace, found):
     assert list(found.devices) == [f"CPU {i}" for i in range(16)]
     assert found.mean.attributed > 0.95
     for usage in (found.mean, *found.devices.values()):
-        assert sum(usage.phases.values()) + usage.idle_ms == pytest.approx(usage.window_ms)
+        assert sum(usage.phases.values()) + usage.bubble_ms + usage.idle_ms == pytest.approx(usage.window_ms)
     in_steps = sum(sum(usage.op_ms.values()) for usage in found.devices.values())
     assert in_steps == pytest.approx(sum(event.duration_ns for event in trace.events) / 1e6, rel=0.02)
     for phase in report.PHASES:
@@ -72,11 +73,38 @@ def test_nearly_all_time_has_a_phase(trace, found):
 
 def test_the_plan_comes_along(found):
     assert found.tokens == 2 * LAYOUT.batch_size * LAYOUT.seq_len
-    assert found.predicted_on == "cpu"
-    assert found.predicted_ms.keys() == {*report.PHASES, "bubble", "host"}
-    text = report.as_markdown(found)
-    for part in ("| attention |", "| CPU 15 |", "| **mean** |", "can't tell", "one assumed virtual device"):
+    assert found.predicted.hardware == "cpu"
+    assert found.predicted.phase_ms.keys() == {*report.PHASES, "bubble", "host"}
+    peak = found.predicted.step_ms / found.step_ms  # the prediction's utilisation, at the measured speed
+    assert found.mfu == pytest.approx(found.predicted.model_ms / found.predicted.step_ms * peak)
+    assert found.hfu > found.mfu  # buffers are computed whole
+    text = tables.as_markdown(found)
+    for part in ("| attention |", "| CPU 15 |", "| **mean** |", "| bubble of the pipeline |", "can't tell", "MFU",
+                 "one assumed virtual device"):  # fmt: skip
         assert part in text
+    assert "not told apart" not in text
+
+
+def test_the_bubble_is_where_a_stage_has_no_microbatch(trace, found):
+    """Of two microbatches on two stages it is one tick in three of each pass: in a device's, no layer computes."""
+    assert found.bubble.keys() == found.devices.keys()
+    for device, ticks in found.bubble.items():
+        assert 0 < found.devices[device].bubble_ms < found.devices[device].window_ms / 2
+        layers = [(e.start_ns, e.end_ns) for e in trace.events if e.device == device and e.phase == "expert"]
+        assert intersection(union(layers), ticks) == []
+        assert len(ticks) >= 4  # two passes, two steps
+
+
+def test_the_picture(trace, found):
+    picture = timeline.figure(trace, found)
+    devices, bars = picture.axes
+    assert [label.get_text() for label in devices.get_yticklabels()] == list(found.devices)
+    assert "step 2" in devices.get_title() or "step 3" in devices.get_title()
+    assert [label.get_text().split()[0] for label in bars.get_yticklabels()] == ["measured", "predicted"]
+    widths = [bar.get_width() for bar in bars.patches if bar.get_y() < 0.5]
+    assert sum(widths) == pytest.approx(100)
+    shown = {text.get_text() for text in picture.legends[0].get_texts()}
+    assert shown == {*report.ROWS, "bubble", "idle"}
 
 
 def test_a_trace_of_anything(tmp_path):
@@ -89,8 +117,10 @@ def test_a_trace_of_anything(tmp_path):
     assert {event.device for event in trace.events} == {"CPU 0"}
     assert {event.phase for event in trace.events} == {None}
     found = report.make_report(trace)
-    assert found.tokens is found.predicted_ms is None
-    assert json.loads(json.dumps(report.as_data(found)))["num_steps"] == 1
+    assert found.tokens is found.predicted is found.mfu is found.bubble is None
+    assert json.loads(json.dumps(tables.as_data(found)))["num_steps"] == 1
+    assert "No prediction, MFU or HFU" in tables.as_markdown(found)
+    assert len(timeline.figure(trace, found).axes[1].get_yticklabels()) == 1  # nothing beside what was measured
 
 
 @pytest.mark.parametrize("text", ["0:3", "5:5", "7:5", "5:22", "5", "a:b", "-1:3", "1:2:3"])
@@ -126,8 +156,8 @@ def test_a_usage_counts_every_instant_once():
         event(None, 170, 180, False, False),
     ]
     usage = report.measure(events, [(10, 200)])
-    times = ("window_ms", "compute_ms", "communication_ms", "exposed_ms", "idle_ms")
-    assert [round(1e6 * getattr(usage, name)) for name in times] == [190, 100, 100, 60, 30]
+    times = ("window_ms", "running_ms", "compute_ms", "communication_ms", "exposed_ms", "bubble_ms", "idle_ms")
+    assert [round(1e6 * getattr(usage, name)) for name in times] == [190, 160, 100, 100, 60, 0, 30]
     # where two operations of one kind run at once, the phase that is named first has the time
     assert in_ns(usage.phases) == {"attention": 50, "expert": 40, "dispatch": 50, "combine": 10, report.UNNAMED: 10}
     assert in_ns(usage.exposed) == {"dispatch": 50, "combine": 10}
@@ -135,3 +165,14 @@ def test_a_usage_counts_every_instant_once():
     assert in_ns(usage.backward_ms) == {"attention": 50}
     assert usage.busy == pytest.approx(160 / 190)
     assert usage.attributed == pytest.approx(210 / 220)
+
+
+def test_what_runs_in_the_bubble_is_of_no_phase():
+    event = dataclasses.make_dataclass("E", ["phase", "start_ns", "end_ns", "communication", "backward"])
+    events = [event("expert", 0, 60, False, False), event("pipeline", 60, 90, True, False)]
+    usage = report.measure(events, [(0, 100)], bubble=[(40, 80)])
+    assert round(1e6 * usage.bubble_ms) == 40
+    assert in_ns(usage.phases) == {"expert": 40, "pipeline": 10}
+    assert round(1e6 * usage.idle_ms) == 10
+    assert usage.busy == pytest.approx(0.9)  # what a profiler calls busy
+    assert in_ns(usage.op_ms) == {"expert": 60, "pipeline": 30}

@@ -248,12 +248,13 @@ def run_script(name, *arguments):
 
 def test_the_script_ends_with_the_figures(tmp_path):
     """80 ns of NCCL, of which 30 run behind 100 ns of products; 10 ns of a kernel without a name; a step of 300 ns."""
-    saved, tables = tmp_path / "a.json", tmp_path / "a.md"
-    done = run_script("profile", gpu_trace(tmp_path / "trace"), f"--json={saved}", f"--markdown={tables}")
+    out = tmp_path / "out"
+    done = run_script("profile", gpu_trace(tmp_path / "trace"), f"--out={out}")
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads(saved.read_text()) == figures
-    assert tables.read_text() in done.stdout
+    assert json.loads((out / "report.json").read_text()) == figures
+    assert (out / "report.md").read_text() in done.stdout
+    assert (out / "timeline.png").stat().st_size > 10_000
     usage = figures["devices"]["GPU 0"]
     assert usage == figures["mean"]
     names = ("window", "compute", "communication", "exposed", "idle")

@@ -1,0 +1,89 @@
+"""The pipeline's bubble in a trace: the ticks of the schedule in which a device's stage has no microbatch.
+
+The shift of activations to the next stage (`moejax.pipeline`) ends a tick, forward, and begins one, backward; it is in
+the trace of every device, once a tick. Tick t of stage i has work where 0 <= t - i < repeats × microbatches, and the
+backward pass goes through the ticks the other way round. In the others an accelerator computes what nobody uses, and a
+virtual device waits: either way the time is lost, whatever layers' operations the trace shows there. (Those of other
+phases, such as the embedding before the first tick of another stage ends, are not the bubble's.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from moejax.pipeline import num_ticks
+from moejax.planner.plan import Plan
+from moejax.planner.time import PIPELINED
+from moejax.profiling.intervals import Interval, subtract, union
+from moejax.profiling.trace import Event
+
+_SHIFT = re.compile(r"ppermute|collective-permute|sendrecv", re.IGNORECASE)
+_LAYERS = PIPELINED - {"pipeline"}  # what a tick does, without the loop around it
+
+
+def find_bubble(
+    events: Mapping[str, Sequence[Event]], stages: Mapping[str, int], plan: Plan, step: Interval
+) -> dict[str, list[Interval]] | None:
+    """The ticks without work in one step, by device; None where the trace does not show every tick's shift.
+
+    Args:
+      events: of each device, in any order; those outside of the step are left out.
+      stages: device -> its place along the pipeline.
+      plan: of the step.
+      step: when it ran, as the events' times.
+    """
+    if plan.mesh.pipeline == 1:
+        return {device: [] for device in events}
+    if not stages.keys() >= events.keys():
+        return None
+    inside = {device: [e for e in found if step[0] <= e.start_ns < step[1]] for device, found in events.items()}
+    bubble: dict[str, list[Interval]] = {device: [] for device in events}
+    for backward in (False, True)[: 2 if plan.mode == "train" else 1]:
+        passes = _boundaries({d: [e for e in found if e.backward == backward] for d, found in inside.items()}, plan)
+        if passes is None:
+            return None
+        for device, boundaries in passes:
+            work = plan.parallel.repeats * plan.parallel.num_microbatches
+            for at, tick in enumerate(itertools.pairwise(boundaries)):
+                t = len(boundaries) - 2 - at if backward else at
+                if not 0 <= t - stages[device] < work:
+                    bubble[device].append(tick)
+    others = {
+        d: union((e.start_ns, e.end_ns) for e in found if e.phase not in PIPELINED) for d, found in inside.items()
+    }
+    return {device: subtract(union(ticks), others[device]) for device, ticks in bubble.items()}
+
+
+def _boundaries(events: Mapping[str, Sequence[Event]], plan: Plan) -> list[tuple[str, list[float]]] | None:
+    """When each tick begins and the last one ends, for every device and slice of the batch; all events of one pass."""
+    ticks = num_ticks(plan.parallel.num_microbatches, plan.mesh.pipeline, plan.parallel.repeats)
+    shifts = {device: sorted(e.end_ns for e in found if _is_shift(e)) for device, found in events.items()}
+    if any(len(found) != plan.accumulate * ticks for found in shifts.values()):
+        return None
+    layers = [e for found in events.values() for e in found if e.phase in _LAYERS]
+    backward = any(e.backward for e in layers)
+    boundaries = []
+    for first in range(0, plan.accumulate * ticks, ticks):
+        ends = {device: found[first : first + ticks] for device, found in shifts.items()}
+        if backward:  # what follows the last shift, up to the next slice's first
+            until = min((found[first + ticks] for found in shifts.values() if len(found) > first + ticks), default=None)
+            after = _within(layers, min(found[-1] for found in ends.values()), until)
+            last = max((e.end_ns for e in after), default=max(found[-1] for found in ends.values()))
+            boundaries += [(device, [*found, max(last, found[-1])]) for device, found in ends.items()]
+        else:
+            since = max((found[first - 1] for found in shifts.values()), default=None) if first else None
+            before = _within(layers, since, min(found[0] for found in ends.values()))
+            start = min((e.start_ns for e in before), default=min(found[0] for found in ends.values()))
+            boundaries += [(device, [start, *found]) for device, found in ends.items()]
+    return boundaries
+
+
+def _within(events: Iterable[Event], since: float | None, until: float | None) -> list[Event]:
+    """Those that begin in between."""
+    return [e for e in events if (since is None or e.start_ns >= since) and (until is None or e.start_ns < until)]
+
+
+def _is_shift(event: Event) -> bool:
+    return event.phase == "pipeline" and event.communication and bool(_SHIFT.search(event.name))
