@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 
 Interval = tuple[float, float]
@@ -49,6 +51,17 @@ def subtract(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
         if start < end:
             found.append((start, end))
     return found
+
+
+def overlap(start: float, end: float, a: Sequence[Interval]) -> float:
+    """How much of [start, end) is in `a`, sorted and disjoint as `union` returns it."""
+    first = bisect.bisect_right(a, start, key=lambda interval: interval[1])
+    total = 0.0
+    for begin, stop in itertools.islice(a, first, None):
+        if begin >= end:
+            break
+        total += min(stop, end) - max(begin, start)
+    return total
 
 
 def length(intervals: Iterable[Interval]) -> float:

@@ -23,7 +23,7 @@ from moejax.planner.hardware import DEVICES, Cluster
 from moejax.planner.plan import Plan
 from moejax.planner.predict import predict_step
 from moejax.profiling.bubble import find_bubble
-from moejax.profiling.intervals import Interval, intersection, length, subtract, union
+from moejax.profiling.intervals import Interval, intersection, length, overlap, subtract, union
 from moejax.profiling.phases import PHASES
 from moejax.profiling.trace import Event, Trace
 
@@ -120,7 +120,7 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
     window = union((marker.start_ns, marker.end_ns) for marker in trace.steps)
     if not window:
         window = [(min(e.start_ns for e in trace.events), max(e.end_ns for e in trace.events))]
-    events = [e for e in trace.events if intersection([(e.start_ns, e.end_ns)], window)]
+    events = [e for e in trace.events if overlap(e.start_ns, e.end_ns, window)]
     check(len(events) > 0, "the trace has no operation inside its steps; wait for a step's results in recording.step()")
     by_device: dict[str, list[Event]] = defaultdict(list)
     for event in events:
@@ -172,7 +172,7 @@ def measure(events: Iterable[Event], window: Sequence[Interval], bubble: Sequenc
     for event in events:
         phase = event.phase or UNNAMED
         spans[event.communication, phase].append((event.start_ns, event.end_ns))
-        inside = length(intersection([(event.start_ns, event.end_ns)], window)) / _MS
+        inside = overlap(event.start_ns, event.end_ns, window) / _MS
         op_ms[phase] += inside
         backward_ms[phase] += inside * event.backward
     sets = {key: intersection(union(found), window) for key, found in spans.items()}

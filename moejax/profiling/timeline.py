@@ -86,10 +86,13 @@ def _draw_devices(ax: Any, trace: Trace, step: Marker, report: Report, devices: 
     to_rgb = plt.matplotlib.colors.to_rgb
     colors_FC = np.array([to_rgb(_COLORS[phase]) for phase in ROWS])
     length_ms = (step.end_ns - step.start_ns) / _MS
+    events: dict[str, list[Event]] = {device: [] for device in devices}
+    for event in trace.events:
+        if event.start_ns < step.end_ns and event.end_ns > step.start_ns:
+            events[event.device].append(event)
     image = np.ones((len(devices), 10, COLUMNS, 3))  # ten lines a device: 1 of pass, 4, 4 of lanes, 1 between devices
     for row, device in enumerate(devices):
-        events = [e for e in trace.events if e.device == device]
-        time_KXF, backward_X = rasterize(events, step.start_ns, step.end_ns, COLUMNS)
+        time_KXF, backward_X = rasterize(events[device], step.start_ns, step.end_ns, COLUMNS)
         covered_KX = np.minimum(time_KXF.sum(-1), 1.0)[..., None]
         most_KXC = colors_FC[time_KXF.argmax(-1)]
         lanes_KXC = most_KXC * covered_KX + (1 - covered_KX)

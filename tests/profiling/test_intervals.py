@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.profiling.intervals import intersection, length, subtract, union
+from moejax.profiling.intervals import intersection, length, overlap, subtract, union
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda x: (x[0], x[0] + x[1])), max_size=12)
 
@@ -37,3 +37,8 @@ def test_by_hand():
     assert intersection(sent, compute) == [(6, 8)]
     assert subtract(sent, compute) == [(8, 9), (12, 15), (20, 20.5)]
     assert length(subtract(sent, compute)) == 4.5
+
+
+@given(INTERVALS, st.integers(0, 50), st.integers(0, 20))
+def test_the_part_of_one_interval_in_a_set(a, start, size):
+    assert overlap(start, start + size, union(a)) == len(set(range(start, start + size)) & instants(a))
