@@ -1,6 +1,7 @@
 """What it takes to run a run again, in its `run.json`: {"starts": [...]}, an entry each time it was started or resumed.
 
-Each entry is whole, for anything may have changed between two starts: another mesh, other packages, other sources.
+Each entry is whole, for anything may have changed between two starts: another mesh, other packages, other sources. If
+the sources were changed since their commit, a patch lies beside it: `git checkout COMMIT && git apply PATCH` has them.
 """
 
 from __future__ import annotations
@@ -69,28 +70,44 @@ def _version(package: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The `commit` that the tracked sources in `folder` are of, and whether the repository is `dirty`: has changes, or
-    files that are neither tracked nor ignored. None where they are tracked by no repository, or git is not installed.
+    """The state of the repository that the sources in `folder` are tracked by; None if none does, or without git.
+
+    `commit`; `patch`, text: what has changed since, with Python files that are new, for `git apply` ("" for nothing);
+    `untracked`: paths of other files that are neither tracked nor ignored, of which the patch has nothing.
     """
     git = shutil.which("git")
     if git is None:
         return None
 
-    def ask(*command: str) -> str | None:
-        done = subprocess.run([git, "-C", str(folder), *command], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
+    def ask(*command: str, at: str | Path = folder) -> str:
+        done = subprocess.run([git, "-C", str(at), *command], capture_output=True, check=False)
+        # A diff of two files ends with 1 where they differ; names and contents may be in any encoding.
+        return done.stdout.decode(errors="surrogateescape") if done.returncode < 2 else ""
 
     # A package that is installed in some repository's virtual environment is no part of that repository.
     if not ask("ls-files", "."):
         return None
-    commit = ask("rev-parse", "HEAD")
-    return commit and {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
+    root, commit = ask("rev-parse", "--show-toplevel").strip(), ask("rev-parse", "HEAD").strip()
+    new = ask("ls-files", "-z", "--others", "--exclude-standard", at=root).split("\0")[:-1]
+    diff = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
+    patches = [ask(*diff, "HEAD", at=root)]
+    patches += [ask(*diff, "--no-index", "--", "/dev/null", path, at=root) for path in new if path.endswith(".py")]
+    others = [path for path in new if not path.endswith(".py")]
+    return (commit and {"commit": commit, "patch": "".join(patches), "untracked": others}) or None
 
 
 def append_start(workdir: Path, start: dict[str, Any]) -> None:
-    """Adds an entry to the run's `run.json`: all at once or not at all, whatever kills the process."""
+    """Adds an entry to the run's `run.json`: all at once or not at all, whatever kills the process.
+
+    A patch of its sources goes to a file, `changes_0.patch` for the first start, and the entry has the file's name.
+    """
     path = workdir / RECORD_FILE
-    starts = [*read_starts(workdir), start] if path.exists() else [start]
+    before = read_starts(workdir) if path.exists() else []
+    if start.get("git") and (patch := start["git"]["patch"]):
+        name = f"changes_{len(before)}.patch"
+        (workdir / name).write_text(patch, encoding="utf-8", errors="surrogateescape", newline="")
+        start = start | {"git": start["git"] | {"patch": name}}
+    starts = [*before, start]
     written = path.with_suffix(".tmp")
     with written.open("w", encoding="utf-8") as file:
         json.dump({"starts": starts}, file, indent=1)

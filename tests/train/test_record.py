@@ -79,7 +79,7 @@ def test_a_resumed_run_adds_to_its_record(tmp_path):
     for resumed_from in (0, 5, 9):
         append_start(tmp_path, describe(resumed_from=resumed_from))
     assert [start["resumed_from"] for start in read_starts(tmp_path)] == [0, 5, 9]
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".patch"} == {"run.json"}
 
 
 def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
@@ -89,14 +89,33 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert read_starts(tmp_path) == [{"resumed_from": 0}]
 
 
-def test_git_tells_the_commit_and_what_was_changed_since(repository):
+def test_git_tells_the_commit_and_what_was_changed_since(repository, tmp_path_factory):
+    """From the commit and the patch come the sources as they were: changed, deleted and new ones."""
+    (repository / "package" / "gone.py").write_text("y = 1\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "-m", "second")
     commit = git(repository, "rev-parse", "HEAD").strip()
-    assert git_state(repository / "package") == {"commit": commit, "dirty": False}
-    (repository / "new.py").write_text("")
-    assert git_state(repository / "package") == {"commit": commit, "dirty": True}
-    (repository / "new.py").unlink()
-    (repository / "package" / "module.py").write_text("x = 2\n")
-    assert git_state(repository / "package") == {"commit": commit, "dirty": True}
+    assert git_state(repository / "package") == {"commit": commit, "patch": "", "untracked": []}
+
+    (repository / "package" / "module.py").write_bytes("x = 'å'\r\n".encode("latin-1"))
+    (repository / "package" / "gone.py").unlink()
+    (repository / "new name.py").write_text("z = 3\n")
+    (repository / "notes.txt").write_text("large")
+    found = git_state(repository / "package")
+    assert found["commit"] == commit
+    assert found["untracked"] == ["notes.txt"]
+    workdir = tmp_path_factory.mktemp("run")
+    append_start(workdir, {"git": found})
+    append_start(workdir, {"git": git_state(repository / "package") | {"patch": ""}})
+    assert [start["git"]["patch"] for start in read_starts(workdir)] == ["changes_0.patch", ""]
+
+    again = tmp_path_factory.mktemp("clone")
+    git(again, "clone", "--quiet", repository, ".")
+    git(again, "checkout", "--quiet", commit)
+    git(again, "apply", "--whitespace=nowarn", workdir / "changes_0.patch")
+    assert (again / "package" / "module.py").read_bytes() == (repository / "package" / "module.py").read_bytes()
+    assert not (again / "package" / "gone.py").exists()
+    assert (again / "new name.py").read_text() == "z = 3\n"
 
 
 def test_git_state_is_absent_outside_a_repository_and_without_git(repository, tmp_path_factory, monkeypatch):
