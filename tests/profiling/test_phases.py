@@ -1,0 +1,34 @@
+"""The names of phases change nothing of the program: they cost nothing when nobody takes a trace."""
+
+import contextlib
+import dataclasses
+import re
+
+import jax
+from layouts import MODEL, Layout
+
+from moejax.profiling.phases import PHASES, phase_of
+from moejax.train.step import make_train_step
+
+LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
+
+
+def lowered():
+    program = dataclasses.replace(LAYOUT.program)  # nothing that was traced before is taken again
+    return make_train_step(program).lower(LAYOUT.batch_size, LAYOUT.seq_len)
+
+
+def phases(program):
+    """Those that the names of its operations say."""
+    names = re.findall(r'loc\("([^"]*)"', program.as_text(debug_info=True))
+    return set(filter(None, (phase_of(name) for name in names if ".py" not in name)))
+
+
+def test_the_program_is_the_same_without_the_names_of_phases(monkeypatch):
+    """What the compiler is given differs in the places that are noted for humans, and in those alone."""
+    named = lowered()
+    monkeypatch.setattr(jax, "named_scope", lambda name: contextlib.nullcontext())
+    unnamed = lowered()
+    assert named.as_text() == unnamed.as_text()
+    assert phases(named) == set(PHASES)
+    assert phases(unnamed) == set()
