@@ -189,7 +189,8 @@ class Trainer:
                 if writer is not None:
                     writer.write(step, line, self.program.balancer.last_load(state.balance))
                     if "eval_loss" in line:
-                        writer.write_by_layer(step, {"window_load_cv": report.cv_L, "window_rounds": report.rounds_L})
+                        figures = {"window_load_cv": report.cv_L, "window_rounds": report.rounds_L}
+                        writer.write_by_layer(step, figures, report.load_LE)
                 progress.step(step, line)
                 self._check_finite(step, line, checkpointer)
                 self._warn(step, report)

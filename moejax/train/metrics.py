@@ -23,6 +23,9 @@ from typing import Any, SupportsFloat
 import numpy as np
 import tensorboardX
 from absl import logging
+from tensorboardX.proto.summary_pb2 import Summary
+
+from moejax.train.load_image import encode_png, load_image
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_FILE = "loads.jsonl"
@@ -94,11 +97,23 @@ class MetricsWriter:
             if isinstance(value, float):
                 self._tensorboard.add_scalar(name, value, step)
 
-    def write_by_layer(self, step: int, figures: Mapping[str, np.ndarray]) -> None:
-        """Gives TensorBoard a scalar for each layer, from arrays [L] by name, as `name/layer_00` and so on."""
+    def write_by_layer(self, step: int, figures: Mapping[str, np.ndarray], load_LE: np.ndarray) -> None:
+        """Gives TensorBoard scalars of each layer, `name/layer_00` and so on, and a picture of the loads.
+
+        Args:
+          step: the optimizer step.
+          figures: arrays [L] by name.
+          load_LE: assignments to each expert; see `moejax.train.load_image` for what the picture shows.
+        """
         for name, figure_L in figures.items():
             for layer, value in enumerate(figure_L):
                 self._tensorboard.add_scalar(f"{name}/layer_{layer:02}", float(value), step)
+        image = load_image(load_LE)
+        height, width, _ = image.shape
+        png = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encode_png(image))
+        value = Summary.Value(tag="window_load/layer_by_expert", image=png)
+        # `add_image` would encode it as well, but with a library that nothing else here needs.
+        self._tensorboard.file_writer.add_summary(Summary(value=[value]), step)
 
     def close(self) -> None:
         """Flushes and closes all; harmless when called again."""

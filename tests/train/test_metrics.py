@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.plots import pyplot
+from moejax.train.load_image import encode_png, load_image
 from moejax.train.metrics import MetricsWriter, read_loads, read_metrics
 
 
@@ -114,9 +116,29 @@ def test_loads_of_ten_thousand_steps_are_small(tmp_path):
 
 def test_tensorboard_gets_a_scalar_a_layer(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.write_by_layer(3, {"load_cv": np.float32([0.5, 0.25])})
-    values = {v.tag: v.simple_value for e in _events(tmp_path / "tensorboard") for v in e.summary.value if e.step == 3}
-    assert values == {"load_cv/layer_00": 0.5, "load_cv/layer_01": 0.25}
+        writer.write_by_layer(3, {"load_cv": np.float32([0.5, 0.25])}, np.ones((2, 4)))
+    values = {v.tag: v for e in _events(tmp_path / "tensorboard") for v in e.summary.value if e.step == 3}
+    image = values.pop("window_load/layer_by_expert").image
+    assert (image.width, image.height, image.colorspace) == (4 * 24, 2 * 24, 3)
+    assert {tag: v.simple_value for tag, v in values.items()} == {"load_cv/layer_00": 0.5, "load_cv/layer_01": 0.25}
+
+
+def test_the_picture_of_loads_is_white_where_they_are_even():
+    load_LE = np.array([[4, 4, 4, 4], [0, 2, 4, 2], [0, 0, 0, 0]])
+    image = load_image(load_LE)
+    assert image.shape == (3 * 24, 4 * 24, 3)
+    cells = image[12::24, 12::24].tolist()
+    white, red, blue = [255, 255, 255], [178, 24, 43], [33, 102, 172]
+    assert cells == [[white] * 4, [blue, white, red, white], [blue] * 4]
+    assert load_image(np.ones((1, 1000))).shape == (1, 1000, 3)  # a pixel an expert, at least
+
+
+def test_a_png_is_read_as_it_was_written(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_png(image))
+    read = pyplot().imread(path)  # by matplotlib's own decoder, as numbers from 0 to 1
+    np.testing.assert_array_equal(np.round(255 * read[..., :3]).astype(np.uint8), image)
 
 
 def test_tensorboard_gets_the_same_scalars_and_hides_the_dropped_ones(tmp_path):
