@@ -218,7 +218,7 @@ class ParallelConfig:
     virtual devices share cores, and computes on accelerators, which would only wait (see `moejax.pipeline`).
     A layer works on `batch_split` equal parts of a microbatch side by side, so that one part's tokens can be exchanged
     while another's are computed; capacity is then counted in each part. 0 is auto: 2 on accelerators that exchange any
-    and where it divides the sequences, otherwise 1 (see `Program.batch_split`).
+    and where it divides the sequences, otherwise 1 (see `parts`).
     """
 
     num_microbatches: int = 2
@@ -240,6 +240,13 @@ class ParallelConfig:
         if self.remat != "auto":
             return self.remat
         return "none" if seq_len <= 2048 else "full"
+
+    def parts(self, num_sequences: int, overlaps: bool) -> int:
+        """Parts of a device's `num_sequences` of a microbatch: `batch_split` with auto resolved.
+
+        `overlaps`: whether there are exchanges, on devices that could compute meanwhile (virtual ones can't).
+        """
+        return self.batch_split or math.gcd(num_sequences, 2 if overlaps else 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,8 +109,7 @@ class Program:
 
     def batch_split(self, num_sequences: int) -> int:
         """Parts of a microbatch of a device's `num_sequences`: `parallel.batch_split` with 0 (auto) resolved."""
-        wanted = 2 if self.exchanges and platform(self.mesh) != "cpu" else 1
-        return self.parallel.batch_split or math.gcd(num_sequences, wanted)
+        return self.parallel.parts(num_sequences, overlaps=self.exchanges and platform(self.mesh) != "cpu")
 
     @property
     def batch_spec(self) -> P:

@@ -22,7 +22,6 @@ sequence), X rows that arrive at this device's experts, W parameters of its expe
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from moejax.config import ConfigError
@@ -99,8 +98,7 @@ class Sizes:
         sequences = plan.batch_size // (mesh.replica * e)
         self.batch_tokens = sequences * plan.seq_len
         self.sequences = sequences // (parallel.num_microbatches * plan.accumulate)
-        wanted = 2 if self.exchanges and mesh.hardware != "cpu" else 1
-        self.parts = parallel.batch_split or math.gcd(self.sequences, wanted)
+        self.parts = parallel.parts(self.sequences, overlaps=self.exchanges and mesh.hardware != "cpu")
         self.microbatch = self.sequences * plan.seq_len // t
         self.T = self.microbatch // self.parts
         self.A = self.T * t

@@ -6,7 +6,6 @@ import dataclasses
 
 from moejax import sharding
 from moejax.config import ConfigError
-from moejax.mesh import EXPERT
 from moejax.pipeline import num_ticks
 from moejax.planner.flops import decode_flops, forward_flops
 from moejax.planner.hardware import Cluster
@@ -70,9 +69,10 @@ def step_of(plan: Plan) -> Step:
     load = EXPECTED_LOAD if ragged else 1.0  # buffers are computed whole, whatever is in them
     ticks = num_ticks(plan.parallel.num_microbatches, plan.mesh.pipeline, plan.parallel.repeats)
     bubble = 0.0 if plan.mode == "decode" else (plan.mesh.pipeline - 1) / ticks
-    split = plan.parallel.batch_split or 2
-    if plan.mode == "decode" or plan.mesh.shape[EXPERT] * plan.mesh.tensor == 1:
-        split = 1
+    mesh = plan.mesh
+    overlaps = mesh.expert * mesh.tensor > 1 and mesh.hardware != "cpu"
+    sequences = plan.batch_size // (mesh.replica * mesh.expert * plan.parallel.num_microbatches * plan.accumulate)
+    split = 1 if plan.mode == "decode" else plan.parallel.parts(sequences, overlaps=overlaps)
     return Step(
         tokens=plan.tokens, model_flops=model_flops(plan), bubble=bubble, parts=split * plan.dispatch.chunks, load=load
     )

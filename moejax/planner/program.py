@@ -80,7 +80,7 @@ class _Step(Passes):
         self.S, self.s = plan.seq_len, plan.seq_len // self.size[TENSOR]
         microbatch = self.B // plan.parallel.num_microbatches
         self.exchanges = self.size[EXPERT] * self.size[TENSOR] > 1
-        self.parts = plan.parallel.batch_split or math.gcd(microbatch, 2 if self.exchanges else 1)
+        self.parts = plan.parallel.parts(microbatch, overlaps=self.exchanges)
         self.microbatch, self.b = microbatch, microbatch // self.parts
         self.ticks = num_ticks(plan.parallel.num_microbatches, self.size[PIPELINE], plan.parallel.repeats)
         self.chunk = m.num_moe_layers // (plan.parallel.repeats * self.size[PIPELINE])
