@@ -103,7 +103,7 @@ def _longest_table(report: Report) -> str:
     header = ("longest operations", "phase", "kind", "times", "ms, all devices and steps", "of all operations")
     rows = [
         (
-            f"`{op['name']}`",
+            f"`{_shorten(op['name'])}`",
             op["phase"],
             "communication" if op["communication"] else "compute",
             op["times"],
@@ -113,6 +113,12 @@ def _longest_table(report: Report) -> str:
         for op in report.longest
     ]
     return table(header, rows)
+
+
+def _shorten(name: str, most: int = 60) -> str:
+    """Kernels of templates have names of hundreds of letters, in which a bar would end a table's cell."""
+    name = name.replace("|", "/")
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _notes(report: Report) -> list[str]:
