@@ -131,6 +131,11 @@ def _notes(report: Report) -> list[str]:
             "devices' threads have had their turn; nothing runs beside it on its device; idle holds waits for a core. "
             "In a tick of the bubble a virtual device waits while the others' work goes on."
         )
+    if report.platform == "gpu" and report.mean.attributed < 0.9:
+        notes.append(
+            "Kernels of command buffers (CUDA graphs) do not say what they are of, so they have no phase: have the steps "
+            "to be traced compiled with xla_gpu_enable_command_buffer= (empty: none)."
+        )
     if report.predicted is None:
         notes.append(
             "No prediction, MFU or HFU: the trace does not say the plan of every step, or its devices have no figures."
