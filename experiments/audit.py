@@ -61,15 +61,7 @@ def main(argv: list[str]) -> int:
 
 def audit_one(config: TrainConfig, mesh_config: MeshConfig, target: str) -> Audited:
     """Compiles the plan of a configuration and prints it category by category."""
-    plan = Plan(
-        model=config.model,
-        mesh=mesh_config,
-        seq_len=config.data.seq_len,
-        batch_size=config.data.batch_size,
-        parallel=config.parallel,
-        dispatch=config.dispatch,
-        accumulate=config.accumulate,
-    )
+    plan = audit_cases.plan_of(config, mesh_config)
     case = Case(flags.FLAGS["config"].value, target, plan, used_for_fitting=False)
     compiled, executable = compile_plan(plan, target)
     print("\n".join([*categories(predict_memory(plan), compiled), "", *counts(plan, executable)]))

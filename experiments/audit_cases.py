@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moejax.config import DispatchConfig, ParallelConfig
+from moejax.config import DispatchConfig, ParallelConfig, TrainConfig
 from moejax.mesh import MeshConfig
 from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Plan
@@ -88,6 +88,19 @@ class Case:
         words += [f"{dispatch.chunks} chunks"] * (dispatch.chunks > 1) + ["two hops"] * (dispatch.hosts > 1)
         words += [f"{parallel.batch_split} part"] * (parallel.batch_split > 0)
         return ", ".join(words)
+
+
+def plan_of(config: TrainConfig, mesh_config: MeshConfig) -> Plan:
+    """The plan that a configuration follows on a mesh."""
+    return Plan(
+        model=config.model,
+        mesh=mesh_config,
+        seq_len=config.data.seq_len,
+        batch_size=config.data.batch_size,
+        parallel=config.parallel,
+        dispatch=config.dispatch,
+        accumulate=config.accumulate,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
