@@ -44,21 +44,19 @@ SUFFIXES = (".png", ".svg", ".pdf")
 def main(argv: list[str]) -> None:
     config, mesh_config, rest = common.parse_configs(argv)
     check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
-    target = _TARGET.value
-    if target and not flags.FLAGS["mesh"].present:
-        mesh_config = loading.load_mesh_config(target)
     paths = {name: Path(flag.value).expanduser() for name, flag in _FILES.items() if flag.value}
     for name, path in paths.items():
         check(path.parent.is_dir(), f"--{name}={path} is in a folder that does not exist; make {path.parent} first")
     if "out" in paths:
         check(paths["out"].suffix in SUFFIXES, f"--out={paths['out']} must end in {', '.join(SUFFIXES)}")
         pyplot()  # says so now if it is missing
-    device, plan = get_device(mesh_config.hardware), audit_cases.plan_of(config, mesh_config)
+    target, devices = _TARGET.value, None
     if target:
         devices = compile_only_devices(target)
+        mesh_config = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(target)
     else:
         common.setup_jax(mesh_config)
-        devices = None
+    device, plan = get_device(mesh_config.hardware), audit_cases.plan_of(config, mesh_config)
     program = Program.from_config(config, build_mesh(mesh_config, devices))
     train_step = make_train_step(program, config.optimizer, steps=config.steps, accumulate=config.accumulate)
     lowered = train_step.lower(plan.batch_size, plan.seq_len)

@@ -13,7 +13,7 @@ Two questions are asked of each temporary. Which phase made it: the first of its
 `pipeline` that way, for the schedule sums them up. And what is in it, by shape: what has a weight's dims (in any order,
 gathered or as stored, of all layers or of one) is a gradient if it is float32 of the backward pass and neither gathered
 nor cut out of a stack, else a copy of the weight; other stacks that a loop of the forward pass fills are saved
-activations. An activation that happens to have a weight's dims counts as one.
+activations. An activation counts as a weight if it happens to have its dims, in a phase that uses that weight.
 """
 
 from __future__ import annotations
@@ -47,7 +47,17 @@ _ARGUMENT_OF = (
     (r"state\.balance\b", "balancer"),
     (r"batch\b", "batch"),
 )
-_WORDS = {"convert_element_type": "cast", "add_any": "sum", "closed_call": "", "while": "", "body": ""}
+_WORDS = {"convert_element_type": "cast", "add_any": "sum"} | dict.fromkeys(
+    ("closed_call", "while", "body", "checkpoint", "remat2", "shard_map"), ""
+)
+_USED_IN = {  # by how a weight's name begins: phases that may have something of its shape; others may have any
+    "attention": ("attention",),
+    "moe.w_router": ("route",),
+    "moe.experts": ("expert",),
+    "embed": ("embed", "logits"),  # tied
+    "head": ("logits", "loss"),
+}
+_USED_ANYWHERE = ("pipeline", "gather", "optimizer", UNNAMED)
 _HOPS = 4  # to the instruction that names a phase
 
 
@@ -238,10 +248,11 @@ class _Reader:
         return _WORDS.get(last, last.replace("_", " "))
 
     def _like(self, value: Value, phase: str) -> str:
-        """The weight with these dims, in words; of several that of the phase, in the same order, as it is stored."""
+        """The weight with these dims, in words; of several that which has them in this order, then as it is stored."""
         dims = _without_ones(value.dims)
-        same = [w for w in self.weights if sorted(w.dims) == sorted(dims)] if len(dims) > 1 else []
-        ranks = [(not w.words.startswith(phase), w.dims != dims, w.gathered) for w in same]
+        same = [w for w in self.weights if sorted(w.dims) == sorted(dims) and w.may_be_in(phase)]
+        same = same if len(dims) > 1 else []
+        ranks = [(w.dims != dims, w.gathered) for w in same]
         best = dict.fromkeys(w.words for w, rank in zip(same, ranks, strict=True) if rank == min(ranks))
         return f"like {' or '.join(itertools.islice(best, 2))}" if best else ""
 
@@ -260,6 +271,10 @@ class _Weight:
     dims: tuple[int, ...]
     gathered: bool
     words: str
+
+    def may_be_in(self, phase: str) -> bool:
+        known = [phases for begin, phases in _USED_IN.items() if self.words.startswith(begin)]
+        return not known or phase in (*known[0], *_USED_ANYWHERE)
 
 
 def _weight_shapes(parameters: Iterable[Instruction]) -> list[_Weight]:

@@ -207,7 +207,7 @@ def _draw_largest(ax: Any, memory: StepMemory, largest: list[Buffer]) -> None:
 def _label(buffer: Buffer) -> str:
     """What it is, in one line of the picture."""
     words = buffer.name if buffer.group in WHOLE_TIME else f"{buffer.content}: {buffer.words or buffer.name}"
-    words = words if len(words) <= 72 else f"{words[:71]}…"
+    words = words if len(words) <= 84 else f"{words[:83]}…"
     return f"{words}  {buffer.shape}"
 
 
