@@ -1,4 +1,4 @@
-"""Measurements: what compiled programs would do (`overlap`), what runs did (`capture`, then `report`)."""
+"""Measurements: what compiled programs would do (`overlap`, `memory`), what runs did (`capture`, then `report`)."""
 
 from moejax.profiling.capture import capture
 
