@@ -31,7 +31,7 @@ import numpy as np
 from moejax import hlo
 from moejax.hlo import COLLECTIVES, Instruction, Module
 from moejax.profiling.buffers import Assignment, Block, Value
-from moejax.profiling.phases import PHASES, Op, ops
+from moejax.profiling.phases import PHASES, Op, ops, scope_path
 from moejax.train.memory_guard import MemoryUse
 
 UNNAMED = "no phase"
@@ -224,14 +224,14 @@ class _Reader:
         loops = [x for _, x in found if x.opcode == "while"]
         if loops:
             turns = [self.module.trip_count(x) for x in loops]
-            stacked = any("dynamic_update_slice" in _scope(x) or _is(x, "dynamic-update-slice") for _, x in found)
+            stacked = any("dynamic_update_slice" in scope_path(x) or _is(x, "dynamic-update-slice") for _, x in found)
             counts = [n for n in turns if n in first.dims] if stacked else turns
             words = "stacked by a loop" if stacked else "kept through a loop"
             return f"{words} of {counts[0]} turns" if counts and counts[0] else words
         return self._operation(*found[0]) if found else ""
 
     def _operation(self, computation: str, x: Instruction) -> str:
-        last = _scope(x).rsplit("/", 1)[-1]
+        last = scope_path(x).rsplit("/", 1)[-1]
         if self.ops[x.name].communication:
             inside = [i.opcode for name in x.called for i in self.module.computations.get(name, {}).values()]
             names = (opcode.removesuffix("-start").removesuffix("-done") for opcode in (x.opcode, *inside))
@@ -310,9 +310,4 @@ def _is(x: Instruction, opcode: str) -> bool:
 
 def _path(parameter: Instruction) -> str:
     """The argument that a parameter of the program is, `state.params['embed']['table_VD']`."""
-    return _scope(parameter).replace("\\'", "'")
-
-
-def _scope(x: Instruction) -> str:
-    found = re.search(r'op_name="([^"]*)"', x.attributes)
-    return found[1] if found else ""
+    return scope_path(parameter).replace("\\'", "'")

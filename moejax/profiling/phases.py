@@ -80,15 +80,16 @@ def op_from_event(name: str, opcode: str = "", op_name: str = "") -> Op:
 
 def _op(module: Module, x: Instruction) -> Op:
     inside = [i for name in x.called for i in module.computations.get(name, {}).values()]
-    path = _op_name(x)
+    path = scope_path(x)
     phase = phase_of(path)
     if phase is None and x.opcode == "fusion":  # what most of its parts say
-        phase = _most_frequent(phase_of(_op_name(i)) for i in inside)
+        phase = _most_frequent(phase_of(scope_path(i)) for i in inside)
     wrapped = [i.opcode for i in inside] if x.opcode.startswith("async-") else []
     kinds = {opcode.removesuffix("-start").removesuffix("-done") for opcode in (x.opcode, *wrapped)}
     return Op(phase, "transpose(" in path, not kinds.isdisjoint(COLLECTIVES), x.opcode in _CONTAINERS)
 
 
-def _op_name(x: Instruction) -> str:
+def scope_path(x: Instruction) -> str:
+    """The scopes that it was written in and its operation, `jit(step)/attention/dot_general`; empty if unknown."""
     found = re.search(r'op_name="([^"]*)"', x.attributes)
     return found[1] if found else ""
