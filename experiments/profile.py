@@ -5,8 +5,9 @@
     python experiments/profile.py runs/a/profiles/step_000010 --out=figures --nopicture
     tensorboard --logdir=runs/a/profiles      # the same traces as pictures; needs tensorboard and xprof
 
-TRACE is a directory that train.py --profile_steps or moejax.profiling.capture wrote. Prints tables, writes them there
-with report.json and a picture of one step, timeline.png (extra `plots`), and ends with one line of JSON.
+TRACE is a directory that train.py --profile_steps or moejax.profiling.capture wrote, or a run's, whose last trace is
+taken. Prints tables, writes them there with report.json and a picture of one step, timeline.png (extra `plots`), and
+ends with one line of JSON.
 """
 
 from __future__ import annotations

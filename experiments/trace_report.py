@@ -12,6 +12,7 @@ from absl import flags
 from moejax.config import ConfigError, check
 from moejax.planner.report import finite
 from moejax.profiling import report, tables, timeline
+from moejax.profiling.capture import TRACES
 from moejax.profiling.trace import read_trace
 
 _OUT = flags.DEFINE_string(
@@ -25,10 +26,13 @@ for _flag in (_OUT, _PICTURE):
 def main(argv: list[str]) -> None:
     rest = loading.parse_flags(argv, positional=True)
     if len(rest) != 1:
-        raise ConfigError(f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace")
-    out = Path(_OUT.value or rest[0]).expanduser()
+        raise ConfigError(
+            f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace, or of a run"
+        )
+    folder = newest_trace(Path(rest[0]).expanduser())
+    out = Path(_OUT.value).expanduser() if _OUT.value else folder
     check(out.is_dir() or not out.exists(), f"--out={out} is a file; give a folder")
-    trace = read_trace(rest[0])
+    trace = read_trace(folder)
     found = report.make_report(trace)
     text, data = tables.as_markdown(found), finite(tables.as_data(found))
     out.mkdir(parents=True, exist_ok=True)
@@ -39,3 +43,8 @@ def main(argv: list[str]) -> None:
         timeline.figure(trace, found).savefig(out / "timeline.png", dpi=120)
     print(f"\nWritten: report.md, report.json{', timeline.png' * _PICTURE.value} in {out}")
     print(json.dumps(data))
+
+
+def newest_trace(folder: Path) -> Path:
+    """The last trace of a run, if `folder` is a run's; else itself."""
+    return max(folder.glob(f"{TRACES}/*"), key=lambda trace: trace.stat().st_mtime, default=folder)

@@ -42,6 +42,7 @@ from moejax.profiling.viewer import show_phases
 from moejax.train.memory_guard import FittedStep
 
 TRIGGER = "profile"
+TRACES = "profiles"  # the folder of a run's traces in its work directory
 TRIGGERED_STEPS = 3
 
 
@@ -179,7 +180,7 @@ class StepCapture:
             self._end = number + count - 1
         else:
             return
-        directory = self._workdir / "profiles" / f"step_{number:06d}"
+        directory = self._workdir / TRACES / f"step_{number:06d}"
         self._recording = self._open.enter_context(capture(directory))
 
     def _requested(self) -> int:

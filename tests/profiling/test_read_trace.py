@@ -1,6 +1,7 @@
 """Traces written out by hand, of CPUs and of GPUs, are read into the events that they hold."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -267,10 +268,20 @@ def test_the_script_ends_with_the_figures(tmp_path):
     }  # fmt: skip
 
 
+def test_the_script_takes_the_last_trace_of_a_run(tmp_path):
+    for number, step in ((2, 7), (1, 6)):
+        gpu_trace(tmp_path / "profiles" / f"step_{step}")
+        os.utime(tmp_path / "profiles" / f"step_{step}", (number, number))
+    done = run_script("profile", tmp_path, "--nopicture")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.parent.name for path in tmp_path.rglob("report.json")} == {"step_7"}
+    assert not list(tmp_path.rglob("timeline.png"))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("profile", ["a", "b"], "a b is given as TRACE; give one directory of a trace"),
+        ("profile", ["a", "b"], "a b is given as TRACE; give one directory of a trace, or of a run"),
         ("profile", ["/nowhere"], "/nowhere has no plugins/profile"),
         ("train", ["--profile_steps=5:5"], "--profile_steps=5:5 must be FIRST:END with 1 <= FIRST < END"),
     ],
