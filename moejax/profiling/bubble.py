@@ -62,22 +62,36 @@ def _boundaries(events: Mapping[str, Sequence[Event]], plan: Plan) -> list[tuple
     shifts = {device: sorted(e.end_ns for e in found if _is_shift(e)) for device, found in events.items()}
     if any(len(found) != plan.accumulate * ticks for found in shifts.values()):
         return None
-    layers = [e for found in events.values() for e in found if e.phase in _LAYERS]
-    backward = any(e.backward for e in layers)
+    everything = [e for found in events.values() for e in found]
+    backward = any(e.backward for e in everything)
     boundaries = []
     for first in range(0, plan.accumulate * ticks, ticks):
-        ends = {device: found[first : first + ticks] for device, found in shifts.items()}
-        if backward:  # what follows the last shift, up to the next slice's first
-            until = min((found[first + ticks] for found in shifts.values() if len(found) > first + ticks), default=None)
-            after = _within(layers, min(found[-1] for found in ends.values()), until)
-            last = max((e.end_ns for e in after), default=max(found[-1] for found in ends.values()))
-            boundaries += [(device, [*found, max(last, found[-1])]) for device, found in ends.items()]
+        last = first + ticks - 1
+        before = max((found[first - 1] for found in shifts.values()), default=None) if first else None
+        after = min((found[last + 1] for found in shifts.values() if len(found) > last + 1), default=None)
+        if backward:
+            edge = _end(everything, min(found[last] for found in shifts.values()), after)
         else:
-            since = max((found[first - 1] for found in shifts.values()), default=None) if first else None
-            before = _within(layers, since, min(found[0] for found in ends.values()))
-            start = min((e.start_ns for e in before), default=min(found[0] for found in ends.values()))
-            boundaries += [(device, [start, *found]) for device, found in ends.items()]
+            edge = _start(everything, before, min(found[first] for found in shifts.values()))
+        for device, found in shifts.items():
+            inner = found[first : last + 1]
+            boundaries.append((device, [*inner, max(edge, inner[-1])] if backward else [min(edge, inner[0]), *inner]))
     return boundaries
+
+
+def _start(events: Iterable[Event], since: float | None, until: float) -> float:
+    """When the first device has embedded its tokens, else when layers begin: they may have a cast before the loop."""
+    found = _within(events, since, until)
+    ends: dict[str, float] = {}
+    for event in found:
+        if event.phase == "embed":
+            ends[event.device] = max(event.end_ns, ends.get(event.device, event.end_ns))
+    return min(ends.values(), default=min((e.start_ns for e in found if e.phase in _LAYERS), default=until))
+
+
+def _end(events: Iterable[Event], since: float, until: float | None) -> float:
+    """When the last device is done with what layers do."""
+    return max((e.end_ns for e in _within(events, since, until) if e.phase in _LAYERS), default=since)
 
 
 def _within(events: Iterable[Event], since: float | None, until: float | None) -> list[Event]:
