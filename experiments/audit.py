@@ -63,7 +63,7 @@ def audit_one(config: TrainConfig, mesh_config: MeshConfig, target: str) -> Audi
     """Compiles the plan of a configuration and prints it category by category."""
     plan = audit_cases.plan_of(config, mesh_config)
     case = Case(flags.FLAGS["config"].value, target, plan, used_for_fitting=False)
-    compiled, executable = compile_plan(plan, target)
+    compiled, executable = compile_plan(plan, target, config.compiler_options)
     print("\n".join([*categories(predict_memory(plan), compiled), "", *counts(plan, executable)]))
     return Audited.of(case, compiled)
 
@@ -116,9 +116,9 @@ def _preface(versions: str) -> list[str]:
     ]
 
 
-def compile_plan(plan: Plan, target: str) -> tuple[Compiled, Any]:
+def compile_plan(plan: Plan, target: str, compiler_options: tuple[str, ...] = ()) -> tuple[Compiled, Any]:
     """Compiles the train step that follows the plan; also returns what JAX made of it."""
-    config = plan.train_config()
+    config = plan.train_config(compiler_options=compiler_options)
     program = Program.from_config(config, build_mesh(plan.mesh, compile_only_devices(target)))
     train_step = make_train_step(program, config.optimizer, accumulate=config.accumulate)
     lowered = train_step.lower(plan.batch_size, plan.seq_len)

@@ -26,6 +26,7 @@ import jax
 from absl import flags
 from loading import MESH_CONFIGS, find, load_config, load_mesh_config
 
+from moejax.compiler import in_force
 from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig, use_virtual_devices
 from moejax.overrides import apply_overrides, split_overrides
@@ -133,6 +134,12 @@ def _help(config: TrainConfig, mesh_config: MeshConfig) -> str:
         f"Flags:\n{flags.FLAGS.main_module_help()}",
         f"Fields, as --config={_CONFIG.value} and --mesh={_MESH.value} have them:",
         "\n".join(_fields(config, "--config") + _fields(mesh_config, "--mesh")),
+        f"Options of XLA that a {mesh_config.platform} program is compiled with, --config.compiler_options included:",
+        "\n".join(
+            f"  {option.name}={option.value}\n      {option.reason} ({option.source})"
+            for option in in_force(mesh_config.platform, config.compiler_options)
+        )
+        or "  none",
     ]
     return "\n\n".join(parts)
 

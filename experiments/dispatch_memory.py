@@ -28,9 +28,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import sharding
+from moejax.compiler import program_options
 from moejax.config import DispatchConfig, ModelConfig, TrainConfig, check
 from moejax.dispatch import first_turn
-from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh, compiler_options
+from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh, platform
 from moejax.model import Program
 from moejax.moe import mixture_of_experts
 from moejax.topology import compile_only_devices
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> None:
     rows, results = [], {}
     for name, dispatch in designs(config).items():
         block = Block(config, dispatch, mesh)
-        compiled = block.program.lower(*block.shapes).compile(compiler_options(mesh))
+        options = program_options(platform(mesh), config.compiler_options)
+        compiled = block.program.lower(*block.shapes).compile(options)
         step = lower_step(dataclasses.replace(config, dispatch=dispatch), mesh).compile()
         rows.append({"design": name, "block_bytes": memory(compiled), "step_bytes": memory(step)})
         if target is None:

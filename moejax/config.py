@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Literal, get_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -311,7 +312,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything a training run needs besides its mesh and its work directory."""
+    """Everything a training run needs besides its mesh and its work directory.
+
+    `compiler_options` are given to XLA after those of `moejax.compiler`, which tells more: items "name=value", of which
+    the later wins; "name=default" takes one away.
+    """
 
     model: ModelConfig = ModelConfig()
     dispatch: DispatchConfig = DispatchConfig()
@@ -326,6 +331,7 @@ class TrainConfig:
     eval_batches: int = 8
     sample_tokens: int = 128  # generated at the end of a run; 0 for none
     memory_limit_bytes: int = 0  # of a device, which a step is made to fit in; 0: what the device's runtime says
+    compiler_options: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -337,6 +343,11 @@ class TrainConfig:
             "the bias is what the rate moves",
         )
         _check_not_negative(self, "sample_tokens", "memory_limit_bytes")
+        for item in self.compiler_options:
+            check(
+                re.match(r"\w+=", item) is not None,
+                f"compiler_options item {item!r} must be name=value, such as xla_gpu_dot_merger_threshold_mb=0",
+            )
         check(
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len={self.data.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
+from moejax.compiler import Platform, set_process_options
 from moejax.config import ConfigError, check
 
 REPLICA = "replica"
@@ -71,6 +71,11 @@ class MeshConfig:
         return {**replica, EXPERT: self.expert, PIPELINE: self.pipeline, TENSOR: self.tensor}
 
     @property
+    def platform(self) -> Platform:
+        """What the devices are to XLA."""
+        return "cpu" if self.hardware == "cpu" else "tpu" if self.hardware.startswith("tpu") else "gpu"
+
+    @property
     def axis_names(self) -> tuple[str, ...]:
         return tuple(self.shape)
 
@@ -118,25 +123,12 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """The mesh of `config` without devices: programs can be traced on it as they would be for its hardware."""
-    kind = "cpu" if config.hardware == "cpu" else "tpu" if config.hardware.startswith("tpu") else "gpu"
-    device = AbstractDevice(device_kind=config.hardware, num_cores=None, platform=kind)
+    device = AbstractDevice(device_kind=config.hardware, num_cores=None, platform=config.platform)
     names, sizes = config.axis_names, tuple(config.shape.values())
     return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), abstract_device=device)
 
 
-def compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str]:
-    """What to compile a step with on the mesh's devices, so that collectives can run beside matrix products.
-
-    A GPU's compiler makes one product of those with the same weights, which then waits for all of their operands: that
-    would undo `dispatch.chunks` and `parallel.batch_split`. A TPU's has `all_to_all` synchronous unless told otherwise.
-    """
-    return {
-        "gpu": {"xla_gpu_dot_merger_threshold_mb": "0"},
-        "tpu": {"xla_tpu_enable_async_all_to_all": "true"},
-    }.get(platform(mesh), {})
-
-
-def platform(mesh: Mesh | AbstractMesh) -> str:
+def platform(mesh: Mesh | AbstractMesh) -> Platform:
     """What the mesh's devices are: "cpu", "gpu" or "tpu"."""
     return mesh.abstract_mesh.abstract_device.platform
 
@@ -164,13 +156,13 @@ def _count(number: int) -> str:
 def use_virtual_devices(number: int) -> None:
     """Makes JAX run on `number` virtual devices of this machine's CPU; call it before anything asks for a device.
 
-    It also raises XLA's limits on slow collectives, in the environment's `XLA_FLAGS` unless they are set there already.
+    It also raises XLA's limits on slow collectives, see `moejax.compiler.set_process_options`.
 
     Raises:
       ConfigError: JAX has already started with other devices.
     """
     check(number > 0, f"number={number} of virtual devices must be positive")
-    _raise_collective_timeouts()
+    set_process_options("cpu")
     try:
         jax.config.update("jax_num_cpu_devices", number)
         jax.config.update("jax_platforms", "cpu")
@@ -182,19 +174,3 @@ def use_virtual_devices(number: int) -> None:
             f"use_virtual_devices({number}) comes too late: JAX has already started with {have} {platform} "
             f"device{'s' * (have > 1)}; call it before anything asks for a device"
         )
-
-
-# Virtual devices share the machine's cores and reach a collective one after another. XLA aborts the process when the
-# last comes 40 s after the first, which a long step on two cores does.
-_COLLECTIVE_TIMEOUTS = {
-    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
-    "xla_cpu_collective_call_terminate_timeout_seconds": 1800,
-}
-
-
-def _raise_collective_timeouts() -> None:
-    if jax.__version_info__[:2] > (0, 11):  # XLA aborts on a flag that it does not know; these are seen up to 0.11
-        return
-    present = os.environ.get("XLA_FLAGS", "")
-    flags = [f"--{name}={seconds}" for name, seconds in _COLLECTIVE_TIMEOUTS.items() if name not in present]
-    os.environ["XLA_FLAGS"] = " ".join([present, *flags]).strip()

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from moejax import balance, remat, sharding
+from moejax import balance, compiler, remat, sharding
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from moejax.dispatch import Turn, after, first_turn
 from moejax.kernels.manual import vary
@@ -51,6 +51,7 @@ class Program:
     dispatch: DispatchConfig = DispatchConfig()
     balance: BalanceConfig = BalanceConfig()
     parallel: ParallelConfig = ParallelConfig()
+    compiler_options: tuple[str, ...] = ()  # those of `TrainConfig`
 
     def __post_init__(self) -> None:
         sharding.check_layout(self.model, self.dispatch, self.parallel, self.mesh)
@@ -62,7 +63,7 @@ class Program:
             config.model, config.dispatch, config.parallel, mesh,
             batch_size=config.data.batch_size, seq_len=config.data.seq_len, accumulate=config.accumulate,
         )  # fmt: skip
-        return cls(config.model, mesh, config.dispatch, config.balance, config.parallel)
+        return cls(config.model, mesh, config.dispatch, config.balance, config.parallel, config.compiler_options)
 
     def without_drops(self) -> Program:
         """This program with a dispatch that drops nothing: what it computes then depends on no other sequence."""
@@ -95,6 +96,18 @@ class Program:
     @functools.cached_property
     def param_specs(self) -> dict[str, Any]:
         return sharding.param_specs(self.table)
+
+    @functools.cached_property
+    def xla_options(self) -> dict[str, str | bool]:
+        """What to compile with, as `jax.jit` takes it: `moejax.compiler`'s table, then `compiler_options`.
+
+        Raises:
+          ConfigError: the mesh's compiler refuses one of them.
+        """
+        options = compiler.program_options(platform(self.mesh), self.compiler_options)
+        if isinstance(self.mesh, Mesh):
+            compiler.check_accepted(self.mesh, options)
+        return options
 
     @property
     def batch_axes(self) -> tuple[str, ...]:

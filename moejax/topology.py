@@ -1,4 +1,4 @@
-"""Devices of accelerators that are not there, to compile for: 16 H100s or TPU chips, on any machine, without a driver.
+"""Devices of accelerators that are not there, to compile for: 16 GPUs or TPU chips, on any machine, without a driver.
 
     devices = moejax.compile_only_devices("tpu_v5p_16")     # before anything else asks for a device
     program = moejax.Program(model, moejax.build_mesh(mesh_config, devices))
@@ -21,7 +21,22 @@ from jax.experimental import topologies
 
 from moejax.config import ConfigError, check
 
-# A GpuTargetConfigProto as text: what XLA would ask the driver about one H100 SXM.
+# GpuTargetConfigProtos as text: what XLA would ask the driver about one A100 or H100 SXM.
+A100_64GB = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 167936
+  threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 1640000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41
+  device_memory_size: 68719476736 shared_memory_per_block_optin: 166912 cuda_compute_capability { major: 8 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368
+  name: "NVIDIA A100-SXM-64GB" driver_version: "13.0.0" runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0" device_interconnect_info { active_links: 12 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA A100-SXM-64GB"
+"""
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -45,16 +60,18 @@ class Target:
     """A cluster to compile for.
 
     `topology` is named as its plugin names it: chips along each dimension of a TPU slice, and for GPUs NVLink domains ×
-    hosts of one × GPUs of a host.
+    hosts of one × GPUs of a host. The chips of a GPU's are described by `chip`, a GpuTargetConfigProto as text.
     """
 
     platform: str
     topology: str
     accelerator_type: str = ""  # of a TPU slice
+    chip: str = ""
 
 
 TARGETS = {
-    "h100_2x8": Target("cuda", "2x1x8"),
+    "a100_64gb_2x8": Target("cuda", "2x1x8", chip=A100_64GB),
+    "h100_2x8": Target("cuda", "2x1x8", chip=H100),
     "tpu_v5p_16": Target("tpu", "v5p:2x2x4", "v5p-32"),  # counts cores, two a chip
     "tpu_v5e_16": Target("tpu", "v5e:4x4", "v5litepod-16"),
 }
@@ -88,7 +105,7 @@ def compile_only_devices(name: str) -> list[jax.Device]:
             "call it before anything asks for a device"
         )
     if target.platform == "cuda":
-        description = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=target.topology)
+        description = topologies.get_topology_desc(platform="cuda", target_config=target.chip, topology=target.topology)
     else:
         description = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
     return list(description.devices)

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from moejax.compiler import PROGRAM
 from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.presets import mixtral_8x7b, small, tiny
@@ -122,6 +123,16 @@ def test_help_lists_flags_and_fields(capsys):
     assert not stop.value.code
     printed = capsys.readouterr().out
     for part in ("--compilation_cache_dir", "--config.model.num_layers=4", "--config.steps=77", "--mesh.expert=4"):
+        assert part in printed
+
+
+def test_help_lists_the_compilers_options_in_force_with_their_reasons(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", "--mesh=h100_2x8", "--config.compiler_options=xla_gpu_dot_merger_threshold_mb=8,xla_gpu_x=a+b")
+    printed = capsys.readouterr().out
+    for option in PROGRAM["gpu"][:1]:
+        assert f"  {option.name}={option.value}\n      {option.reason} ({option.source})" in printed
+    for part in ("  xla_gpu_dot_merger_threshold_mb=8\n      asked for", "  xla_gpu_x=a,b\n"):
         assert part in printed
 
 

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "moejax"
 # Lowest first. A module imports from lower layers, and from itself if it is a package; not from its own layer.
 LAYERS = (
     {"config"},
+    {"compiler"},
     {"mesh", "overrides", "topology", "hlo", "plots"},
     {"presets", "remat"},
     {"sharding"},

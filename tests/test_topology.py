@@ -24,7 +24,7 @@ def run(program, **environment):
 
 
 def test_an_unknown_target_is_told_the_known_ones():
-    with pytest.raises(ConfigError, match="target 'h100' does not exist; use one of h100_2x8, tpu_v5p_16, tpu_v5e_16"):
+    with pytest.raises(ConfigError, match="target 'h100' does not exist; use one of a100_64gb_2x8, h100_2x8, tpu"):
         compile_only_devices("h100")
 
 
@@ -60,7 +60,9 @@ def test_devices_are_sixteen_in_their_hosts(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "chunks", "overlapped"), [("h100_2x8", 1, 0.7), ("tpu_v5p_16", 4, 0.5)])
+@pytest.mark.parametrize(
+    ("target", "chunks", "overlapped"), [("a100_64gb_2x8", 1, 0.3), ("h100_2x8", 1, 0.7), ("tpu_v5p_16", 4, 0.5)]
+)
 def test_the_reference_models_step_compiles_and_its_exchanges_overlap(target, chunks, overlapped):
     script = [
         sys.executable, ROOT / "experiments" / "overlap.py", f"--target={target}", "--batch_split=2",

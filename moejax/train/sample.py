@@ -79,4 +79,5 @@ def generate(
     tokens_BS = np.zeros((batch, window), np.int32)
     tokens_BS[:, : len(prompt)] = prompt
     everywhere = NamedSharding(program.mesh, P())
-    return np.asarray(jax.jit(extend, out_shardings=everywhere)(params, tokens_BS, jax.random.key(seed)))[:, :length]
+    run = jax.jit(extend, out_shardings=everywhere, compiler_options=program.xla_options)
+    return np.asarray(run(params, tokens_BS, jax.random.key(seed)))[:, :length]

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.balance.balancer import every_layer
 from moejax.config import OptimizerConfig
-from moejax.mesh import compiler_options
 from moejax.model import Batch, Metrics, Program, summarise
 from moejax.sharding import make_params, run_once
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
@@ -51,7 +50,7 @@ class TrainStep:
         self.program, self.config, self.steps, self.accumulate = program, optimizer, steps, accumulate
         self.schedule = learning_rate_schedule(optimizer, steps)
         self.optimizer = make_optimizer(optimizer, steps)
-        options = compiler_options(program.mesh)
+        options = program.xla_options
         self._step = jax.jit(self._global_step, donate_argnums=0, compiler_options=options)
         self._evaluate = jax.jit(self._global_evaluate, compiler_options=options)
 

@@ -1,0 +1,157 @@
+"""What XLA is told beyond its defaults: one table, each option with its reason and source; and how to change it.
+
+Options of a program are handed over when it is compiled, so that what is compiled ahead of time, audited or measured
+for overlap is what a run uses. Options of the process stand in the environment's `XLA_FLAGS`, unless it has them.
+
+`TrainConfig.compiler_options` come after the table, items `name=value` of which the later wins; `name=default` takes an
+option away. On a command line:
+
+    --config.compiler_options=xla_gpu_dot_merger_threshold_mb=default,xla_disable_hlo_passes=dce+cse
+
+where a comma stands between items and + for a comma inside a value. What a program is given wins over `XLA_FLAGS`.
+`--help` of a script lists what is in force on its --mesh.
+
+What is here is accepted by the compilers of jax 0.10.2 and 0.11.2 and, as compiled ahead of time, makes more
+communication run beside matrix products or needs less memory. What XLA has on by itself, and what was tried and did not
+help, is in experiments/results/overlap.md. Variables of NCCL (`NCCL_*`) change no program and are left to the cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.config import ConfigError
+
+Platform = Literal["cpu", "gpu", "tpu"]
+DEFAULT = "default"  # the value that takes an option away
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of XLA: `reason` is what it is good for here, `source` where that can be read or was measured."""
+
+    name: str
+    value: str
+    reason: str
+    source: str
+
+
+PROGRAM: dict[Platform, tuple[Option, ...]] = {
+    "cpu": (),
+    "gpu": (
+        Option(
+            "xla_gpu_enable_latency_hiding_scheduler",
+            "true",
+            "by default only Hopper and Blackwell have it, with their cost model; elsewhere most collectives are "
+            "synchronous without it: on A100 12% of the exchanged bytes run beside products, with it 38%",
+            "https://docs.jax.dev/en/latest/gpu_performance_tips.html; IsSupportedForModule in XLA's "
+            "sol_latency_estimator.cc; experiments/results/overlap.md",
+        ),
+        Option(
+            "xla_gpu_dot_merger_threshold_mb",
+            "0",
+            "products with the same weights would be merged (up to 32 MB) and wait for all of their operands, which "
+            "undoes dispatch.chunks and parallel.batch_split",
+            "experiments/results/overlap.md",
+        ),
+    ),
+    "tpu": (
+        Option(
+            "xla_tpu_enable_async_all_to_all",
+            "true",
+            "all_to_all is synchronous otherwise, and nothing runs beside a dispatch or a combine",
+            "experiments/results/overlap.md",
+        ),
+    ),
+}
+
+# Virtual devices share the machine's cores and reach a collective one after another. XLA aborts the process when the
+# last comes 40 s after the first, which a long step on two cores does.
+PROCESS: dict[Platform, tuple[Option, ...]] = {
+    "cpu": (
+        Option(
+            "xla_cpu_collective_call_warn_stuck_timeout_seconds",
+            "120",
+            "virtual devices share cores and reach a collective one after another; the default warns after 20 s",
+            "XLA, xla/debug_options_flags.cc",
+        ),
+        Option(
+            "xla_cpu_collective_call_terminate_timeout_seconds",
+            "1800",
+            "the default ends the process when the last device comes 40 s after the first",
+            "XLA, xla/debug_options_flags.cc",
+        ),
+    ),
+    "gpu": (),
+    "tpu": (),
+}
+
+
+def in_force(platform: Platform, items: Sequence[str] = ()) -> tuple[Option, ...]:
+    """The options of a program: the table's, then `items`, which are those of `TrainConfig.compiler_options`."""
+    options = {option.name: option for option in PROGRAM[platform]}
+    for item in items:
+        name, _, value = item.partition("=")
+        options.pop(name, None)
+        if value != DEFAULT:
+            options[name] = Option(name, value.replace("+", ","), "asked for", "compiler_options")
+    return tuple(options.values())
+
+
+def program_options(platform: Platform, items: Sequence[str] = ()) -> dict[str, str | bool]:
+    """`in_force` as `jax.jit(..., compiler_options=)` takes it: truth is a bool, anything else a text."""
+    truth = {"true": True, "false": False}
+    return {option.name: truth.get(option.value, option.value) for option in in_force(platform, items)}
+
+
+def set_process_options(platform: Platform) -> None:
+    """Puts the process's options into the environment's `XLA_FLAGS`, but for those that are there already.
+
+    XLA reads them once, when it first compiles or starts a device.
+    """
+    if jax.__version_info__[:2] > (0, 11):  # XLA aborts on a flag that it does not know; these are seen up to 0.11
+        return
+    present = os.environ.get("XLA_FLAGS", "")
+    flags = [f"--{o.name}={o.value}" for o in PROCESS[platform] if f"--{o.name}=" not in present]
+    if flags:
+        os.environ["XLA_FLAGS"] = " ".join([present, *flags]).strip()
+
+
+def check_accepted(mesh: Mesh, options: Mapping[str, str | bool]) -> None:
+    """Compiles next to nothing for the mesh with the options, so that a wrong one is known before anything else runs.
+
+    Raises:
+      ConfigError: naming the first one that the devices' compiler refuses, and why.
+    """
+    for name, value in options.items():
+        if refusal := _refusal(mesh, name, value):
+            text = str(value).lower() if isinstance(value, bool) else value
+            raise ConfigError(
+                f"compiler option {name}={text} is refused by the {mesh.devices.flat[0].platform} compiler of jax "
+                f"{jax.__version__} ({refusal}); correct it, or leave it out with "
+                f"compiler_options={name}={DEFAULT}"
+            )
+
+
+@functools.cache
+def _refusal(mesh: Mesh, name: str, value: str | bool) -> str:
+    """Why the mesh's compiler refuses the option; "" where it does not."""
+    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
+    lowered = jax.jit(lambda x: x).lower(nothing)
+    try:
+        lowered.compile({name: value})
+    except jax.errors.JaxRuntimeError as error:
+        status, _, reason = str(error).partition(": ")
+        if status != "INVALID_ARGUMENT":
+            raise
+        return " ".join(reason.split()).rstrip(".")
+    return ""
