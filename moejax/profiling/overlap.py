@@ -73,7 +73,7 @@ def _sum_up(found: list[Transfer], bytes_per_s: float) -> Overlap:
         sent_bytes=total,
         asynchronous=sum(t.times * t.sent_bytes for t in found if t.asynchronous) / total,
         overlapped=sum(t.times * t.sent_bytes for t in found if t.asynchronous and t.flops) / total,
-        hidden=max(0.0, 1 - waited_s / (total / bytes_per_s)),  # rounding
+        hidden=max(0.0, 1 - waited_s / (total / bytes_per_s)),  # it may wait for other kinds' bytes, too
         waited_s=waited_s,
     )
 
