@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.compiler import ONCE, for_jit
 from moejax.config import DispatchConfig, ModelConfig, ParallelConfig, check
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
 
@@ -182,11 +183,10 @@ def init_params(table: Any, mesh: Mesh, key: jax.Array) -> Any:
 def run_once(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:
     """`jax.jit(function, out_shardings=shardings)(*args)`, compiled without optimisation: five times sooner done.
 
-    What runs once gains nothing from fast code. For a state of 12 parameters the compiler takes 1.6 s of CPU time in
-    place of 7.6, and the run 0.19 s in place of 0.09. Inside another `jit`, that one's compilation decides.
+    See `moejax.compiler.ONCE`. Inside another `jit`, that one's compilation decides.
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
-    options = None if traced else {"xla_backend_optimization_level": 0}
+    options = None if traced else for_jit(ONCE)
     return jax.jit(function, out_shardings=shardings, compiler_options=options)(*args)
 
 

@@ -13,7 +13,7 @@ import pytest
 from layouts import MODEL
 
 from moejax import compiler
-from moejax.compiler import PROCESS, PROGRAM, check_accepted, in_force, program_options, set_process_options
+from moejax.compiler import ONCE, PROCESS, PROGRAM, check_accepted, in_force, program_options, set_process_options
 from moejax.config import ConfigError, DataConfig, TrainConfig
 from moejax.mesh import MeshConfig, abstract_mesh, build_mesh
 from moejax.model import Program
@@ -33,7 +33,7 @@ def make_step(*items, mesh=None):
 
 @pytest.mark.parametrize("platform", PROGRAM)
 def test_every_option_says_why_and_from_where(platform):
-    options = PROGRAM[platform] + PROCESS[platform]
+    options = PROGRAM[platform] + PROCESS[platform] + ONCE
     assert len({option.name for option in options}) == len(options)
     for option in options:
         assert option.name.startswith("xla_")
@@ -135,7 +135,7 @@ def test_the_devices_own_compilers_accept_the_table_and_name_what_they_refuse(ta
         "from moejax.mesh import MeshConfig, build_mesh, platform\n"
         "from moejax.topology import compile_only_devices\n"
         f"mesh = build_mesh(MeshConfig(expert=16), compile_only_devices({target!r}))\n"
-        "compiler.check_accepted(mesh, compiler.program_options(platform(mesh)))\n"
+        "compiler.check_accepted(mesh, compiler.program_options(platform(mesh)) | compiler.for_jit(compiler.ONCE))\n"
         "try:\n"
         "    compiler.check_accepted(mesh, {'xla_no_such_thing': True})\n"
         "except ConfigError as error:\n"
