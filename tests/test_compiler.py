@@ -56,7 +56,7 @@ def test_items_come_after_the_table_and_the_later_wins():
     assert program_options("cpu", ("a=default", "b=")) == {"b": ""}
     assert program_options("cpu", ("a=b+c=d",)) == {"a": "b,c=d"}
     assert program_options("cpu", ("a=true", "b=false", "c=1")) == {"a": True, "b": False, "c": "1"}
-    (option,) = in_force("tpu", ("xla_tpu_enable_async_all_to_all=false",))
+    option = in_force("tpu", ("xla_tpu_enable_async_all_to_all=false",))[-1]
     assert (option.value, option.source) == ("false", "compiler_options")
 
 
