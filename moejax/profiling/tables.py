@@ -133,8 +133,8 @@ def _notes(report: Report) -> list[str]:
         )
     if report.platform == "gpu" and report.mean.attributed < 0.9:
         notes.append(
-            "Kernels of command buffers (CUDA graphs) do not say what they are of, so they have no phase: have steps "
-            "that are to be traced compiled with xla_gpu_enable_command_buffer= (empty: none)."
+            "Kernels of command buffers (CUDA graphs) do not say what they are of, so they have no phase: trace a "
+            "run with --config.compiler_options=xla_gpu_enable_command_buffer= (empty: none)."
         )
     if report.predicted is None:
         notes.append(

@@ -10,7 +10,8 @@ What a trace holds:
   copies that the host asked for have neither, so no phase. Collectives are kernels named nccl..., RCCL's too, or copies
   between devices, MemcpyP2P. All else in such a plane ("Steps", "TensorFlow Ops") repeats the streams. Kernels of a
   command buffer (CUDA graph; on by default) are all said to be of the buffer, and have no phase either:
-  XLA_FLAGS=--xla_gpu_enable_command_buffer= turns them off for a run to be traced (xprof's issues 2544 and 3070).
+  --config.compiler_options=xla_gpu_enable_command_buffer= turns them off for a run to be traced (xprof's issues 2544
+  and 3070).
 - TPU: a plane `/device:TPU:n` for each chip. The line "XLA Ops" has what its core does, one after the other, loops
   around what they run; an event is named by its instruction's whole text but for the metadata. "Async XLA Ops" has
   what goes on beside it, from a start to its done; the wait for it is the done. Of these we read collectives: that a

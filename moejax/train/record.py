@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
+import platform as host
 import shutil
 import subprocess
 import sys
@@ -21,7 +21,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from moejax.compiler import program_options
 from moejax.config import TrainConfig
+from moejax.mesh import platform
 from moejax.train.schedule import Bucket
 
 RECORD_FILE = "run.json"
@@ -37,6 +39,7 @@ def describe_start(
     - `config`: every field, with those that a plan decided as its last bucket has them; seeds are `config.seed` (of the
       parameters) and `config.data.seed` (of the order of the batches);
     - `mesh`: its shape, and `buckets`: a plan's, else empty;
+    - `compiler_options`: what the step is compiled with beyond XLA's defaults (see `moejax.compiler`);
     - `argv` as the process was started, and the variables of its `environment` that XLA, JAX and NCCL read;
     - `versions`, `devices`, and `git`: see `git_state`;
     - `data_fingerprint`: of the training text and tokenizer.
@@ -48,6 +51,7 @@ def describe_start(
         "argv": sys.argv,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
         "config": dataclasses.asdict(config),
+        "compiler_options": program_options(platform(mesh), config.compiler_options),
         "mesh": dict(mesh.shape),
         "buckets": [dataclasses.asdict(bucket) for bucket in buckets],
         "devices": {
@@ -55,7 +59,7 @@ def describe_start(
             "ids": [device.id for device in devices],  # in the order of the mesh
             "processes": len({device.process_index for device in devices}),
         },
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": host.python_version()} | {name: _version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).parent),
         "data_fingerprint": data_fingerprint,
     }

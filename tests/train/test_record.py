@@ -59,6 +59,7 @@ def test_a_start_says_what_ran_and_is_json(monkeypatch):
     assert "SOME_TOKEN" not in start["environment"]
     assert start["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
     assert start["config"]["seed"] == 3
+    assert start["compiler_options"] == {}  # XLA's defaults, on a CPU
     assert start["mesh"] == {"expert": 2, "pipeline": 2, "tensor": 1}
     assert [(b["seq_len"], b["parallel"]["num_microbatches"]) for b in start["buckets"]] == [(128, 4), (256, 2)]
     assert start["devices"] == {"kind": "cpu", "ids": [d.id for d in jax.devices()[:4]], "processes": 1}
