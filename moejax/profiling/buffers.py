@@ -33,8 +33,9 @@ from typing import Any, Literal
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from moejax.profiling.wire import Fields, decode, integers
+
 Kind = Literal["argument", "output", "constant", "temporary"]
-Fields = dict[int, list[Any]]
 
 _TAKEN, _SHARED = 0, 2
 _TYPES = {
@@ -205,53 +206,6 @@ def _value(instructions: dict[int, tuple[str, Fields]], key: int, index: list[in
         shape = decode(shape[4][i])
     element = _number(shape, 2)
     return Value(name, _TYPES.get(element, f"type{element}"), tuple(integers(shape, 3)))
-
-
-def decode(message: bytes) -> Fields:
-    """The fields of a message by number, repeated ones in order: integers, and bytes of what has a length.
-
-    Source: protobuf.dev/programming-guides/encoding.
-
-    Raises:
-      ValueError: it is no message.
-    """
-    found: Fields = defaultdict(list)
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-        elif wire in (1, 2, 5):
-            size, at = _varint(message, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
-            value, at = message[at : at + size], at + size
-        else:
-            raise ValueError(f"byte {at} of a message begins a field of wire type {wire}; it must be 0, 1, 2 or 5")
-        found[number].append(value)
-    return found
-
-
-def integers(fields: Fields, number: int) -> list[int]:
-    """A repeated integer: packed into bytes, as proto3 writes it, or one by one."""
-    found: list[int] = []
-    for item in fields.get(number, ()):
-        if isinstance(item, int):
-            found.append(item)
-            continue
-        at = 0
-        while at < len(item):
-            value, at = _varint(item, at)
-            found.append(value)
-    return found
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """An integer, seven bits a byte, the least first; and the place after it."""
-    value = shift = 0
-    while message[at] & 128:
-        value |= (message[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-    return value | message[at] << shift, at + 1
 
 
 def _number(fields: Fields, number: int) -> int:

@@ -4,9 +4,9 @@ Of accelerators, XProf lays the scopes beside the operations by itself. Operatio
 instruction's name; here each gets a name to be shown, "attention backward dot.12" for `dot.12`. The name that programs
 read, `trace.read_trace` too, stays as it is. And the thread with the step markers, one among dozens, comes first.
 
-A file is an `XSpace` of xplane.proto. Without its Python classes, which come with TensorFlow, messages are edited as
-the bytes that they are: fields of a number, a type and, where that is 2, a length. Each kind of event is named once in
-it, so this is cheap: 0.2 s for the 27 MB of two steps of the default model, and 0.3 s to read their program.
+A file is an `XSpace` of xplane.proto, edited as the bytes that it is (`moejax.profiling.wire`). Each kind of event is
+named once in it, so this is cheap: 0.2 s for the 27 MB of two steps of the default model, and 0.3 s to read their
+program.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moejax.profiling.phases import Op
 from moejax.profiling.trace import STEP
+from moejax.profiling.wire import field, varint, walk
 
 # Fields of xplane.proto
 _PLANES = 1  # of XSpace
@@ -41,7 +42,7 @@ def show_phases(file: Path, programs: Sequence[Mapping[str, Op]]) -> None:
 
     def kind(message: bytes) -> bytes:
         label = labels.get(next(_contents(message, _KIND_NAME), b""))
-        return message if label is None else message + _field(_KIND_SHOWN, label)
+        return message if label is None else message + field(_KIND_SHOWN, label)
 
     def plane(message: bytes) -> bytes:
         if next(_contents(message, _PLANE_NAME), b"") != b"/host:CPU":
@@ -54,7 +55,7 @@ def show_phases(file: Path, programs: Sequence[Mapping[str, Op]]) -> None:
             if not any(mark in message for mark in marks):  # nearly all lines, which are long
                 return message
             marked = any(event.startswith(marks) for event in _contents(message, _LINE_EVENTS))
-            return message + _varint(_LINE_PLACE << 3) + _varint(1) if marked else message
+            return message + varint(_LINE_PLACE << 3) + varint(1) if marked else message
 
         message = _edit(message, _LINES, line)
         return _edit(message, _KINDS, lambda entry: _edit(entry, _VALUE, kind))
@@ -65,60 +66,19 @@ def show_phases(file: Path, programs: Sequence[Mapping[str, Op]]) -> None:
 def _edit(message: bytes, number: int, change: Callable[[bytes], bytes]) -> bytes:
     """`message` with the content of each of its fields of that number changed."""
     parts, kept = [], 0
-    for found, begin, content, end in _walk(message):
+    for found, _, begin, content, end in walk(message):
         if found == number:
-            parts += [message[kept:begin], _field(number, change(message[content:end]))]
+            parts += [message[kept:begin], field(number, change(message[content:end]))]
             kept = end
     return b"".join([*parts, message[kept:]])
 
 
 def _contents(message: bytes, number: int) -> Iterator[bytes]:
     """The contents of the fields of that number."""
-    return (message[content:end] for found, _, content, end in _walk(message) if found == number)
+    return (message[content:end] for found, _, _, content, end in walk(message) if found == number)
 
 
 def _event_start(kind: bytes) -> bytes:
     """How an event of that kind begins: with the kind's number, a field that both have first."""
-    _, _, content, end = next(_walk(kind))
-    return _varint(_EVENT_KIND << 3) + kind[content:end]
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _walk(message: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Each field's number, and where it, its content and the next field begin."""
-    at = 0
-    while at < len(message):
-        begin = at
-        tag, at = _read_varint(message, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == 0:
-            content, end = at, _read_varint(message, at)[1]
-        elif kind == 2:
-            size, content = _read_varint(message, at)
-            end = content + size
-        else:
-            content, end = at, at + {1: 8, 5: 4}[kind]
-        yield number, begin, content, end
-        at = end
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number there and where it ends: seven bits a byte, lowest first, the eighth set in all but the last."""
-    number = shift = 0
-    while True:
-        byte = message[at]
-        number |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return number, at
-
-
-def _varint(number: int) -> bytes:
-    found = bytearray()
-    while number >= 0x80:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*found, number])
+    _, _, _, content, end = next(walk(kind))
+    return varint(_EVENT_KIND << 3) + kind[content:end]
