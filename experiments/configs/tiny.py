@@ -1,4 +1,4 @@
-"""The `tiny` model on a CPU: a first run, about five minutes on two cores."""
+"""The `tiny` model on a CPU: a first run, about eight minutes on two cores."""
 
 from moejax.config import BalanceConfig, DataConfig, OptimizerConfig, TrainConfig
 from moejax.presets import tiny
