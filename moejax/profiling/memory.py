@@ -31,10 +31,9 @@ import numpy as np
 from moejax import hlo
 from moejax.hlo import COLLECTIVES, Instruction, Module
 from moejax.profiling.buffers import Assignment, Block, Value
-from moejax.profiling.phases import PHASES, Op, ops, scope_path
+from moejax.profiling.phases import PHASES, UNNAMED, Op, ops, scope_path
 from moejax.train.memory_guard import MemoryUse
 
-UNNAMED = "no phase"
 ARGUMENTS = ("parameters", "moments", "batch", "balancer", "other arguments")
 WHOLE_TIME = (*ARGUMENTS, "outputs", "constants")
 GROUPS = (*WHOLE_TIME, *PHASES, UNNAMED)

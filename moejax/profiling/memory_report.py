@@ -10,8 +10,8 @@ from moejax.planner.hardware import Device
 from moejax.planner.memory import Memory
 from moejax.planner.report import table
 from moejax.plots import pyplot
-from moejax.profiling.memory import CONTENTS, UNNAMED, WHOLE_TIME, Buffer, StepMemory
-from moejax.profiling.phases import PHASES
+from moejax.profiling.memory import CONTENTS, WHOLE_TIME, Buffer, StepMemory
+from moejax.profiling.phases import PHASES, UNNAMED
 
 # Which of the prediction's categories hold what.
 PREDICTED = {

@@ -23,6 +23,7 @@ from moejax.hlo import COLLECTIVES, Instruction, Module
 from moejax.planner.work import Phase
 
 PHASES: tuple[str, ...] = get_args(Phase)
+UNNAMED = "no phase"  # what stands in tables for none of them
 _CONTAINERS = ("while", "conditional", "call")
 
 

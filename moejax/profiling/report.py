@@ -24,10 +24,9 @@ from moejax.planner.plan import Plan
 from moejax.planner.predict import predict_step
 from moejax.profiling.bubble import find_bubble
 from moejax.profiling.intervals import Interval, intersection, length, overlap, subtract, union
-from moejax.profiling.phases import PHASES
+from moejax.profiling.phases import PHASES, UNNAMED
 from moejax.profiling.trace import Event, Trace
 
-UNNAMED = "no phase"
 ROWS = (*PHASES, UNNAMED)
 _MS = 1e6  # ns
 

@@ -1,7 +1,6 @@
 """Figures of recorded loads by hand, and a picture in which everything can be read."""
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import check_labels
 
 from moejax.balance import load_cv_floor
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig
@@ -80,30 +80,10 @@ def test_a_run_that_is_none_or_has_no_step_is_one_line(tmp_path):
         LoadHistory.read(tmp_path)
 
 
-def labels(fig):
-    """Every text of the picture with its place, but for ticks outside of an axis' range, which are not drawn."""
-    fig.canvas.draw()
-    texts = [fig._suptitle]
-    for ax in fig.axes:
-        texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
-        texts += ax.get_legend().get_texts() if ax.get_legend() else []
-        for axis in (ax.xaxis, ax.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
-            texts += [label for location, label in ticks if low <= location <= high]
-    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 8), (7, 2, 16), (250, 16, 16), (12, 40, 64)])
 def test_every_label_of_the_picture_can_be_read(tmp_path, shape):
     fig = figure(LoadHistory.read(record(tmp_path, random_loads(*shape))))
-    width, height = fig.canvas.get_width_height()
-    shown = labels(fig)
-    for text, place in shown:
-        inside = place.x0 >= 0 and place.y0 >= 0 and place.x1 <= width and place.y1 <= height
-        assert inside, f"{text!r} is cut off"
-    for (one, a), (other, b) in itertools.combinations(shown, 2):
-        assert not a.overlaps(b), f"{one!r} and {other!r} overlap"
+    check_labels(fig)
     axes = [ax for ax in fig.axes if ax.get_title()]
     assert len(axes) == 4
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in axes)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_loads import labels
+from pictures import check_labels
 
 from moejax.config import ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig, build_mesh
@@ -245,14 +244,7 @@ def test_every_label_of_the_picture_can_be_read(step_memory, limit_over_peak):
         get_device("cpu"), memory_bytes=limit_over_peak * step_memory.peak_bytes, reserved_bytes=0
     )
     fig = memory_report.figure(step_memory, device, "Memory")
-    width, height = fig.canvas.get_width_height()
-    shown = labels(fig)
-    for text, place in shown:
-        inside = place.x0 >= 0 and place.y0 >= 0 and place.x1 <= width and place.y1 <= height
-        assert inside, f"{text!r} is cut off"
-    for (one, a), (other, b) in itertools.combinations(shown, 2):
-        assert not a.overlaps(b), f"{one!r} and {other!r} overlap"
-    texts = [text for text, _ in shown]
+    texts = check_labels(fig)
     assert any(text.startswith("limit of cpu") and ("off the scale" in text) == (limit_over_peak > 5) for text in texts)
     assert any(text.startswith("peak: ") for text in texts)
     areas = [np.ptp(c.get_paths()[0].vertices[:, 1]) for c in fig.axes[0].collections]
