@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     paths = {name: Path(flag.value).expanduser() for name, flag in _FILES.items() if flag.value}
     for name, path in paths.items():
         check(path.parent.is_dir(), f"--{name}={path} is in a folder that does not exist; make {path.parent} first")
+        check(not path.is_dir(), f"--{name}={path} is a folder; give a file")
     if "out" in paths:
         check(paths["out"].suffix in SUFFIXES, f"--out={paths['out']} must end in {', '.join(SUFFIXES)}")
         pyplot()  # says so now if it is missing

@@ -18,7 +18,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from moejax.config import check
+from moejax.config import check, make_folder
 from moejax.profiling.loads import LoadHistory, figure
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
@@ -32,9 +32,10 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value).expanduser()
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "load.png"
     check(out.suffix in SUFFIXES, f"--out={out} must end in {', '.join(SUFFIXES)}")
+    check(not out.is_dir(), f"--out={out} is a folder; give a file")
     history = LoadHistory.read(workdir)
     picture = figure(history)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("the folder of --out", out.parent)
     picture.savefig(out, dpi=120)
     console = Console()
     console.print(table(history))

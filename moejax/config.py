@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Literal, get_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -30,6 +31,17 @@ def check(ok: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `ok`."""
     if not ok:
         raise ConfigError(message)
+
+
+def make_folder(name: str, path: str | Path) -> Path:
+    """The folder that the argument `name` says, made where it is not there; `ConfigError` if it cannot be."""
+    path = Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+        raise ConfigError(f"{name}={path} cannot be a folder ({why}); give another") from None
+    return path
 
 
 def _check_positive(config: object, *names: str) -> None:

@@ -40,7 +40,7 @@ from typing import Any
 import jax
 
 from moejax import hlo
-from moejax.config import ConfigError
+from moejax.config import ConfigError, check
 from moejax.profiling.phases import Op, op_from_event, ops
 
 FACTS = "capture.json"
@@ -91,21 +91,27 @@ def read_trace(directory: str | Path) -> Trace:
     """Reads the newest trace under a directory that `moejax.profiling.capture` wrote, of all hosts.
 
     Raises:
-      ConfigError: there is no trace, or none with operations of a CPU or a GPU.
+      ConfigError: there is no trace, or none that is whole and has operations of a CPU, GPU or TPU.
     """
     directory = Path(directory).expanduser()
     files = trace_files(directory)
     if not files:
-        raise ConfigError(f"{directory} has no plugins/profile/*/*.xplane.pb; give a directory that capture() wrote")
+        raise ConfigError(
+            f"{directory} has no plugins/profile/*/*.xplane.pb; give a directory that train.py --profile_steps or "
+            "moejax.profiling.capture wrote"
+        )
     facts_file = directory / FACTS
     facts = json.loads(facts_file.read_text()) if facts_file.exists() else {}
-    programs = {name: ops(hlo.parse((directory / name).read_text())) for name in {*_programs(facts).values()}}
+    files_of_programs = {name: directory / name for name in {*_programs(facts).values()}}
+    for file in files_of_programs.values():
+        check(file.exists(), f"{file} is not there, which {facts_file} names; copy the trace's whole directory")
+    programs = {name: ops(hlo.parse(file.read_text())) for name, file in files_of_programs.items()}
     by_step = {step: programs[name] for step, name in _programs(facts).items()}
     events: list[Event] = []
     steps: list[Marker] = []
     for file in files:
         host = f"{file.name.removesuffix('.xplane.pb')} " if len(files) > 1 else ""
-        data = jax.profiler.ProfileData.from_file(str(file))
+        data = _read_file(file)
         steps = steps or read_steps(data)[0]
         events += read_events(data, by_step, host)
     if not events:
@@ -119,6 +125,13 @@ def trace_files(directory: Path) -> list[Path]:
     """The files of the newest trace under a directory, one a host, where TensorBoard looks for them."""
     files = sorted(directory.glob("plugins/profile/*/*.xplane.pb"))
     return [file for file in files if file.parent == files[-1].parent]
+
+
+def _read_file(file: Path) -> Any:
+    try:
+        return jax.profiler.ProfileData.from_file(str(file))
+    except RuntimeError as error:
+        raise ConfigError(f"{file} is no whole trace ({error}); copy it again, or trace again") from None
 
 
 def _is_of(platform: str, event: Event) -> bool:
@@ -138,7 +151,7 @@ def read_steps(data: Any) -> tuple[list[Marker], float]:
         if plane.name == "/host:CPU"
         for line in plane.lines
         for event in line.events
-        if event.name == STEP
+        if event.name == STEP and "step_num" in dict(event.stats)
     )
     origin = found[0][0] if found else 0.0
     return [Marker(number, start - origin, start - origin + duration) for start, duration, number in found], origin

@@ -25,6 +25,7 @@ import tensorboardX
 from absl import logging
 from tensorboardX.proto.summary_pb2 import Summary
 
+from moejax.config import ConfigError
 from moejax.train.load_image import encode_png, load_image
 
 METRICS_FILE = "metrics.jsonl"
@@ -134,7 +135,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     `path` is the file or the run's directory. A last line that a kill tore is left out, with a warning.
 
     Raises:
-      ValueError: naming the file and line, if any other line is not a JSON object.
+      ConfigError: naming the file and line, if any other line is not a JSON object.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -152,7 +153,8 @@ def read_loads(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
       FileNotFoundError: the run has recorded none.
-      ValueError: naming the file and line, if any other line is not a JSON object; or if the shapes differ.
+      ConfigError: naming the file and line, if any other line is not a JSON object.
+      ValueError: the shapes differ.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -201,7 +203,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except json.JSONDecodeError:
                 ok = False
             if not ok:
-                raise ValueError(
+                raise ConfigError(
                     f"{path}, line {number} is not a JSON object with an integer 'step': {line[:80]!r}; "
                     "delete that line, or move the file away"
                 )

@@ -102,3 +102,7 @@ def test_the_script_draws_and_tells(tmp_path):
     assert (figures["last_step"], figures["window_steps"]) == (9, 9)
     assert [layer["idle_experts"] for layer in figures["layers"]] == [1, 0]
     assert out.read_bytes().startswith(b"\x89PNG")
+    out.unlink()
+    out.mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: --out={out} is a folder; give a file\n")

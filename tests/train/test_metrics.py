@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.config import ConfigError
 from moejax.plots import pyplot
 from moejax.train.load_image import encode_png, load_image
 from moejax.train.metrics import MetricsWriter, read_loads, read_metrics
@@ -68,9 +69,9 @@ def test_torn_last_line_is_left_out_and_written_over(tmp_path, torn):
 def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a JSON object"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2 is not a JSON object"):
         read_metrics(path)
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ConfigError, match="line 2"):
         MetricsWriter(tmp_path, resume_step=3)
     assert path.read_text() == '{"step": 1}\nrubbish\n{"step": 3}\n', "the file must be as it was"
 
