@@ -9,7 +9,7 @@ from pathlib import Path
 import loading
 from absl import flags
 
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, make_folder
 from moejax.planner.report import finite
 from moejax.profiling import report, tables, timeline
 from moejax.profiling.capture import TRACES
@@ -30,12 +30,10 @@ def main(argv: list[str]) -> None:
             f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace, or of a run"
         )
     folder = newest_trace(Path(rest[0]).expanduser())
-    out = Path(_OUT.value).expanduser() if _OUT.value else folder
-    check(out.is_dir() or not out.exists(), f"--out={out} is a file; give a folder")
     trace = read_trace(folder)
+    out = make_folder("--out", _OUT.value or folder)
     found = report.make_report(trace)
     text, data = tables.as_markdown(found), finite(tables.as_data(found))
-    out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text + "\n")
     (out / "report.json").write_text(json.dumps(data, indent=1) + "\n")
     print(text)
@@ -46,5 +44,6 @@ def main(argv: list[str]) -> None:
 
 
 def newest_trace(folder: Path) -> Path:
-    """The last trace of a run, if `folder` is a run's; else itself."""
-    return max(folder.glob(f"{TRACES}/*"), key=lambda trace: trace.stat().st_mtime, default=folder)
+    """The last trace of a run, by the time that names its files' folder, if `folder` is a run's; else itself."""
+    last = max(folder.glob(f"{TRACES}/*/plugins/profile/*"), key=lambda files: files.name, default=None)
+    return last.parents[2] if last else folder

@@ -1,7 +1,6 @@
 """Traces written out by hand, of CPUs and of GPUs, are read into the events that they hold."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +91,7 @@ def cpu_trace(folder):
         (4, 200, 80, op("while", 1)),
         (5, 200, 30, op("dot", 1)),
     ]
-    markers = [(1, 100, 200, number(7))]
+    markers = [(1, 100, 200, number(7)), (1, 90, 5, "")]  # the second is somebody's own annotation
     return write(folder, plane("/host:CPU", names, STATS, line("python", markers), line("tf_XLAEigen/1", ops)))
 
 
@@ -242,6 +241,18 @@ def test_what_is_no_trace_is_one_line(tmp_path):
         read_trace(write(tmp_path, plane("/host:CPU", {}, {}, line("python", []))))
 
 
+def test_a_trace_that_lacks_a_part_is_one_line(tmp_path):
+    folder = cpu_trace(tmp_path)
+    (folder / "program_0.txt").unlink()
+    with pytest.raises(ConfigError, match=r"program_0\.txt is not there, which .*capture\.json names; copy"):
+        read_trace(folder)
+    (folder / FACTS).unlink()
+    file = folder / "plugins" / "profile" / "now" / "host.xplane.pb"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ConfigError, match=r"host\.xplane\.pb is no whole trace \(.*\); copy it again"):
+        read_trace(folder)
+
+
 def run_script(name, *arguments):
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -269,9 +280,10 @@ def test_the_script_ends_with_the_figures(tmp_path):
 
 
 def test_the_script_takes_the_last_trace_of_a_run(tmp_path):
-    for number, step in ((2, 7), (1, 6)):
-        gpu_trace(tmp_path / "profiles" / f"step_{step}")
-        os.utime(tmp_path / "profiles" / f"step_{step}", (number, number))
+    for step, made in ((7, "2026_11_02_10_00_00"), (6, "2026_11_01_10_00_00")):
+        files = gpu_trace(tmp_path / "profiles" / f"step_{step}") / "plugins" / "profile"
+        (files / "now").rename(files / made)
+    (tmp_path / "profiles" / "step_9").mkdir()  # a trace that was never written
     done = run_script("profile", tmp_path, "--nopicture")
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path.parent.name for path in tmp_path.rglob("report.json")} == {"step_7"}
@@ -283,6 +295,7 @@ def test_the_script_takes_the_last_trace_of_a_run(tmp_path):
     [
         ("profile", ["a", "b"], "a b is given as TRACE; give one directory of a trace, or of a run"),
         ("profile", ["/nowhere"], "/nowhere has no plugins/profile"),
+        ("memory", ["--json=/"], "--json=/ is a folder; give a file"),
         ("train", ["--profile_steps=5:5"], "--profile_steps=5:5 must be FIRST:END with 1 <= FIRST < END"),
     ],
 )
