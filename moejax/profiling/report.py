@@ -36,8 +36,8 @@ class Usage:
     """What a device spends its steps on, ms in all of them together.
 
     `phases` adds up, with `bubble_ms` and `idle_ms`, to `window_ms`: compute of the phase, and communication of it that
-    is exposed, outside of the bubble. `running_ms`, `compute_ms` and `communication_ms` are the time in which anything
-    runs, or any of it, and `exposed_ms` that of communication alone, in the bubble as well. `op_ms` are sums over
+    is exposed, outside of the bubble; `exposed_ms` is that of all phases. `running_ms`, `compute_ms` and
+    `communication_ms` are the time in which anything runs, or any of it, in the bubble as well. `op_ms` are sums over
     operations, `backward_ms` the part of them that is of the backward pass.
     """
 
@@ -140,7 +140,7 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
         bubble=bubble,
         mean=_mean(list(devices.values())),
         devices=devices,
-        longest=_longest(events, num_longest),
+        longest=_longest(events, window, num_longest),
         predicted=_predict(ran),
     )
 
@@ -191,7 +191,7 @@ def measure(events: Iterable[Event], window: Sequence[Interval], bubble: Sequenc
         running_ms=length(union([*compute, *communication])) / _MS,
         compute_ms=length(compute) / _MS,
         communication_ms=length(communication) / _MS,
-        exposed_ms=length(subtract(communication, compute)) / _MS,
+        exposed_ms=sum(exposed.values()),
         bubble_ms=length(lost) / _MS,
         idle_ms=length(subtract(window, taken)) / _MS,
         phases=phases,
@@ -213,11 +213,12 @@ def _mean(usages: Sequence[Usage]) -> Usage:
     return Usage(**{field.name: mean(field.name) for field in dataclasses.fields(Usage)})
 
 
-def _longest(events: Iterable[Event], number: int) -> list[dict[str, Any]]:
-    """The operations that take most, all runs on all devices together."""
+def _longest(events: Iterable[Event], window: Sequence[Interval], number: int) -> list[dict[str, Any]]:
+    """The operations that take most of `window`, all runs on all devices together."""
     found: dict[tuple[str, str | None, bool], list[float]] = defaultdict(list)
     for event in events:
-        found[event.name, event.phase, event.communication].append(event.duration_ns / _MS)
+        inside = overlap(event.start_ns, event.end_ns, window) / _MS
+        found[event.name, event.phase, event.communication].append(inside)
     most = sorted(found.items(), key=lambda item: -sum(item[1]))[:number]
     return [
         {"name": name, "phase": phase or UNNAMED, "communication": communication, "times": len(ms), "total_ms": sum(ms)}

@@ -46,7 +46,7 @@ def _head(report: Report) -> str:
     count = f"{len(report.devices)} {report.platform.upper()} device{'s' * (len(report.devices) > 1)}"
     figures = [f"{n} step{'s' * (n > 1)} of {report.step_ms:,.2f} ms on {count}"]
     if report.tokens_per_ms:
-        figures.append(f"{report.tokens_per_ms:.3g} tokens/ms")
+        figures.append(f"{report.tokens_per_ms:,.2f} tokens/ms")
     if report.mfu is not None and report.hfu is not None:
         figures.append(f"MFU {report.mfu:.1%}, HFU {report.hfu:.1%} of {report.predicted.hardware}'s peak")
     figures.append(f"busy {mean.busy:.1%}")
@@ -131,7 +131,12 @@ def _notes(report: Report) -> list[str]:
             "devices' threads have had their turn; nothing runs beside it on its device; idle holds waits for a core. "
             "In a tick of the bubble a virtual device waits while the others' work goes on."
         )
-    if report.platform == "gpu" and report.mean.attributed < 0.9:
+    if report.mean.attributed == 0:
+        notes.append(
+            "Nothing says of what phase an operation is, and of a CPU's what is communication: trace with "
+            "moejax.profiling.capture, and mark each step with its recording.step(number, compiled)."
+        )
+    elif report.platform == "gpu" and report.mean.attributed < 0.9:
         notes.append(
             "Kernels of command buffers (CUDA graphs) do not say what they are of, so they have no phase: trace a "
             "run with --config.compiler_options=xla_gpu_enable_command_buffer= (empty: none)."
@@ -146,6 +151,8 @@ def _notes(report: Report) -> list[str]:
             "(moejax.planner.hardware), not of this machine: compare proportions, or calibrate with "
             "experiments/calibrate.py."
         )
+    if report.mean.bubble_ms:
+        notes.append("Compute, communication and busy are of all that runs, in the ticks of the bubble as well.")
     if report.bubble is None:
         notes.append(
             "The pipeline's bubble is not told apart: the trace does not show the shift of every tick, or not what "
