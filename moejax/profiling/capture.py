@@ -1,5 +1,6 @@
 """Writes XLA profiler traces of chosen steps, with what is needed to read them.
 
+    compiled = train_step.lower(batch_size, seq_len).compile()
     with capture("traces/a") as recording:
         for i in range(3):
             with recording.step(i, compiled):
@@ -33,8 +34,8 @@ from absl import logging
 from jax.sharding import NamedSharding
 
 from moejax import hlo
-from moejax.config import check
-from moejax.mesh import PIPELINE, MeshConfig
+from moejax.config import check, make_folder
+from moejax.mesh import PIPELINE, REPLICA, MeshConfig
 from moejax.planner.plan import Plan
 from moejax.profiling.phases import ops
 from moejax.profiling.trace import FACTS, STEP, trace_files
@@ -62,7 +63,14 @@ class Recording:
           number: of the step.
           compiled: the program that it runs, as `.lower(...).compile()` returns it.
           plan: what the step is, for its tokens and for the planner's prediction beside the trace.
+
+        Raises:
+          ConfigError: `compiled` is not such a program.
         """
+        check(
+            isinstance(compiled, jax.stages.Compiled),
+            f"compiled={compiled!r:.80} must be a compiled program, as .lower(...).compile() returns it",
+        )
         if not any(compiled is program for program in self._programs):
             self._programs.append(compiled)
         index = next(i for i, program in enumerate(self._programs) if program is compiled)
@@ -104,8 +112,11 @@ def capture(directory: str | Path) -> Iterator[Recording]:
     """Traces what runs inside, into `directory`; one trace at a time in a process.
 
     Python's own calls are left out: they are most of a trace's events and slow the host down.
+
+    Raises:
+      ConfigError: `directory` cannot be made, for a file is there.
     """
-    recording = Recording(Path(directory).expanduser())
+    recording = Recording(make_folder("directory", directory))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     jax.profiler.start_trace(str(recording.directory), profiler_options=options)
@@ -188,9 +199,9 @@ class StepCapture:
         trigger = self._workdir / TRIGGER
         if jax.process_index() > 0 or not trigger.is_file():
             return 0
-        text = trigger.read_text().strip()
+        text = trigger.read_text(errors="replace").strip()
         trigger.unlink()
-        if text and not (text.isdigit() and int(text) > 0):
+        if text and not (text.isdecimal() and int(text) > 0):
             logging.warning("%s=%.20r must be a number of steps, or empty for %d.", trigger, text, TRIGGERED_STEPS)
             return 0
         return int(text or TRIGGERED_STEPS)
@@ -203,5 +214,5 @@ class StepCapture:
 
     def _plan(self, fitted: FittedStep, batch_size: int, seq_len: int) -> Plan:
         step, program = fitted.step, fitted.step.program
-        mesh = dataclasses.replace(self._mesh, **program.mesh.shape)
+        mesh = dataclasses.replace(self._mesh, **{REPLICA: 1} | dict(program.mesh.shape))
         return Plan(program.model, mesh, seq_len, batch_size, program.parallel, program.dispatch, step.accumulate)

@@ -60,7 +60,9 @@ def show_phases(file: Path, programs: Sequence[Mapping[str, Op]]) -> None:
         message = _edit(message, _LINES, line)
         return _edit(message, _KINDS, lambda entry: _edit(entry, _VALUE, kind))
 
-    file.write_bytes(_edit(file.read_bytes(), _PLANES, plane))
+    written = file.with_suffix(".tmp")  # all at once or not at all, whatever kills the process
+    written.write_bytes(_edit(file.read_bytes(), _PLANES, plane))
+    written.replace(file)
 
 
 def _edit(message: bytes, number: int, change: Callable[[bytes], bytes]) -> bytes:

@@ -13,7 +13,7 @@ from moejax.mesh import MeshConfig
 from moejax.profiling import capture, report, tables, timeline
 from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.profiling.intervals import intersection, union
-from moejax.profiling.trace import FACTS, Marker, read_trace
+from moejax.profiling.trace import FACTS, Event, Marker, Trace, read_trace
 from moejax.train.step import make_train_step
 
 LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
@@ -21,16 +21,19 @@ LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
 
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory):
-    """The traces of a run of 8 steps, of which 2 and 3 are asked for before, 5 while it runs, and 7 by mistake."""
+    """The traces of a run of 8 steps, of which 2 and 3 are asked for before, 5 while it runs, 7 and 8 by mistake.
+
+    The run has replicas, and the step's bucket none.
+    """
     workdir = tmp_path_factory.mktemp("run")
     step = make_train_step(LAYOUT.program)
     compiled = step.lower(LAYOUT.batch_size, LAYOUT.seq_len).compile()
     fitted = types.SimpleNamespace(compiled=compiled, step=step)
     state, batch = step.init(jax.random.key(0)), step.put_batch(LAYOUT.batch)
-    with StepCapture(workdir, MeshConfig(expert=16), range(2, 4)) as profiler:
+    with StepCapture(workdir, MeshConfig(replica=2, expert=8), range(2, 4)) as profiler:
         for number in range(1, 9):
-            if number in (5, 7):
-                (workdir / "profile").write_text({5: "1\n", 7: "some"}[number])
+            if number in (5, 7, 8):
+                (workdir / "profile").write_bytes({5: b"1\n", 7: "²".encode(), 8: b"\xff"}[number])
             with profiler.step(number, fitted, LAYOUT.batch["tokens"]):
                 state, _ = jax.block_until_ready(compiled(state, batch))
             assert not (workdir / "profile").exists()
@@ -71,7 +74,11 @@ def test_nearly_all_time_has_a_phase(trace, found):
     assert {phase for phase, ms in found.mean.exposed.items() if ms} >= {"dispatch", "combine", "pipeline", "gather"}
 
 
-def test_the_plan_comes_along(found):
+def test_the_plan_comes_along(trace, found):
+    mesh = MeshConfig(expert=4, pipeline=2, tensor=2)
+    assert {step["step"]: step["plan"]["mesh"] for step in trace.facts["steps"]} == dict.fromkeys(
+        (2, 3), dataclasses.asdict(mesh)
+    )
     assert found.tokens == 2 * LAYOUT.batch_size * LAYOUT.seq_len
     assert found.predicted.hardware == "cpu"
     assert found.predicted.phase_ms.keys() == {*report.PHASES, "bubble", "host"}
@@ -80,7 +87,7 @@ def test_the_plan_comes_along(found):
     assert found.hfu > found.mfu  # buffers are computed whole
     text = tables.as_markdown(found)
     for part in ("| attention |", "| CPU 15 |", "| **mean** |", "| bubble of the pipeline |", "can't tell", "MFU",
-                 "one assumed virtual device"):  # fmt: skip
+                 "one assumed virtual device", "in the ticks of the bubble as well"):  # fmt: skip
         assert part in text
     assert "not told apart" not in text
 
@@ -119,8 +126,20 @@ def test_a_trace_of_anything(tmp_path):
     found = report.make_report(trace)
     assert found.tokens is found.predicted is found.mfu is found.bubble is None
     assert json.loads(json.dumps(tables.as_data(found)))["num_steps"] == 1
-    assert "No prediction, MFU or HFU" in tables.as_markdown(found)
+    for part in ("No prediction, MFU or HFU", "Nothing says of what phase an operation is"):
+        assert part in tables.as_markdown(found)
     assert len(timeline.figure(trace, found).axes[1].get_yticklabels()) == 1  # nothing beside what was measured
+
+
+def test_what_cannot_be_captured_is_one_line_and_leaves_the_profiler_free(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^directory=.*/file/a cannot be a folder \(.*\); give another$"):
+        capture(tmp_path / "file" / "a").__enter__()
+    wrong = pytest.raises(ConfigError, match=r"^compiled=<function .* must be a compiled program, as \.lower")
+    with capture(tmp_path / "a") as recording, wrong, recording.step(1, test_steps):
+        pass
+    with capture(tmp_path / "b"):
+        pass
 
 
 @pytest.mark.parametrize("text", ["0:3", "5:5", "7:5", "5:22", "5", "a:b", "-1:3", "1:2:3"])
@@ -139,6 +158,18 @@ def test_steps_that_were_not_waited_for_are_one_line(trace):
     early = dataclasses.replace(trace, steps=[Marker(1, -20.0, -10.0)])
     with pytest.raises(ConfigError, match="no operation inside its steps; wait"):
         report.make_report(early)
+
+
+def test_of_the_longest_operations_only_what_is_inside_the_steps_counts():
+    events = [Event("CPU 0", "", name, start, end - start, None, False, False) for name, start, end in (
+        ("a", -70, 30), ("b", 40, 80), ("b", 90, 200),
+    )]  # fmt: skip
+    found = report.make_report(Trace("cpu", events, [Marker(1, 0, 50), Marker(2, 60, 100)], {}))
+    assert [(op["name"], op["times"], round(1e6 * op["total_ms"])) for op in found.longest] == [
+        ("b", 2, 40),
+        ("a", 1, 30),
+    ]
+    assert sum(found.mean.op_ms.values()) == pytest.approx(70e-6)
 
 
 def in_ns(figures_ms):
@@ -172,6 +203,8 @@ def test_what_runs_in_the_bubble_is_of_no_phase():
     events = [event("expert", 0, 60, False, False), event("pipeline", 60, 90, True, False)]
     usage = report.measure(events, [(0, 100)], bubble=[(40, 80)])
     assert round(1e6 * usage.bubble_ms) == 40
+    assert round(1e6 * usage.communication_ms) == 30
+    assert round(1e6 * usage.exposed_ms) == 10
     assert in_ns(usage.phases) == {"expert": 40, "pipeline": 10}
     assert round(1e6 * usage.idle_ms) == 10
     assert usage.busy == pytest.approx(0.9)  # what a profiler calls busy
