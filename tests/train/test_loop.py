@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -241,10 +242,10 @@ def test_router_logits_that_are_not_finite_are_named(config, tmp_path):
 # The script, as a user starts it.
 
 
-def start(workdir, corpus, *more):
+def start(workdir, corpus, *more, python=(sys.executable,)):
     flags = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
     return subprocess.Popen(
-        [sys.executable, ROOT / "experiments/train.py", f"--workdir={workdir}", f"--data={corpus}", *flags, *more],
+        [*python, ROOT / "experiments/train.py", f"--workdir={workdir}", f"--data={corpus}", *flags, *more],
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -267,8 +268,25 @@ def wait_for_checkpoint(process, workdir):
         time.sleep(0.02)
 
 
+# Runs a script that never ends its last step: however late it is looked at, it has not come to its end.
+HELD = f"""
+    import pathlib, runpy, sys, threading
+    from moejax.train.metrics import MetricsWriter
+
+    def write(self, step, *figures, go_on=MetricsWriter.write):
+        if step == {OVERRIDES["steps"]}:
+            threading.Event().wait()
+        go_on(self, step, *figures)
+
+    MetricsWriter.write = write
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(corpus, finished, tmp_path):
-    process = start(tmp_path, corpus)
+    process = start(tmp_path, corpus, python=(sys.executable, "-c", textwrap.dedent(HELD)))
     wait_for_step(process, tmp_path, random.SystemRandom().randint(3, 7))
     wait_for_checkpoint(process, tmp_path)
     process.kill()
