@@ -183,6 +183,7 @@ def _draw_cv(ax: Any, history: LoadHistory) -> None:
     ax.plot(_steps(history), floors, color="gray", linestyle=":", label="sampling floor: a random router")
     _draw_bound(ax, history, "max_load_cv")
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(pyplot().matplotlib.ticker.LogLocator(subs=(1, 2, 5)))  # a decade may hold it all
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
     ax.set(ylabel="load CV", title=f"coefficient of variation over experts, {_window(history)}")

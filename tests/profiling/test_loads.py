@@ -93,6 +93,15 @@ def test_every_label_of_the_picture_can_be_read(tmp_path, shape):
     pyplot().close(fig)
 
 
+def test_the_scale_of_the_cv_has_labels_where_no_power_of_ten_is_in_sight(tmp_path):
+    history = LoadHistory.read(record(tmp_path, random_loads(6, 2, 8)))
+    for line in history.metrics:
+        line |= {"window_load_cv_floor": 0.12, "window_load_cv": 0.3, "window_load_cv_worst": 0.4}
+    fig = figure(history)
+    assert {"0.2", "0.5"} <= set(check_labels(fig))
+    pyplot().close(fig)
+
+
 def test_the_script_draws_and_tells(tmp_path):
     record(tmp_path, random_loads(9, 2, 16))
     out = tmp_path / "there" / "load.png"
