@@ -73,7 +73,7 @@ class Bench:
         around, traced = _AROUND.value, _TRACED.value
         kinds = [*["before"] * around, *["traced"] * traced, *["after"] * around]
         wanted = range(around, around + traced) if with_trace else range(0)
-        with tempfile.TemporaryDirectory() as folder, StepCapture(folder, self._mesh, wanted) as profiler:
+        with tempfile.TemporaryDirectory() as folder, StepCapture(folder, [self._mesh], wanted) as profiler:
             for number, kind in enumerate(kinds):
                 began = time.perf_counter()
                 with profiler.step(number, self._fitted, self._tokens_BS):

@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     console = Console(stderr=True)
     console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}", highlight=False)
-    with StepCapture(workdir, mesh_config, profiled) as profiler:
+    meshes = [bucket.mesh for bucket in buckets] or [mesh_config]
+    with StepCapture(workdir, meshes, profiled) as profiler:
         summary = Trainer(config, mesh, workdir, buckets, profiler.step).run()
     show(summary, config.steps, workdir, console)
     print(json.dumps(dataclasses.asdict(summary)))

@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from jax.sharding import NamedSharding
 
 from moejax import hlo
 from moejax.config import check, make_folder
-from moejax.mesh import PIPELINE, REPLICA, MeshConfig
+from moejax.mesh import PIPELINE, MeshConfig
 from moejax.planner.plan import Plan
 from moejax.profiling.phases import ops
 from moejax.profiling.trace import FACTS, STEP, trace_files
@@ -150,12 +150,12 @@ class StepCapture:
 
     Args:
         workdir: of the run.
-        mesh: what the run is on; buckets may take its devices in other shapes.
+        meshes: what its steps are on, one of each shape.
         steps: those to trace; more can be asked for while it runs.
     """
 
-    def __init__(self, workdir: str | Path, mesh: MeshConfig, steps: range = range(0)) -> None:
-        self._workdir, self._mesh, self._wanted = Path(workdir), mesh, steps
+    def __init__(self, workdir: str | Path, meshes: Sequence[MeshConfig], steps: range = range(0)) -> None:
+        self._workdir, self._meshes, self._wanted = Path(workdir), meshes, steps
         self._open = contextlib.ExitStack()
         self._recording: Recording | None = None
         self._end = 0
@@ -214,5 +214,5 @@ class StepCapture:
 
     def _plan(self, fitted: FittedStep, batch_size: int, seq_len: int) -> Plan:
         step, program = fitted.step, fitted.step.program
-        mesh = dataclasses.replace(self._mesh, **{REPLICA: 1} | dict(program.mesh.shape))
+        mesh = next(mesh for mesh in self._meshes if mesh.shape == dict(program.mesh.shape))
         return Plan(program.model, mesh, seq_len, batch_size, program.parallel, program.dispatch, step.accumulate)

@@ -17,20 +17,23 @@ from moejax.profiling.trace import FACTS, Event, Marker, Trace, read_trace
 from moejax.train.step import make_train_step
 
 LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
+MESH = MeshConfig(expert=4, pipeline=2, tensor=2)
 
 
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory):
     """The traces of a run of 8 steps, of which 2 and 3 are asked for before, 5 while it runs, 7 and 8 by mistake.
 
-    The run has replicas, and the step's bucket none.
+    Another bucket of the run is on a mesh with replicas, which crosses hosts along them.
     """
     workdir = tmp_path_factory.mktemp("run")
     step = make_train_step(LAYOUT.program)
     compiled = step.lower(LAYOUT.batch_size, LAYOUT.seq_len).compile()
     fitted = types.SimpleNamespace(compiled=compiled, step=step)
     state, batch = step.init(jax.random.key(0)), step.put_batch(LAYOUT.batch)
-    with StepCapture(workdir, MeshConfig(replica=2, expert=8), range(2, 4)) as profiler:
+    with StepCapture(
+        workdir, [MeshConfig(replica=2, expert=8, hosts=2, host_axis="replica"), MESH], range(2, 4)
+    ) as profiler:
         for number in range(1, 9):
             if number in (5, 7, 8):
                 (workdir / "profile").write_bytes({5: b"1\n", 7: "²".encode(), 8: b"\xff"}[number])
@@ -75,9 +78,8 @@ def test_nearly_all_time_has_a_phase(trace, found):
 
 
 def test_the_plan_comes_along(trace, found):
-    mesh = MeshConfig(expert=4, pipeline=2, tensor=2)
     assert {step["step"]: step["plan"]["mesh"] for step in trace.facts["steps"]} == dict.fromkeys(
-        (2, 3), dataclasses.asdict(mesh)
+        (2, 3), dataclasses.asdict(MESH)
     )
     assert found.tokens == 2 * LAYOUT.batch_size * LAYOUT.seq_len
     assert found.predicted.hardware == "cpu"
