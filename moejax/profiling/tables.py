@@ -29,6 +29,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "mean": usage(report.mean),
         "devices": {name: usage(u) for name, u in report.devices.items()},
         "longest": report.longest,
+        "outside_fraction": report.outside,
         "predicted_step_ms": predicted and predicted.step_ms,
         "predicted_phase_ms": predicted and predicted.phase_ms,
         "predicted_on": predicted and predicted.hardware,
@@ -124,6 +125,11 @@ def _shorten(name: str, most: int = 60) -> str:
 def _notes(report: Report) -> list[str]:
     """What the figures do not say."""
     notes = []
+    if report.outside > 0.05:
+        notes.append(
+            f"{report.outside:.1%} of the operations' time is in no step, so it is not counted above: an evaluation "
+            "between two steps, or steps whose results were not waited for inside recording.step()."
+        )
     if report.platform == "cpu":
         notes.append(
             "A trace of virtual CPU devices can't tell how fast links are, nor how much communication can be hidden: "

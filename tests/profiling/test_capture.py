@@ -92,6 +92,7 @@ def test_the_plan_comes_along(trace, found):
                  "one assumed virtual device", "in the ticks of the bubble as well"):  # fmt: skip
         assert part in text
     assert "not told apart" not in text
+    assert "in no step" not in text
 
 
 def test_the_bubble_is_where_a_stage_has_no_microbatch(trace, found):
@@ -172,6 +173,8 @@ def test_of_the_longest_operations_only_what_is_inside_the_steps_counts():
         ("a", 1, 30),
     ]
     assert sum(found.mean.op_ms.values()) == pytest.approx(70e-6)
+    assert found.outside == pytest.approx(1 - 70 / 250)
+    assert "\n72.0% of the operations' time is in no step, so it is not counted above" in tables.as_markdown(found)
 
 
 def in_ns(figures_ms):
