@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
     buckets = common.plan_buckets()
     refuse_what_cannot_fit(config, mesh_config, buckets)
-    profiled = parse_steps(_PROFILE_STEPS.value, config.steps) if _PROFILE_STEPS.value else range(0)
+    profiled = range(0) if _PROFILE_STEPS.value is None else parse_steps(_PROFILE_STEPS.value, config.steps)
     common.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()

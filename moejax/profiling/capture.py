@@ -1,14 +1,7 @@
-"""Writes XLA profiler traces of chosen steps, with what is needed to read them.
+"""Writes XLA profiler traces of chosen steps, with what is needed to read them; see `capture`.
 
-    compiled = train_step.lower(batch_size, seq_len).compile()
-    with capture("traces/a") as recording:
-        for i in range(3):
-            with recording.step(i, compiled):
-                state, metrics = jax.block_until_ready(compiled(state, batch))
-
-`experiments/profile.py traces/a` reads it, and `tensorboard --logdir=traces` (extra `profile`) shows it. Beside XLA's
-own files, under `plugins/`, lie the compiled programs' texts, which say of what phase each operation is, and
-`capture.json`.
+Beside XLA's own files, under `plugins/`, lie the compiled programs' texts, which say of what phase each operation is,
+and `capture.json`.
 
 A training run is traced by `StepCapture`: at steps known before, or at once when a file `profile` appears in its work
 directory (`echo 5 > WORKDIR/profile` for five steps, `touch` for three); it is taken away as the trace starts.
@@ -111,6 +104,13 @@ def _stages(compiled: Any) -> dict[int, int]:
 def capture(directory: str | Path) -> Iterator[Recording]:
     """Traces what runs inside, into `directory`; one trace at a time in a process.
 
+        compiled = train_step.lower(batch_size, seq_len).compile()
+        with capture("traces/a") as recording:
+            for i in range(3):
+                with recording.step(i, compiled):
+                    state, metrics = jax.block_until_ready(compiled(state, batch))
+
+    `experiments/profile.py traces/a` reads it, and `tensorboard --logdir=traces` (extra `profile`) shows it.
     Python's own calls are left out: they are most of a trace's events and slow the host down.
 
     Raises:

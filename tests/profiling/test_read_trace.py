@@ -297,6 +297,7 @@ def test_the_script_takes_the_last_trace_of_a_run(tmp_path):
         ("profile", ["/nowhere"], "/nowhere has no plugins/profile"),
         ("memory", ["--json=/"], "--json=/ is a folder; give a file"),
         ("train", ["--profile_steps=5:5"], "--profile_steps=5:5 must be FIRST:END with 1 <= FIRST < END"),
+        ("train", ["--profile_steps="], "--profile_steps= must be FIRST:END with 1 <= FIRST < END"),
     ],
 )
 def test_wrong_requests_are_one_line(name, arguments, message):
