@@ -210,7 +210,7 @@ class StepCapture:
         if self._recording is not None:
             directory, self._recording = self._recording.directory, None
             self._open.close()
-            logging.info("Traced %s; experiments/profile.py %s reads it.", directory, directory)
+            logging.warning("Traced %s; experiments/profile.py %s reads it.", directory, directory)  # info is hidden
 
     def _plan(self, fitted: FittedStep, batch_size: int, seq_len: int) -> Plan:
         step, program = fitted.step, fitted.step.program

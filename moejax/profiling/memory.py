@@ -57,7 +57,6 @@ _USED_IN = {  # by how a weight's name begins: phases that may have something of
     "head": ("logits", "loss"),
 }
 _USED_ANYWHERE = ("pipeline", "gather", "optimizer", UNNAMED)
-_HOPS = 4  # to the instruction that names a phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,17 +204,10 @@ class _Reader:
         return Buffer(block.num_bytes, group, group, False, path or x.name, shape, "argument", block.live)
 
     def origin(self, names: Sequence[str]) -> tuple[str, bool]:
-        """Phase and pass of the first of these instructions that has a phase, else of what feeds them."""
-        names = known = [name for name in names if name in self.where]
-        seen = set(names)
-        for _ in range(_HOPS):
-            for name in names:
-                if phase := self.ops[name].phase:
-                    return phase, self.ops[name].backward
-            operands = [(self.where[n][0], o) for n in names for o in self.where[n][1].operands]
-            names = [o for c, o in operands if o in self.module.computations[c] and o not in seen]
-            seen |= set(names)
-        return UNNAMED, bool(known) and self.ops[known[0]].backward
+        """Phase and pass of the first of these instructions that has a phase."""
+        known = [self.ops[name] for name in names if name in self.ops]
+        named = [op for op in known if op.phase]
+        return (named[0].phase or UNNAMED, named[0].backward) if named else (UNNAMED, bool(known) and known[0].backward)
 
     def _how(self, block: Block, first: Value) -> str:
         """In which way the values come about, in words."""

@@ -5,7 +5,8 @@ scopes through all of its passes as `op_name="jit(step)/shard_map/transpose(jvp(
 transpose everything has a `transpose(`: it is the backward pass, with what it computes again.
 
 A collective that XLA combined from several names them all, `jit(step)/(route/psum:loss/psum)`. It goes to the phase
-named most often, as a fusion goes to the phase of most of its parts, where it has no name of its own.
+named most often, as a fusion goes to the phase of most of its parts, where it has no name of its own. What XLA left
+without any, such as copies and on CPUs the products in attention's loop over blocks, goes with what feeds it.
 
 JAX's compilation cache takes programs for the same that differ in names alone: after a scope is renamed, a cached
 program still has the old one.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 from moejax.hlo import COLLECTIVES, Instruction, Module
@@ -25,11 +26,12 @@ from moejax.planner.work import Phase
 PHASES: tuple[str, ...] = get_args(Phase)
 UNNAMED = "no phase"  # what stands in tables for none of them
 _CONTAINERS = ("while", "conditional", "call")
+_HOPS = 4  # back to an instruction that says its phase
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """What an instruction is. `phase` is None where no scope says it; `backward` includes what is computed again.
+    """What an instruction is. `phase` is None where nothing says it; `backward` includes what is computed again.
 
     A container (a loop, a branch, a call) runs other instructions, which are traced themselves: its time is theirs.
     """
@@ -62,7 +64,25 @@ def _innermost(op_name: str) -> str | None:
 
 def ops(module: Module) -> dict[str, Op]:
     """Every instruction of a module by name."""
-    return {x.name: _op(module, x) for instructions in module.computations.values() for x in instructions.values()}
+    found = {x.name: _op(module, x) for instructions in module.computations.values() for x in instructions.values()}
+    return {
+        x.name: found[x.name] if found[x.name].phase else _as_fed(instructions, x, found)
+        for instructions in module.computations.values()
+        for x in instructions.values()
+    }
+
+
+def _as_fed(instructions: Mapping[str, Instruction], x: Instruction, found: Mapping[str, Op]) -> Op:
+    """`x` with the phase and pass of the nearest of what it is computed from, in its computation, that says them."""
+    names, seen = [x.name], {x.name}
+    for _ in range(_HOPS):
+        operands = dict.fromkeys(o for name in names for o in instructions[name].operands if o in instructions)
+        names = [name for name in operands if name not in seen]
+        seen.update(names)
+        for name in names:
+            if found[name].phase:
+                return dataclasses.replace(found[x.name], phase=found[name].phase, backward=found[name].backward)
+    return found[x.name]
 
 
 def op_from_event(name: str, opcode: str = "", op_name: str = "") -> Op:

@@ -25,7 +25,10 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %body (q: f32[8]) -> f32[8] {
   %q = f32[8]{0} parameter(0)
-  ROOT %dot = f32[8]{0} negate(%q), metadata={op_name="jit(step)/transpose(jvp(attention))/while/body/dot_general"}
+  %copy.3 = f32[8]{0} copy(%q)
+  %dot = f32[8]{0} negate(%copy.3), metadata={op_name="jit(step)/transpose(jvp(attention))/while/body/dot_general"}
+  %bitcast = f32[8]{0} bitcast(%dot)
+  ROOT %copy.4 = f32[8]{0} copy(%bitcast)
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
@@ -169,7 +172,9 @@ def test_operations_of_a_program():
     found = ops(hlo.parse(PROGRAM))
     assert found["fusion"] == Op("expert", False, False, False)  # two of three parts
     assert found["all-to-all.1"] == Op("dispatch", False, True, False)
-    assert found["copy.2"].phase is None
+    assert found["copy.2"] == Op("dispatch", False, False, False)  # as what feeds it
+    assert found["copy.3"].phase is None  # fed from outside
+    assert found["copy.4"] == STEP
     assert found["while"].container
     assert found["dot"] == STEP
 
