@@ -5,9 +5,10 @@
     python experiments/memory.py --config=moe_16x10b --target=tpu_v5p_16 --top=40 --markdown=m.md --json=m.json
 
 The step is compiled and not run: for the devices of --mesh, or with --target for accelerators that are not there
-(extra `aot`), on the mesh of the target's name unless --mesh says another. All figures are of one device at the step's
-peak, as the compiler has laid it out, beside the planner's prediction; see moejax.profiling.memory for what is counted
-as what. With --out, a picture of memory over the step's schedule (extra `plots`). Ends with one line of JSON.
+(extra `aot`), on the mesh of the target's name unless --mesh says another; of a plan's lengths, for the one that is
+predicted to take the most. All figures are of one device at the step's peak, as the compiler has laid it out, beside
+the planner's prediction; see moejax.profiling.memory for what is counted as what. With --out, a picture of memory over
+the step's schedule (extra `plots`). Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ SUFFIXES = (".png", ".svg", ".pdf")
 def main(argv: list[str]) -> None:
     config, mesh_config, rest = common.parse_configs(argv)
     check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    if buckets := common.plan_buckets():
+        cases = [(bucket.applied(config), bucket.mesh) for bucket in buckets]
+        config, mesh_config = max(cases, key=lambda case: predict_memory(audit_cases.plan_of(*case)).peak_bytes)
     paths = {name: Path(flag.value).expanduser() for name, flag in _FILES.items() if flag.value}
     for name, path in paths.items():
         check(path.parent.is_dir(), f"--{name}={path} is in a folder that does not exist; make {path.parent} first")

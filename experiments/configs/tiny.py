@@ -1,5 +1,7 @@
 """The `tiny` model on a CPU: a first run, about eight minutes on two cores."""
 
+import dataclasses
+
 from moejax.config import BalanceConfig, DataConfig, OptimizerConfig, TrainConfig
 from moejax.presets import tiny
 
@@ -7,7 +9,9 @@ from moejax.presets import tiny
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=tiny(),
-        balance=BalanceConfig.suited_to(tiny()),
+        # On virtual devices more rounds cost less than larger buffers: with sizes up to 4, steps after the first 32
+        # took 17% longer, and 88 MiB of a device for 54.
+        balance=dataclasses.replace(BalanceConfig.suited_to(tiny()), capacity_factors=(1.25, 1.5, 2.0)),
         data=DataConfig(seq_len=256, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),
         steps=300,
