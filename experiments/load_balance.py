@@ -24,7 +24,7 @@ import loading
 from absl import flags
 from rich.console import Console
 
-from moejax.config import BalanceConfig, TrainConfig, check
+from moejax.config import BalanceConfig, TrainConfig, check, make_folder
 from moejax.mesh import build_mesh
 from moejax.plots import pyplot
 from moejax.train.loop import Trainer
@@ -124,7 +124,7 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
 
 def write(rows: list[dict[str, Any]], base: TrainConfig, mesh: dict[str, int], out: Path) -> None:
     """OUT.csv for programs, OUT.md for people."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("the folder of --out", out.parent)
     with out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(COLUMNS))
         writer.writeheader()

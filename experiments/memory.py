@@ -27,7 +27,7 @@ from moejax.mesh import build_mesh
 from moejax.model import Program
 from moejax.planner.hardware import get_device
 from moejax.planner.memory import predict_memory
-from moejax.plots import pyplot
+from moejax.plots import check_suffix, pyplot
 from moejax.profiling import memory_report
 from moejax.profiling.buffers import compile_with_buffers
 from moejax.profiling.memory import StepMemory
@@ -39,7 +39,6 @@ _TOP = flags.DEFINE_integer("top", 20, "How many of the largest buffers to list.
 _OUT = flags.DEFINE_string("out", None, "Where a picture goes: .png, .svg or .pdf.")
 _MARKDOWN = flags.DEFINE_string("markdown", None, "Where to write the tables.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def main(argv: list[str]) -> None:
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
         check(path.parent.is_dir(), f"--{name}={path} is in a folder that does not exist; make {path.parent} first")
         check(not path.is_dir(), f"--{name}={path} is a folder; give a file")
     if "out" in paths:
-        check(paths["out"].suffix in SUFFIXES, f"--out={paths['out']} must end in {', '.join(SUFFIXES)}")
+        check_suffix("--out", paths["out"])
         pyplot()  # says so now if it is missing
     target, devices = _TARGET.value, None
     if target:

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax.config import check, make_folder
+from moejax.plots import check_suffix
 from moejax.profiling.loads import LoadHistory, figure
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
 _OUT = flags.DEFINE_string("out", None, "Where the picture goes: .png, .svg or .pdf. Default: load.png in the workdir.")
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     check(bool(_WORKDIR.value), "--workdir is missing; give the directory of a run")
     workdir = Path(_WORKDIR.value).expanduser()
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "load.png"
-    check(out.suffix in SUFFIXES, f"--out={out} must end in {', '.join(SUFFIXES)}")
+    check_suffix("--out", out)
     check(not out.is_dir(), f"--out={out} is a folder; give a file")
     history = LoadHistory.read(workdir)
     picture = figure(history)

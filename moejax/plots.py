@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from moejax.config import check
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_suffix(name: str, path: Path) -> None:
+    """`ConfigError` where the argument `name` is no kind of picture that the experiments write."""
+    check(path.suffix in SUFFIXES, f"{name}={path} must end in {', '.join(SUFFIXES)}")
 
 
 def pyplot() -> Any:

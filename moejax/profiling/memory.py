@@ -206,8 +206,8 @@ class _Reader:
     def origin(self, names: Sequence[str]) -> tuple[str, bool]:
         """Phase and pass of the first of these instructions that has a phase."""
         known = [self.ops[name] for name in names if name in self.ops]
-        named = [op for op in known if op.phase]
-        return (named[0].phase or UNNAMED, named[0].backward) if named else (UNNAMED, bool(known) and known[0].backward)
+        op = next((op for op in known if op.phase), known[0] if known else None)
+        return (op.phase or UNNAMED, op.backward) if op else (UNNAMED, False)
 
     def _how(self, block: Block, first: Value) -> str:
         """In which way the values come about, in words."""

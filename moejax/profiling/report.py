@@ -129,11 +129,11 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
     plans = {number: _build(Plan, step["plan"]) for number, step in facts.items() if step.get("plan")}
     known = bool(trace.steps) and all(marker.step in plans for marker in trace.steps)
     bubble = _bubble(by_device, trace, plans) if known else None
-    inside_ns = sum(overlap(e.start_ns, e.end_ns, window) for e in events)
     devices = {
         name: measure(by_device[name], window, bubble[name] if bubble else ())
         for name in sorted(by_device, key=_natural)
     }
+    inside_ms = sum(sum(usage.op_ms.values()) for usage in devices.values())
     ran = [plans[marker.step] for marker in trace.steps] if known else []
     return Report(
         platform=trace.platform,
@@ -144,7 +144,7 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
         devices=devices,
         longest=_longest(events, window, num_longest),
         predicted=_predict(ran),
-        outside=1 - inside_ns / sum(e.duration_ns for e in trace.events),
+        outside=1 - inside_ms * _MS / sum(e.duration_ns for e in trace.events),
     )
 
 
