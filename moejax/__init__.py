@@ -20,6 +20,8 @@ from moejax.presets import get_preset
 from moejax.topology import compile_only_devices
 from moejax.train.step import TrainState, TrainStep, make_train_step
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BalanceConfig",
     "BalanceReport",
@@ -40,6 +42,7 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "Transformer",
+    "__version__",
     "build_mesh",
     "compile_only_devices",
     "get_preset",
