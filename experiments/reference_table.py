@@ -16,11 +16,11 @@ import loading
 from absl import flags
 
 from moejax.planner import report
+from moejax.planner.costs import Assumptions
 from moejax.planner.flops import ceilings, forward_flops
 from moejax.planner.hardware import Cluster
 from moejax.planner.predict import predict_step
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan
-from moejax.planner.time import Assumptions
 
 MODEL, CLUSTER = "moe_16x10b", "a100_64gb_2x8"
 LENGTHS = (128, 1024, 4096, 10_240)

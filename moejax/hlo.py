@@ -104,7 +104,7 @@ class Module:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if known:
             return int(known[1])
-        condition = self.computations[re.search(r"condition=%?([\w.-]+)", loop.attributes)[1]]
+        condition = self.computations[_search(r"condition=%?([\w.-]+)", loop.attributes)[1]]
         *_, root = condition.values()
         limit = condition.get(root.operands[-1]) if "direction=LT" in root.attributes else None
         return int(limit.operands[0]) if limit and limit.opcode == "constant" else 0
@@ -116,13 +116,13 @@ class Module:
     def _library_flops(self, computation: str, call: Instruction) -> float:
         if 'custom_call_target="__cublas$' not in call.attributes:
             return self.kernel_flops(call)
-        dims = re.search(r'"lhs_contracting_dimensions":(\[[^]]*\])', call.attributes)
+        dims = _search(r'"lhs_contracting_dimensions":(\[[^]]*\])', call.attributes)
         return self._dot_flops(computation, call, [int(i) for i in json.loads(dims[1])])
 
     def _convolution_flops(self, computation: str, x: Instruction) -> float:
         """Counts the products with what is neither padding nor a hole of a dilation, as XLA's own analysis does."""
         lhs, rhs, out = (*(self.computations[computation][o].arrays[0] for o in x.operands), x.arrays[0])
-        lhs_dims, rhs_dims, out_dims = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
+        lhs_dims, rhs_dims, out_dims = _search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
         window = re.search(r"window=\{([^}]*)\}", x.attributes)
         fields = dict(field.split("=") for field in window[1].split()) if window else {}
         num_spatial = len(lhs_dims) - 2
@@ -208,7 +208,8 @@ def parse(text: str, kernel_flops: Callable[[Instruction], float] = lambda call:
     if "is_scheduled=true" not in text[: text.find("\n")]:
         raise ValueError("the module is not scheduled; use the text of a compiled program, compiled.as_text()")
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, lines, name = "", [], None
+    entry, name = "", None
+    lines: list[str] = []
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if name is None:
             if header := _HEADER.match(line):
@@ -229,13 +230,21 @@ def _instructions(lines: list[str]) -> dict[str, Instruction]:
 
 
 def _instruction(line: str) -> Instruction:
-    head = _INSTRUCTION.match(line)
-    opcode = _OPCODE.search(line, head.end() - 1)
+    head = _search(_INSTRUCTION, line)
+    opcode = _search(_OPCODE, line, head.end() - 1)
     end = _closing(line, opcode.end() - 1)
     operands = line[opcode.end() : end]
     # Older compilers print the operand's shape before its name.
     names = re.findall(r"%([\w.-]+)", operands) or [x.strip() for x in operands.split(",") if x.strip()]
     return Instruction(head[1], line[head.end() : opcode.start()], opcode[1], tuple(names), line[end + 1 :])
+
+
+def _search(pattern: str | re.Pattern[str], text: str, start: int = 0) -> re.Match[str]:
+    """Finds a part that the text of every such instruction has."""
+    found = re.compile(pattern).search(text, start)
+    if found is None:
+        raise ValueError(f"no {pattern!r} in {text[:200]}")
+    return found
 
 
 def _closing(line: str, at: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import jax
 import numpy as np
@@ -18,10 +18,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from moejax.compiler import Platform, set_process_options
 from moejax.config import ConfigError, check
 
-REPLICA = "replica"
-EXPERT = "expert"
-PIPELINE = "pipeline"
-TENSOR = "tensor"
+REPLICA: Final = "replica"
+EXPERT: Final = "expert"
+PIPELINE: Final = "pipeline"
+TENSOR: Final = "tensor"
 
 HostAxis = Literal["replica", "expert", "pipeline", "tensor"]
 Hardware = Literal[
@@ -85,7 +85,7 @@ class MeshConfig:
 
     def hosts_along(self, *axes: str) -> int:
         """Over how many hosts the devices along these axes stand, the other axes' positions held."""
-        along = {self.host_axis: self.hosts}
+        along: dict[str, int] = {self.host_axis: self.hosts}
         if self.host_axis != REPLICA and self.hosts > 1:
             along = {REPLICA: self.replica, self.host_axis: self.hosts // self.replica}
         return math.prod(along.get(axis, 1) for axis in axes)

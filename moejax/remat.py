@@ -17,7 +17,7 @@ and 8,192 tokens), and a CPU step takes half as long again.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -60,7 +60,7 @@ def checkpoint(function: F, policy: str) -> F:
     """
     names = _NAMES.get(policy)
     rule = jax.checkpoint_policies.save_only_these_names(*names) if names else _all_but_elementwise
-    return jax.checkpoint(function, policy=rule)
+    return cast(F, jax.checkpoint(function, policy=rule))
 
 
 def named(x: jax.Array, name: str) -> jax.Array:

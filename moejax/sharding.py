@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.compiler import ONCE, for_jit
@@ -34,7 +34,14 @@ NUM_STACK_DIMS = 3  # [repeats, stages, layers per chunk] in front of a paramete
 Axes = tuple[str, ...]
 
 
-def batch_axes(mesh: Mesh) -> Axes:
+class AxisSizes(Protocol):
+    """A mesh, or the configuration of one."""
+
+    @property
+    def shape(self) -> Mapping[str, int]: ...
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> Axes:
     """The axes that split the batch."""
     return tuple(axis for axis in (REPLICA, EXPERT) if axis in mesh.axis_names)
 
@@ -124,7 +131,7 @@ def moe_params(m: ModelConfig, dispatch: DispatchConfig) -> dict[str, Any]:
     return table
 
 
-def param_table(m: ModelConfig, dispatch: DispatchConfig, parallel: ParallelConfig, mesh: Mesh) -> dict[str, Any]:
+def param_table(m: ModelConfig, dispatch: DispatchConfig, parallel: ParallelConfig, mesh: AxisSizes) -> dict[str, Any]:
     """Every parameter of the model, nested as the model uses them: path -> `Param`."""
     stages = mesh.shape[PIPELINE]
     chunk = m.num_moe_layers // (parallel.repeats * stages)
@@ -164,7 +171,7 @@ def param_specs(table: Any) -> Any:
     return _map(lambda p: p.spec, table)
 
 
-def param_shapes(table: Any, mesh: Mesh) -> Any:
+def param_shapes(table: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The table as float32 `jax.ShapeDtypeStruct`s with their shardings: what checkpoints and compilers ask for."""
     return _map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec)), table)
 
@@ -217,7 +224,7 @@ def _check_divides(name: str, value: int, axis: str, size: int) -> None:
         check(False, f"{name}={value} must be a multiple of {axis} {size}; with {name}={value} use one of {divisors}")
 
 
-def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: Mesh) -> None:
+def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: AxisSizes) -> None:
     """Raises `ConfigError` where one mixture-of-experts feed-forward, `moe_params`, does not fit on the mesh."""
     expert, tensor = mesh.shape[EXPERT], mesh.shape[TENSOR]
     experts_over = math.prod(mesh.shape[a] for a in dispatch.expert_axes)
@@ -237,7 +244,7 @@ def check_layout(
     m: ModelConfig,
     dispatch: DispatchConfig,
     parallel: ParallelConfig,
-    mesh: Mesh,
+    mesh: AxisSizes,
     *,
     batch_size: int | None = None,
     seq_len: int | None = None,

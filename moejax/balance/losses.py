@@ -85,7 +85,7 @@ def load_statistics(count_LE: jax.Array, dropped_L: jax.Array, rounds_L: jax.Arr
     }
 
 
-def load_cv_floor(num_tokens: int, experts_per_token: int, num_experts: int) -> float:
+def load_cv_floor(num_tokens: float, experts_per_token: int, num_experts: int) -> float:
     """The load CV of a uniformly random router over a window of `num_tokens` tokens: sampling noise alone."""
     p = experts_per_token / num_experts
     return ((1 - p) / (num_tokens * p)) ** 0.5

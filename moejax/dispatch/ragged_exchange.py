@@ -167,7 +167,9 @@ def _to_experts(exchange: RaggedExchange, x_ND: jax.Array, plan: Plan) -> jax.Ar
     return exchange._send(x_ND, plan)
 
 
-def _to_experts_backward(exchange: RaggedExchange, residuals: tuple[Plan, int], d_RD: jax.Array) -> tuple:
+def _to_experts_backward(
+    exchange: RaggedExchange, residuals: tuple[Plan, int], d_RD: jax.Array
+) -> tuple[jax.Array, None]:
     plan, num_rows = residuals
     zeros = jnp.zeros((num_rows, d_RD.shape[1]), d_RD.dtype)
     return exchange._move(d_RD, zeros, plan, back=True), None

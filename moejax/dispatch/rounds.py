@@ -61,8 +61,8 @@ def in_rounds(
     """
     leaves, treedef = jax.tree.flatten((x_TD, gate_TK, weights))
     with jax.named_scope("gather"):  # the sum of the weights' gradients
-        leaves = vary_alike(*leaves)
-    return _in_rounds(one_round, rounds, plan, *treedef.unflatten(leaves))
+        varying = vary_alike(*leaves)
+    return _in_rounds(one_round, rounds, plan, *jax.tree.unflatten(treedef, varying))
 
 
 def _one_round(

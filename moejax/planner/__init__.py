@@ -10,12 +10,13 @@ Start reading at `work` (the language), then `program` (what a step costs), `mem
 counts the same from the program itself, without devices; `published` predicts other systems' runs.
 """
 
+from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import DEVICES, Cluster, Constant, Device, Link, get_device, load_calibration
 from moejax.planner.memory import Memory, predict_memory
 from moejax.planner.plan import Plan
 from moejax.planner.predict import Prediction, predict_plan
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan
-from moejax.planner.time import Assumptions, StepTime, predict_time
+from moejax.planner.time import StepTime, predict_time
 from moejax.train.memory_guard import DoesNotFitError
 
 __all__ = [

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +68,7 @@ def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
       ValueError: the text of the program has a form that `moejax.hlo` cannot read.
     """
     module = hlo.parse(compiled.as_text(), kernel_flops(plan))
-    sent, written, asynchronous = Counter[str](), Counter[str](), Counter[str]()
+    sent, written, asynchronous = (defaultdict[str, float](float) for _ in range(3))
     for computation, instruction, times in executed(module):
         found = hlo.collective(module, computation, instruction)
         if found and found.sent_bytes:
@@ -89,7 +89,7 @@ def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
 def against_trace(plan: Plan, found: CompiledCounts) -> dict[str, tuple[float, float]]:
     """What the trace of the plan says and what was compiled: "flops", and by kind the bytes sent, as written."""
     counts = trace(plan)
-    traced: Counter[str] = Counter()
+    traced: dict[str, float] = defaultdict(float)
     for (_, kind, _), sent_bytes in counts.sent_bytes.items():
         traced[kind] += sent_bytes
     kinds = sorted(traced.keys() | found.written_bytes.keys())

@@ -186,7 +186,7 @@ def _devices() -> dict[str, Device]:
         50, _assumed(35 * _GB, "0.7 of a link"), _assumed(15e-6, "RCCL as NCCL"), "Infinity Fabric, the slowest pair"
     )
     mi300x_link = _nvlink(448, _assumed(0.6 * 448 * _GB, "as NCCL on H100"), _assumed(15e-6, "RCCL as NCCL"), "xGMI")
-    a100 = {"teraflops": 312, "float8_teraflops": 0, "inside": a100_link, "across_gbps": 25}
+    a100: dict[str, Any] = {"teraflops": 312, "float8_teraflops": 0, "inside": a100_link, "across_gbps": 25}
     found = (
         _gpu(
             "a100_40gb", **a100, gigabytes=40, memory_gbps=1555, source="NVIDIA A100 40GB SXM",

@@ -120,7 +120,7 @@ def parse_device(text: str) -> Device:
     if not names:
         raise ConfigError(f"hardware={text!r} names no device with figures, such as H100, B200 or TPU v5p")
     device = get_device(names[0])
-    changes = {}
+    changes: dict[str, Any] = {}
     bandwidth = re.search(r"([\d.]+)\s*tb/s", lower)
     if bandwidth:
         stated = Constant(float(bandwidth[1]) * 1e12, "published", text)
@@ -140,11 +140,12 @@ def parse_cluster(hardware: str, devices: int | None) -> Cluster:
     if devices is None:
         grid = re.search(r"(\d+)\s*x\s*(\d+)(?:\s*x\s*(\d+))?", hardware)
         slice_of = re.search(r"v\d[a-z]*-(\d+)", hardware)
-        check(bool(grid or slice_of), f"hardware={hardware!r} and no column n: how many devices there were is not told")
         if grid:
             devices = int(grid[1]) * int(grid[2]) * int(grid[3] or 1)
-        else:  # v4 and v5p count cores, two a chip
+        elif slice_of:  # v4 and v5p count cores, two a chip
             devices = int(slice_of[1]) // (2 if device.name in ("tpu_v4", "tpu_v5p") else 1)
+        else:
+            raise ConfigError(f"hardware={hardware!r} and no column n: how many devices there were is not told")
     per_host = min(device.devices_per_host, devices)
     hosts = -(-devices // per_host)
     if devices % per_host:

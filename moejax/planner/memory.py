@@ -220,8 +220,8 @@ class Sizes:
 def _backward(s: Sizes) -> Memory:
     m, a = s.plan.model, s.a
     ticks_add_up = s.ticks > 1  # otherwise nothing is cut out of stacks, and no sum goes from tick to tick
-    gradients = s.layers * s.layer_gradients + s.table_gradients + s.accumulated
-    slices = s.W * (a if s.on_tpu else _FLOAT32)  # the layer's experts
+    gradients: float = s.layers * s.layer_gradients + s.table_gradients + s.accumulated
+    slices: float = s.W * (a if s.on_tpu else _FLOAT32)  # the layer's experts
     if ticks_add_up:
         gradients += s.chunk * s.layer_gradients
         slices += s.chunk * s.saved_layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from moejax.config import BalanceConfig, DataConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from moejax.mesh import MeshConfig
@@ -33,11 +33,11 @@ class Plan:
         """Tokens of one step, over all devices."""
         return self.batch_size * (1 if self.mode == "decode" else self.seq_len)
 
-    def train_config(self, **fields: object) -> TrainConfig:
+    def train_config(self, **fields: Any) -> TrainConfig:
         """The training run that follows the plan; `fields` are those of `TrainConfig` that it does not decide."""
         data = DataConfig(seq_len=self.seq_len, batch_size=self.batch_size)
         balance = BalanceConfig.suited_to(self.model)
-        chosen = {"data": data, "balance": balance} | fields
+        chosen: dict[str, Any] = {"data": data, "balance": balance} | fields
         return TrainConfig(
             model=self.model, parallel=self.parallel, dispatch=self.dispatch, accumulate=self.accumulate, **chosen
         )

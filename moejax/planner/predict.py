@@ -7,13 +7,14 @@ import dataclasses
 from moejax import sharding
 from moejax.config import ConfigError
 from moejax.pipeline import num_ticks
+from moejax.planner.costs import Assumptions
 from moejax.planner.flops import decode_flops, forward_flops
 from moejax.planner.hardware import Cluster
 from moejax.planner.memory import Memory, predict_memory
 from moejax.planner.plan import Plan
 from moejax.planner.program import work
 from moejax.planner.serve import decode_work
-from moejax.planner.time import Assumptions, Placement, Step, StepTime, predict_time
+from moejax.planner.time import Placement, Step, StepTime, predict_time
 from moejax.train.memory_guard import DoesNotFitError
 
 EXPECTED_LOAD = 1.1  # busiest over mean, of a balanced router over a microbatch: CV 0.05 and a sampling floor of 0.04

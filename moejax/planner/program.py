@@ -27,7 +27,7 @@ from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
 from moejax.pipeline import num_ticks
 from moejax.planner.passes import Passes, Result
 from moejax.planner.plan import Plan
-from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer, Work
+from moejax.planner.work import Kind, Pass, Phase, Product, Sweep, Transfer, Work
 from moejax.sharding import Param
 
 # Products of queries by tokens in the attention kernels, forward and backward.
@@ -188,7 +188,8 @@ class _Step(Passes):
     def weighted_sum(self, times: float) -> Iterator[Product]:
         """Of a token's results, by its gates: a product of [1, K] and [K, D] for each."""
         m = self.model
-        for stage, number in (("forward", 1), ("backward", 2)):
+        passes: tuple[tuple[Pass, int], ...] = (("forward", 1), ("backward", 2))
+        for stage, number in passes:
             yield Product("combine", stage, 1, m.d_model, m.experts_per_token, self.T, number * times, "float32")
 
     @property
@@ -251,7 +252,8 @@ class _Step(Passes):
             there, back = self.packed_bytes(rows), rows * self.model.d_model * self.itemsize
             if phase == "combine":
                 there, back = back, there
-            for stage in (*self.stages("network"), "backward") if devices > 1 else ():
+            passes: tuple[Pass, ...] = (*self.stages("network"), "backward")
+            for stage in passes if devices > 1 else ():
                 num_bytes = back if stage == "backward" else there
                 yield Transfer(phase, stage, "all_to_all", axes, num_bytes, devices, times)
 
@@ -269,7 +271,7 @@ class _Step(Passes):
         filled = 1.0
         if self.grouped:
             balanced = self.T * m.experts_per_token * (1 if TENSOR in self.dispatch.expert_axes else t)
-            rows = padded_rows(self.platform, rows)
+            rows = padded_rows(self.platform, int(rows))
             filled = min(1.0, balanced / self.dispatch.chunks / rows)
         yield from self.product("expert", rows / e, 2 * width, m.d_model, times, "projection", e, filled)
         yield from self.product("expert", rows / e, m.d_model, width, times, "network", e, filled)

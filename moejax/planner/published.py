@@ -21,9 +21,12 @@ from moejax.planner.architecture import (
     StateSpace,
     attended,
 )
+from moejax.planner.costs import Assumptions
 from moejax.planner.layouts import Run
-from moejax.planner.time import Assumptions, Placement, Step, StepTime, predict_time
-from moejax.planner.work import Pass, Phase, Product, Sweep, Transfer, Work
+from moejax.planner.time import Placement, Step, StepTime, predict_time
+from moejax.planner.work import Kind, Pass, Phase, Product, Sweep, Transfer, Work
+
+_EXCHANGES: tuple[Phase, ...] = ("dispatch", "combine")
 
 # Bytes of one Adam update a parameter: gradient read; master, two moments read and written; the compute copy written.
 OPTIMIZER_BYTES = 4 + 3 * 4 + 3 * 4 + 2
@@ -89,10 +92,10 @@ class _Builder:
         self.work += [Sweep(phase, stage, moved * size * self.eager, times) for stage, size in passes if size]
 
     def transfer(
-        self, phase: Phase, stage: Pass, kind: str, axis: str, size: float, devices: int, times: float
+        self, phase: Phase, stage: Pass, kind: Kind, axis: str, size: float, devices: int, times: float
     ) -> None:
         if devices > 1 and size and times:
-            self.work.append(Transfer(phase, stage, kind, (axis,), size, devices, times))  # type: ignore[arg-type]
+            self.work.append(Transfer(phase, stage, kind, (axis,), size, devices, times))
 
     def recomputed(self, what: str) -> float:
         """How much of the forward products of "attention", "scores", "ffn" or "experts" is done twice."""
@@ -138,13 +141,14 @@ class _Builder:
         self.linear("attention", self.tokens, output[0] / tp, output[1], times, again=again)
         seen, groups = attended(mixer, run.seq), run.mbs * mixer.num_heads / tp
         rows, core = run.seq / run.cp, times * (1 + self.recomputed("scores"))
-        for stage, n, k, repeats in (
+        products: tuple[tuple[Pass, float, float, float], ...] = (
             ("forward", seen, mixer.score_dim, core),
             ("forward", mixer.value_dim, seen, core),
             ("backward", seen, mixer.score_dim, 3 * times),  # scores again, their gradient into queries and keys
             ("backward", mixer.value_dim, seen, 2 * times),
-        ):
-            self.work.append(Product("attention", stage, rows, n, k, groups, repeats))  # type: ignore[arg-type]
+        )
+        for stage, n, k, repeats in products:
+            self.work.append(Product("attention", stage, rows, n, k, groups, repeats))
         rope = 4.0 * self.tokens * (mixer.q_dim + mixer.kv_dim) / tp
         normed = isinstance(mixer, LatentAttention) or bool(mixer.qk_norm)
         self.sweep("attention", rope * (1 + normed), times, again=again, backward=1.5)
@@ -160,9 +164,10 @@ class _Builder:
         self.linear("attention", self.tokens, d, wide / tp, times, again=again)
         self.linear("attention", self.tokens, inner / tp, d, times, again=again)
         chunks, heads, q = self.tokens / mixer.chunk, mixer.num_heads / tp, mixer.chunk
-        for stage, repeats in (("forward", times * (1 + again)), ("backward", 2 * times)):
+        passes: tuple[tuple[Pass, float], ...] = (("forward", times * (1 + again)), ("backward", 2 * times))
+        for stage, repeats in passes:
             for n, k, count in ((mixer.head_dim, q, 1), (mixer.head_dim, mixer.state, 2)):
-                self.work.append(Product("attention", stage, q, n, k, chunks * heads, repeats * count))  # type: ignore
+                self.work.append(Product("attention", stage, q, n, k, chunks * heads, repeats * count))
         self.sweep("attention", 2.0 * self.tokens * (3 * wide + 4 * inner) / tp, times, again=again)
         self.tensor_collectives("attention", times)
 
@@ -187,8 +192,9 @@ class _Builder:
             self.linear("expert", tokens, ffn.shared_d_ff, d, times, again=again)
         rows = tokens * ffn.per_token * (run.capacity if run.capacity and run.dense_dispatch else 1.0)
         if run.etp > 1:  # the tokens of all who share an expert's width come together, and the results are summed
-            for kind, size in (("all_gather", 2.0 * width * rows), ("reduce_scatter", 2.0 * width * rows * run.etp)):
-                self.transfer("expert", "forward", kind, "tensor", size, run.etp, times * (2 + again))
+            size = 2.0 * width * rows
+            self.transfer("expert", "forward", "all_gather", "tensor", size, run.etp, times * (2 + again))
+            self.transfer("expert", "forward", "reduce_scatter", "tensor", size * run.etp, run.etp, times * (2 + again))
         rows *= run.etp
         self.linear(
             "expert", rows / local, width, ffn.d_ff * (1 + ffn.gated) / run.etp, times, again=again, groups=local
@@ -204,28 +210,29 @@ class _Builder:
         run, width = self.run, ffn.width(self.run.model.d_model)
         if run.dense_dispatch:  # [slots, tokens] × [tokens, width] a sequence, and back; slots for every expert
             slots = run.seq * ffn.per_token * (run.capacity or 1.0)
-            for phase in ("dispatch", "combine"):
-                for stage, repeats in (("forward", times * (1 + again)), ("backward", times)):
-                    self.work.append(Product(phase, stage, slots, width, run.seq, run.mbs, repeats))  # type: ignore
+            passes: tuple[tuple[Pass, float], ...] = (("forward", times * (1 + again)), ("backward", times))
+            for phase in _EXCHANGES:
+                for stage, repeats in passes:
+                    self.work.append(Product(phase, stage, slots, width, run.seq, run.mbs, repeats))
             self.sweep("dispatch", 4.0 * tokens * slots, times, again=again)
             return
         copies = 1 if run.deduplicated or run.ep == 1 else 2  # sorted by device before, by expert after
-        for phase in ("dispatch", "combine"):
-            self.sweep(phase, 2.0 * width * (tokens + (2 * copies - 1) * rows), times, backward=1.0, again=again)  # type: ignore
+        for phase in _EXCHANGES:
+            self.sweep(phase, 2.0 * width * (tokens + (2 * copies - 1) * rows), times, backward=1.0, again=again)
         inside, hosts = _span(run, run.ep, run.etp)
         wire = 1.0 if run.dtype != "bfloat16" and run.deduplicated else 2.0
         repeats = times * (2 + again)
-        for phase in ("dispatch", "combine"):
+        for phase in _EXCHANGES:
             size = wire * width if phase == "dispatch" else 2.0 * width
             if not run.deduplicated or hosts == 1:
-                copies = distinct(run.ep, ffn.per_token) * tokens if run.deduplicated else rows
-                self.transfer(phase, "forward", "all_to_all", "expert", size * copies, run.ep, repeats)  # type: ignore
+                sent = distinct(run.ep, ffn.per_token) * tokens if run.deduplicated else rows
+                self.transfer(phase, "forward", "all_to_all", "expert", size * sent, run.ep, repeats)
                 continue
             # Once to every host that wants it, then inside the host to every device that does.
             across = distinct(hosts, ffn.per_token) * tokens
-            self.transfer(phase, "forward", "all_to_all", "expert_hosts", size * across, hosts, repeats)  # type: ignore
+            self.transfer(phase, "forward", "all_to_all", "expert_hosts", size * across, hosts, repeats)
             spread = distinct(run.ep, ffn.per_token) * tokens
-            self.transfer(phase, "forward", "all_to_all", "expert_inside", size * spread, inside, repeats)  # type: ignore
+            self.transfer(phase, "forward", "all_to_all", "expert_inside", size * spread, inside, repeats)
 
     def logits(self, times: float) -> None:
         run = self.run
@@ -292,9 +299,11 @@ def training_work(run: Run) -> Work:
         builder.layer(layer, builder.passes * count)
     more = run.model.predicted if run.system == "megatron" and run.predicts_more else 0
     block = predicting_block(run.model)
-    for _ in range(more if block else 0):  # with logits of its own, on the last stage; layouts even it out
-        builder.linear("attention", builder.tokens, 2 * run.model.d_model, run.model.d_model / run.tp, builder.passes)
-        builder.layer(block, builder.passes)
+    if block:
+        for _ in range(more):  # with logits of its own, on the last stage; layouts even it out
+            d = run.model.d_model
+            builder.linear("attention", builder.tokens, 2 * d, d / run.tp, builder.passes)
+            builder.layer(block, builder.passes)
     # The last stage has the logits beside its layers, unless the layers do not divide: then others took theirs.
     even = run.model.num_layers % (run.pp * run.vp) != 0
     share = run.microbatches / (run.pp if even else 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from typing import Any
 
 from moejax.config import ConfigError
 from moejax.planner.architecture import (
@@ -26,9 +27,9 @@ from moejax.planner.architecture import (
 
 def _gqa(
     name: str, layers: int, d_model: int, heads: int, kv: int, ffn: FeedForward | Experts, vocab: int, *,
-    head_dim: int = 0, tie: bool = False, first: tuple[int, FeedForward] | None = None, **attention: object,
+    head_dim: int = 0, tie: bool = False, first: tuple[int, FeedForward] | None = None, **attention: Any,
 ) -> Architecture:  # fmt: skip
-    mixer = Attention(heads, kv, head_dim or d_model // heads, **attention)  # type: ignore[arg-type]
+    mixer = Attention(heads, kv, head_dim or d_model // heads, **attention)
     dense = ((first[0], Layer(mixer, first[1])),) if first else ()
     rest = layers - (first[0] if first else 0)
     return Architecture(name, d_model, vocab, (*dense, (rest, Layer(mixer, ffn))), tie_embeddings=tie)
@@ -92,7 +93,8 @@ def _llama4(name: str, experts: int, *, interleaved: bool) -> Architecture:
 @functools.cache
 def architectures() -> dict[str, Architecture]:
     """Published models by name; each is as its config.json has it."""
-    swiglu, qwen = FeedForward, {"qk_norm": "head"}
+    swiglu = FeedForward
+    qwen: dict[str, Any] = {"qk_norm": "head"}
 
     def shared(num: int, per_token: int, d_ff: int, shared_d_ff: int) -> Experts:
         return Experts(num, per_token, d_ff, shared_d_ff=shared_d_ff, router_bias=True)

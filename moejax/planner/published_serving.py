@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 from moejax.config import check
 from moejax.planner.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
+from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Constant
 from moejax.planner.layouts import Run
 from moejax.planner.published import placement
-from moejax.planner.time import Assumptions, predict_time
-from moejax.planner.work import Product, Sweep, Transfer, Work
+from moejax.planner.time import predict_time
+from moejax.planner.work import Phase, Product, Sweep, Transfer, Work
 
 # An engine's own time for a step (scheduling, sampling).
 STEP_S = 1.0e-3
@@ -50,12 +51,12 @@ def forward_work(run: Run, requests: float, tokens: float, seen: float) -> Work:
     work: Work = []
     rows, d, dtype = requests * tokens, run.model.d_model, run.dtype
 
-    def linear(phase: str, m: float, n: float, k: float, times: float, groups: float = 1) -> None:
-        work.append(Product(phase, "forward", m, n, k, groups, times, dtype))  # type: ignore[arg-type]
+    def linear(phase: Phase, m: float, n: float, k: float, times: float, groups: float = 1) -> None:
+        work.append(Product(phase, "forward", m, n, k, groups, times, dtype))
 
-    def reduce(phase: str, times: float) -> None:
+    def reduce(phase: Phase, times: float) -> None:
         if run.tp > 1:
-            work.append(Transfer(phase, "forward", "all_reduce", ("tensor",), 2.0 * rows * d, run.tp, times))  # type: ignore
+            work.append(Transfer(phase, "forward", "all_reduce", ("tensor",), 2.0 * rows * d, run.tp, times))
 
     for count, layer in run.model:
         work.append(Sweep("attention", "forward", 16.0 * rows * d, 2 * count))
@@ -91,9 +92,10 @@ def _mix(
         work.append(Sweep("attention", "forward", requests * 2 * state + 12.0 * rows * mixer.inner / run.tp, 2 * count))
         return
     window = min(seen, mixer.window) if mixer.window else seen
-    latent = isinstance(mixer, LatentAttention) and tokens == 1  # absorbed: heads share one latent key
+    latent, score, value = False, mixer.score_dim, mixer.value_dim
+    if isinstance(mixer, LatentAttention) and tokens == 1:  # absorbed: heads share one latent key
+        latent, score, value = True, mixer.cache_dim, mixer.kv_rank
     shared = mixer.num_heads / mixer.num_kv_heads if isinstance(mixer, Attention) else 1.0
-    score, value = (mixer.cache_dim, mixer.kv_rank) if latent else (mixer.score_dim, mixer.value_dim)  # type: ignore[union-attr]
     if tokens == 1:  # the cache is what costs: heads of one group read the same keys
         heads = 1.0 if latent else max(1.0, mixer.num_kv_heads / run.tp)
         per = mixer.num_heads / run.tp if latent else shared

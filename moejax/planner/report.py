@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from moejax.planner.flops import ceilings, decode_flops, forward_flops
 from moejax.planner.predict import Prediction
@@ -14,7 +14,7 @@ from moejax.planner.work import Phase
 from moejax.plots import pyplot
 
 Row = Sequence[Any]
-PHASES = Phase.__args__
+PHASES: tuple[str, ...] = get_args(Phase)
 
 
 def table(header: Sequence[str], rows: Iterable[Row]) -> str:
@@ -181,9 +181,9 @@ def figure(choices: dict[int, Choice], limit_bytes: float, title: str) -> Any:
 
 def _stack(ax: Any, labels: list[str], columns: list[dict[str, float]]) -> None:
     """Stacked bars; what is under half a percent of the tallest bar is left out."""
-    names = dict.fromkeys(name for column in columns for name in column)
+    found = dict.fromkeys(name for column in columns for name in column)
     least = 0.005 * max(sum(column.values()) for column in columns)
-    names = [name for name in names if max(column.get(name, 0.0) for column in columns) > least]
+    names = [name for name in found if max(column.get(name, 0.0) for column in columns) > least]
     bottom = [0.0] * len(columns)
     for name, color in zip(names, _colors(len(names)), strict=True):
         heights = [column.get(name, 0.0) for column in columns]

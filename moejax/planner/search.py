@@ -14,18 +14,19 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from moejax.config import DispatchConfig, ModelConfig, ParallelConfig
-from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, MeshConfig
+from moejax.config import DispatchConfig, ExpertAxis, ModelConfig, ParallelConfig
+from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, HostAxis, MeshConfig
+from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Cluster, Constant
 from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Mode, Plan
 from moejax.planner.predict import Prediction, is_legal, predict_step, smallest_change
-from moejax.planner.time import Assumptions
 from moejax.train.memory_guard import REMAT_LADDER, DoesNotFitError
 
 ACCUMULATE = (1, 2, 4, 8, 16, 32)
@@ -77,7 +78,7 @@ class Choice:
     @property
     def margin(self) -> float | None:
         """How much longer the runner-up takes, as a fraction."""
-        return self.runner_up and self.runner_up.time.expected / self.best.time.expected - 1
+        return self.runner_up.time.expected / self.best.time.expected - 1 if self.runner_up else None
 
     @property
     def binding(self) -> str:
@@ -189,7 +190,8 @@ class _Seen:
 def meshes(cluster: Cluster, model: ModelConfig) -> Iterator[MeshConfig]:
     """Every mesh of all the cluster's devices that the model could be divided over, with each axis that can cross."""
     num_devices, hosts = cluster.num_devices, cluster.hosts
-    hardware = cluster.device.name if cluster.device.name in get_args(Hardware) else "custom"
+    known = cluster.device.name in get_args(Hardware)
+    hardware = cast(Hardware, cluster.device.name if known else "custom")
     for tensor, pipeline in itertools.product(_divisors(num_devices), repeat=2):
         if tensor > cluster.devices_per_host or model.num_kv_heads % tensor or model.num_moe_layers % pipeline:
             continue
@@ -202,7 +204,7 @@ def meshes(cluster: Cluster, model: ModelConfig) -> Iterator[MeshConfig]:
                 yield MeshConfig(expert, pipeline, tensor, replica, hardware, hosts, axis)
 
 
-def _crossing_axes(shape: dict[str, int], hosts: int) -> list[str]:
+def _crossing_axes(shape: dict[str, int], hosts: int) -> list[HostAxis]:
     """The axes that can be `MeshConfig.host_axis`, one of which is enough where they come to the same."""
     if hosts == 1:
         return [EXPERT]
@@ -222,7 +224,8 @@ def _layouts(request: Request, accumulate: int) -> Iterator[Plan]:
     r, m = request, request.model
     for mesh in meshes(r.cluster, m):
         sequences = r.batch_size // (mesh.replica * mesh.expert * accumulate)
-        folded = [("expert", "tensor")] if mesh.tensor == 1 else [("expert", "tensor"), ("expert",)]
+        folded: list[tuple[ExpertAxis, ...]] = [("expert", "tensor")]
+        folded += [("expert",)] if mesh.tensor > 1 else []
         chunks = m.num_moe_layers // mesh.pipeline
         repeats = [n for n in (1, 2, 4) if chunks % n == 0] if mesh.pipeline > 1 and r.mode != "decode" else [1]
         microbatches = [n for n in _divisors(sequences) if n & (n - 1) == 0] if r.mode != "decode" else [1]
@@ -348,7 +351,7 @@ def flips(request: Request, best: Prediction, other: Prediction, most: float = 8
     """Which constant, changed by at most a factor of `most`, would make `other` the faster one; the nearest first."""
     found = []
     for name, path in _SCALED.items():
-        value = functools.reduce(getattr, path, request.cluster.device)
+        value = operator.attrgetter(".".join(path))(request.cluster.device)
         for limit in (most, 1 / most):
             factor = _crossing(functools.partial(_lead, request, best, other, path), limit)
             if factor is not None:

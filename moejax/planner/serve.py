@@ -15,7 +15,7 @@ import math
 
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.planner.plan import Plan
-from moejax.planner.work import Product, Sweep, Transfer, Work
+from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer, Work
 from moejax.sharding import VOCAB_AXES
 
 BYTES = 2  # of an activation, a weight, a key or a value
@@ -30,14 +30,16 @@ def decode_work(plan: Plan) -> Work:
     layers = stages * math.ceil(m.num_moe_layers / stages)  # groups × layers of a stage
     heads, kv_heads, H, D = m.num_heads / tensor, m.num_kv_heads / tensor, m.head_dim, m.d_model
 
-    def product(phase: str, rows: float, n: float, k: float, times: float, groups: float = 1) -> Product:
+    def product(phase: Phase, rows: float, n: float, k: float, times: float, groups: float = 1) -> Product:
         return Product(phase, "forward", rows, n, k, groups, times, m.dtype)
 
-    def transfer(phase: str, kind: str, axes: tuple[str, ...], rows: float, times: float, hosts: int = 1) -> Transfer:
+    def transfer(
+        phase: Phase, kind: Kind, axes: tuple[str, ...], rows: float, times: float, hosts: int = 1
+    ) -> Transfer:
         size = math.prod(mesh.shape[axis] for axis in axes)
         return Transfer(phase, "forward", kind, axes, rows * D * BYTES, size, times, hosts)
 
-    def cached(phase: str, groups: float, rows: float, context: int, times: float) -> Work:
+    def cached(phase: Phase, groups: float, rows: float, context: int, times: float) -> Work:
         """A few queries by every key and value of the cache: it takes as long as reading them, not as its products."""
         scores = Product(phase, "forward", rows, context, H, groups, times, m.dtype, filled=0)
         values = Product(phase, "forward", rows, H, context, groups, times, m.dtype, filled=0)

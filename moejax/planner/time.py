@@ -166,9 +166,9 @@ def predict_time(
     transfers: dict[str, float] = defaultdict(float)
     executed = wasted = optimizer = 0.0
     for item in work:
-        phase, kind = item.phase, type(item)
+        phase = item.phase
         factor = item.times * routed if phase in _ROUTED else item.times
-        if kind is Product:
+        if isinstance(item, Product):
             computing, moving = product_seconds(item, rate)
             bound = compute if computing >= moving else memory
             bound[phase] += factor * item.filled * (max(computing, moving) + rate.launch)
@@ -176,7 +176,7 @@ def predict_time(
             executed += flops
             if phase in PIPELINED:
                 wasted += flops
-        elif kind is Sweep:
+        elif isinstance(item, Sweep):
             seconds = factor * (item.moved_bytes / rate.copy + rate.launch)
             if phase == "optimizer":
                 optimizer += seconds

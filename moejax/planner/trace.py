@@ -24,9 +24,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,10 @@ from moejax.kernels.attention import cost
 from moejax.mesh import abstract_mesh
 from moejax.model import Program
 from moejax.planner.plan import Plan
-from moejax.planner.work import Pass, Phase, Transfer
+from moejax.planner.work import Kind, Pass, Phase, Transfer
 from moejax.train.step import make_train_step
 
-KINDS = {
+KINDS: dict[str, Kind] = {
     "all_to_all": "all_to_all",
     "ragged_all_to_all": "all_to_all",
     "all_gather": "all_gather",
@@ -59,7 +59,15 @@ _PHASES = frozenset(get_args(Phase))
 OTHER = "other"  # the phase of what stands in none
 _WORD = re.compile(r"\w+")
 
+K = TypeVar("K")
+
+Tally = defaultdict[K, float]
 TransferKey = tuple[str, str, str, tuple[str, ...]]  # phase, pass, kind, axes
+StackKey = tuple[str, tuple[int, ...], str]  # name, shape, dtype
+
+
+def _tally() -> Tally[Any]:
+    return defaultdict(float)
 
 
 @dataclasses.dataclass
@@ -76,11 +84,11 @@ class Counts:
       param_bytes: of the stored parameters.
     """
 
-    flops_by_pass: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
-    sent_by_pass: Counter[TransferKey] = dataclasses.field(default_factory=Counter)
-    operands_by_pass: Counter[TransferKey] = dataclasses.field(default_factory=Counter)
-    moved_by_pass: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
-    saved: Counter[tuple[str, tuple[int, ...], str]] = dataclasses.field(default_factory=Counter)
+    flops_by_pass: Tally[tuple[str, str]] = dataclasses.field(default_factory=_tally)
+    sent_by_pass: Tally[TransferKey] = dataclasses.field(default_factory=_tally)
+    operands_by_pass: Tally[TransferKey] = dataclasses.field(default_factory=_tally)
+    moved_by_pass: Tally[tuple[str, str]] = dataclasses.field(default_factory=_tally)
+    saved: Tally[StackKey] = dataclasses.field(default_factory=_tally)
     param_bytes: float = 0.0
 
     @property
@@ -104,8 +112,8 @@ class Counts:
         return _sum_keys(self.moved_by_pass, lambda phase, _: phase)
 
 
-def _sum_keys(counts: Counter[Any], key: Any) -> dict[Any, float]:
-    total: dict[Any, float] = defaultdict(float)
+def _sum_keys(counts: Mapping[Any, float], key: Any) -> dict[Any, float]:
+    total: Tally[Any] = _tally()
     for names, value in counts.items():
         total[key(*names)] += value
     return dict(total)
@@ -154,7 +162,7 @@ def device_program(jaxpr: core.Jaxpr) -> core.Jaxpr:
 def count(jaxpr: core.Jaxpr, axis_sizes: dict[str, int], *, training: bool = True) -> Counts:
     """Counts a device's jaxpr on a mesh of these axes. Without `training`, what is not differentiated is forward."""
     counts = Counts()
-    update = "update" if training else "forward"
+    update: Pass = "update" if training else "forward"
     for equation, stack, times in _walk(jaxpr, "", 1.0):
         where = _phase(stack), _pass(stack, update)
         counts.flops_by_pass[where] += times * flops(equation)
@@ -166,13 +174,14 @@ def count(jaxpr: core.Jaxpr, axis_sizes: dict[str, int], *, training: bool = Tru
             counts.operands_by_pass[key] += times * transfer.operand_bytes
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and _pass(str(equation.source_info.name_stack), update) == "forward":
-            counts.saved.update(_stacked(equation))
-    for counter in (counts.flops_by_pass, counts.moved_by_pass):
-        _drop_zeros(counter)
+            for name, num_bytes in _stacked(equation):
+                counts.saved[name] += num_bytes
+    _drop_zeros(counts.flops_by_pass)
+    _drop_zeros(counts.moved_by_pass)
     return counts
 
 
-def _drop_zeros(counter: Counter[Any]) -> None:
+def _drop_zeros(counter: dict[Any, float]) -> None:
     for key in [key for key, value in counter.items() if not value]:
         del counter[key]
 
@@ -200,7 +209,7 @@ def _phase(stack: str) -> str:
     return next((word for word in reversed(_WORD.findall(stack)) if word in _PHASES), OTHER)
 
 
-def _pass(stack: str, update: str) -> Pass:
+def _pass(stack: str, update: Pass) -> Pass:
     if "rematted_computation" in stack:
         return "recompute"
     if "transpose(" in stack:
@@ -222,15 +231,16 @@ def _transfers(equation: core.JaxprEqn, where: tuple[str, Pass], sizes: dict[str
         num_bytes = sum(map(_num_bytes, equation.invars))
         if equation.primitive.name == "ragged_all_to_all":
             num_bytes = min(map(_num_bytes, equation.invars[:2]))
-        yield Transfer(*where, kind, axes, num_bytes, num_devices)
+        phase, stage = where
+        yield Transfer(phase, stage, kind, axes, num_bytes, num_devices)  # type: ignore[arg-type]  # OTHER, too
 
 
 def flops(equation: core.JaxprEqn) -> float:
     """FLOPs of the matrix products of an operation, 2 for a multiplication and an addition; 0 for what is none."""
     if equation.primitive.name == "dot_general":
         (contracting, _), _ = equation.params["dimension_numbers"]
-        lhs = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracting)
+        lhs = _shape(equation.invars[0])
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(lhs[i] for i in contracting)
     if equation.primitive.name == "pallas_call":
         name = equation.params["name"] or "grouped_matmul_tpu"  # megablox gives its kernels no names
         return next((rule(equation, name) for prefix, rule in _KERNELS.items() if name.startswith(prefix)), 0.0)
@@ -239,21 +249,20 @@ def flops(equation: core.JaxprEqn) -> float:
 
 def _attention(equation: core.JaxprEqn, name: str) -> float:
     """2 FLOPs a product, half of them behind the causal mask: see `moejax.kernels.attention.cost`."""
-    q_shape = next(x.aval.shape for x in equation.invars if jnp.issubdtype(x.aval.dtype, jnp.floating))
+    q_shape = next(_floating_shapes(equation))
     seq_len = q_shape[-2 if name.startswith("splash") else -3]  # [..., N, S, H] or [..., S, N, H]
     return cost.products(name) * float(math.prod(q_shape)) * seq_len
 
 
 def _grouped(equation: core.JaxprEqn, _: str) -> float:
     """Rows [N, D] times each its group's [D, F], every row in some group; or [N, D] and [N, F] to a [D, F] a group."""
-    shapes = [x.aval.shape for x in equation.invars if jnp.issubdtype(x.aval.dtype, jnp.floating)]
-    (rows, d), right = shapes[:2]
+    (rows, d), right = [*_floating_shapes(equation)][:2]
     return 2.0 * rows * d * right[1] if len(right) == 2 else 2.0 * rows * math.prod(right[1:])
 
 
 def _routing(equation: core.JaxprEqn, _: str) -> float:
     """Activations [..., D] times the router's weights, D × E in either order, where the kernel is given those."""
-    x, w = (operand.aval.shape for operand in equation.invars[:2])
+    x, w = map(_shape, equation.invars[:2])
     return 2.0 * math.prod(x) * math.prod(w) / x[-1] if x[-1] in w and 1 not in w else 0.0
 
 
@@ -265,19 +274,27 @@ _KERNELS = {
 }
 
 
+def _shape(x: Any) -> tuple[int, ...]:
+    return x.aval.shape
+
+
+def _floating_shapes(equation: core.JaxprEqn) -> Iterator[tuple[int, ...]]:
+    avals: list[Any] = [x.aval for x in equation.invars]
+    return (aval.shape for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating))
+
+
 def _num_bytes(x: Any) -> float:
     aval = x.aval
     return float(math.prod(aval.shape)) * aval.dtype.itemsize if hasattr(aval, "dtype") else 0.0
 
 
-def _stacked(loop: core.JaxprEqn) -> Counter[tuple[str, tuple[int, ...], str]]:
-    """What a scan stacks up: (name, shape, dtype) -> bytes."""
-    found: Counter[tuple[str, tuple[int, ...], str]] = Counter()
+def _stacked(loop: core.JaxprEqn) -> Iterator[tuple[StackKey, float]]:
+    """Yields the name, shape and dtype of each array that a scan stacks up, with its bytes."""
     (body,) = core.jaxprs_in_params(loop.params)
     for result, inside in zip(loop.outvars, body.outvars, strict=True):
-        if len(result.aval.shape) > len(inside.aval.shape):  # not carried
-            found[_made_by(body, inside), result.aval.shape, str(result.aval.dtype)] += _num_bytes(result)
-    return found
+        aval: Any = result.aval
+        if len(aval.shape) > len(_shape(inside)):  # not carried
+            yield (_made_by(body, inside), aval.shape, str(aval.dtype)), _num_bytes(result)
 
 
 def _made_by(jaxpr: core.Jaxpr, var: Any) -> str:

@@ -99,7 +99,7 @@ def compile_with_buffers(lowered: Any, compiler_options: dict[str, Any] | None =
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # options appear at run time
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX asks only once whether there is one
     try:
@@ -173,11 +173,8 @@ def _replay(events: list[Fields], sizes: dict[int, int], values: dict[int, Value
 
 def _whole(allocation: Fields, values: list[Value], num_moments: int) -> Block:
     """A block with an allocation of its own."""
-    kind: Kind = "temporary"
-    for number, name in ((5, "argument"), (12, "constant"), (7, "output")):
-        if _number(allocation, number):
-            kind = name  # type: ignore[assignment]
-            break
+    kinds: tuple[tuple[int, Kind], ...] = ((5, "argument"), (12, "constant"), (7, "output"))
+    kind: Kind = next((name for number, name in kinds if _number(allocation, number)), "temporary")
     parameter = _number(allocation, 6) if kind == "argument" else None
     return Block(_number(allocation, 2), kind, tuple(values), ((0, max(num_moments, 1)),), parameter)
 

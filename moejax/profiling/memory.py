@@ -183,8 +183,8 @@ class _Reader:
         self.weights = _weight_shapes(self.parameters.values())
 
     def buffer(self, block: Block) -> Buffer:
-        if block.kind == "argument":
-            return self._argument(block)
+        if block.parameter is not None:
+            return self._argument(block, block.parameter)
         first = block.values[0]
         shape, name = f"{first.dtype}{list(first.dims)}".replace(" ", ""), first.instruction
         if block.kind != "temporary":
@@ -196,8 +196,8 @@ class _Reader:
         words = ", ".join(filter(None, (how, like)))
         return Buffer(block.num_bytes, group, content, backward, name, shape, words, block.live)
 
-    def _argument(self, block: Block) -> Buffer:
-        x = self.parameters[block.parameter]
+    def _argument(self, block: Block, number: int) -> Buffer:
+        x = self.parameters[number]
         path = _path(x)
         group = next((g for pattern, g in _ARGUMENT_OF if re.match(pattern, path)), "other arguments")
         shape = re.sub(r"\{.*", "", x.shape).strip()

@@ -190,10 +190,10 @@ def _draw_schedule(ax: Any, memory: StepMemory, device: Device, field: Literal["
 
 def _draw_stack(ax: Any, series: dict[str, np.ndarray]) -> None:
     """Areas one on the other; those that are never a hundredth of the highest point are drawn as one."""
-    least = _LEAST_SHARE * sum(series.values()).max()
+    least = _LEAST_SHARE * np.sum([*series.values()], axis=0).max()
     shown = {name: live for name, live in series.items() if live.max() >= least}
     rest = [live for name, live in series.items() if name not in shown]
-    shown |= {_REST: sum(rest)} if rest else {}
+    shown |= {_REST: np.sum(rest, axis=0)} if rest else {}
     edges = np.arange(len(next(iter(series.values()))) + 1)
     columns = [np.append(live, live[-1]) for live in shown.values()]
     ax.stackplot(edges, *columns, labels=shown, colors=[_color(name) for name in shown], step="post", linewidth=0)

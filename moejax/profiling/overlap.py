@@ -111,8 +111,8 @@ def _play(module: Module, name: str, times: int, flops_per_s: float, bytes_per_s
             found.append(dataclasses.replace(transfer, waited_s=link - clock))
             clock = link
         elif start := _start_of(x, instructions):
-            transfer, through, before = started.pop(start, (None, 0.0, 0.0))
-            if transfer:
+            if start in started:
+                transfer, through, before = started.pop(start)
                 wait = max(0.0, through - clock)
                 found.append(dataclasses.replace(transfer, flops=flops - before, waited_s=wait))
                 clock += wait

@@ -253,7 +253,7 @@ def _predict(plans: Sequence[Plan]) -> Predicted | None:
 
 def _build(kind: Any, value: Any) -> Any:
     """A dataclass from what `dataclasses.asdict` and JSON made of it."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     if isinstance(value, dict):  # a union with a dataclass in it

@@ -48,7 +48,7 @@ def _head(report: Report) -> str:
     figures = [f"{n} step{'s' * (n > 1)} of {report.step_ms:,.2f} ms on {count}"]
     if report.tokens_per_ms:
         figures.append(f"{report.tokens_per_ms:,.2f} tokens/ms")
-    if report.mfu is not None and report.hfu is not None:
+    if report.predicted and report.mfu is not None and report.hfu is not None:
         figures.append(f"MFU {report.mfu:.1%}, HFU {report.hfu:.1%} of {report.predicted.hardware}'s peak")
     figures.append(f"busy {mean.busy:.1%}")
     figures.append(f"exposed communication {mean.exposed_ms / mean.window_ms:.1%}")

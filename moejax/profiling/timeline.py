@@ -102,8 +102,8 @@ def _draw_devices(ax: Any, trace: Trace, step: Marker, report: Report, devices: 
         image.reshape(-1, COLUMNS, 3), extent=(0, length_ms, len(devices) - 0.5, -0.5), aspect="auto",
         interpolation="nearest",
     )  # fmt: skip
-    for row, device in enumerate(devices if report.bubble else ()):
-        for start, end in report.bubble[device]:
+    for row, device in enumerate(devices):
+        for start, end in report.bubble[device] if report.bubble else ():
             if step.start_ns <= start < step.end_ns:
                 at = [(start - step.start_ns) / _MS, (end - step.start_ns) / _MS]
                 ax.fill_between(at, row - 0.4, row + 0.4, facecolor="none", edgecolor="#999999", hatch="////", lw=0)

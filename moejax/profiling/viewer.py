@@ -37,7 +37,7 @@ def show_phases(file: Path, programs: Sequence[Mapping[str, Op]]) -> None:
     """
     found: dict[str, set[str]] = {}
     for name, op in (item for program in programs for item in program.items()):
-        found.setdefault(name, set()).add(" ".join(filter(None, (op.phase, op.backward and "backward", name))))
+        found.setdefault(name, set()).add(" ".join(filter(None, (op.phase, "backward" if op.backward else "", name))))
     labels = {name.encode(): labels.pop().encode() for name, labels in found.items() if len(labels) == 1}
 
     def kind(message: bytes) -> bytes:

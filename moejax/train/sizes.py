@@ -79,6 +79,7 @@ class StepSizes:
         Raises:
             JaxRuntimeError: the step failed otherwise, or after it had taken the state's memory for its own.
         """
+        assert self._current is not None, "`use` comes first"
         while True:
             step = self.used[self._current]
             try:

@@ -6,9 +6,16 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
-from moejax.planner.costs import product_bytes, product_efficiency, product_seconds, rates, transfer_seconds
+from moejax.planner.costs import (
+    Assumptions,
+    product_bytes,
+    product_efficiency,
+    product_seconds,
+    rates,
+    transfer_seconds,
+)
 from moejax.planner.hardware import Cluster, Constant, get_device
-from moejax.planner.time import Assumptions, Placement, Step, predict_time
+from moejax.planner.time import Placement, Step, predict_time
 from moejax.planner.work import Product, Sweep, Transfer
 
 H100 = get_device("h100")

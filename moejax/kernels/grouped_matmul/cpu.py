@@ -26,6 +26,9 @@ in one arena of the allocator (experiments/common.py), where results are not map
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -55,10 +58,14 @@ def drhs(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.Array:
         return _drhs_by_group(x_ND, dy_NF, size_e)
     axes = manual.varying(x_ND) | manual.varying(dy_NF) | manual.varying(size_e)
     rooms = sorted({-(-factor * N // (4 * groups * 8)) * 8 for factor in (5, 8)})  # 1.25 and 2 times the mean
-    branches = [*(lambda room=room: _drhs_batched(x_ND, dy_NF, size_e, room) for room in rooms)]
-    branches.append(lambda: _drhs_by_group(x_ND, dy_NF, size_e))
+    branches = [partial(_drhs_batched, x_ND, dy_NF, size_e, room) for room in rooms]
+    branches.append(partial(_drhs_by_group, x_ND, dy_NF, size_e))
     enough = sum((size_e.max() > room).astype(jnp.int32) for room in rooms)
-    return lax.switch(enough, [lambda branch=branch: manual.vary(branch(), axes) for branch in branches])
+
+    def varying(branch: Callable[[], jax.Array]) -> jax.Array:
+        return manual.vary(branch(), axes)
+
+    return lax.switch(enough, [partial(varying, branch) for branch in branches])
 
 
 def _drhs_batched(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array, room: int) -> jax.Array:
@@ -86,13 +93,13 @@ def _drhs_by_group(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.
         none_DF = manual.vary(jnp.zeros((D, dy_NF.shape[1]), jnp.float32), axes)
         first = end - jnp.maximum((end - start - 1) // blocks[-1], 0) * blocks[-1]  # the rest are largest blocks
         enough = sum((first - start > M).astype(jnp.int32) for M in (0, *blocks[:-1]))
-        products = [lambda M=M: product(start, first, M) for M in blocks]
+        products = [partial(product, start, first, M) for M in blocks]
         dw_DF = lax.switch(enough, [lambda: none_DF, *products])
-        _, dw_DF = lax.while_loop(
+        dw_DF = lax.while_loop(
             lambda state: state[0] < end,
             lambda state: (state[0] + blocks[-1], state[1] + product(state[0], end, blocks[-1])),
             (first, dw_DF),
-        )
+        )[1]
         return None, dw_DF.astype(x_ND.dtype)
 
     return lax.scan(group, None, _bounds(size_e))[1]
@@ -114,12 +121,14 @@ def _rows(x_ND: jax.Array, w_eDF: jax.Array, size_e: jax.Array, contract: int) -
             y_MF = jnp.where(mine_M[:, None], y_MF, lax.dynamic_slice_in_dim(y_NF, at, M))
             return lax.dynamic_update_slice_in_dim(y_NF, y_MF, at, 0)
 
+        def fits(M: int, state: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return state[0] + M <= stop
+
+        def advance(M: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return state[0] + M, visit(state[1], state[0], min(M, N))
+
         for M in [largest >> halvings for halvings in range(_HALVINGS + 1)]:
-            start, y_NF = lax.while_loop(
-                lambda state, M=M: state[0] + M <= stop,
-                lambda state, M=M: (state[0] + M, visit(state[1], state[0], min(M, N))),
-                (start, y_NF),
-            )
+            start, y_NF = lax.while_loop(partial(fits, M), partial(advance, M), (start, y_NF))
         return y_NF, None
 
     zero_NF = manual.vary(jnp.zeros((N, w_eDF.shape[2 - contract]), x_ND.dtype), axes)

@@ -67,7 +67,8 @@ def top_k_routing(
     if logits_TE.ndim != 2 or not jnp.issubdtype(logits_TE.dtype, jnp.floating):
         raise ValueError(f"logits_TE is {logits_TE.dtype}{logits_TE.shape}; must be floating point [tokens, experts]")
     rules = Rules(experts_per_token, score, renormalize, num_sequences)
-    _check(rules, *logits_TE.shape, bias_E)
+    T, E = logits_TE.shape
+    _check(rules, T, E, bias_E)
     with jax.named_scope("route"):
         return _call(rules, implementation or routing_implementation(), interpret, (logits_TE,), bias_E)
 

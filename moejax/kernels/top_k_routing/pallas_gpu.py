@@ -64,7 +64,7 @@ def _route(rules: Rules, biased: bool, interpret: bool, *arrays: jax.Array) -> t
     K, b = rules.experts_per_token, rules.num_sequences
     sizes = _sizes(T // b, E, tokens.shape[1] if weights else 0)
     n = pl.cdiv(sizes.S, sizes.tiles * sizes.c)
-    shapes = [((T, K), jnp.float32), ((T, K), jnp.int32), ((T, K), jnp.int32)]
+    shapes: list[tuple[tuple[int, ...], Any]] = [((T, K), jnp.float32), ((T, K), jnp.int32), ((T, K), jnp.int32)]
     shapes += [((b, n, E), jnp.int32), ((b, n, E), jnp.float32), *[((b, n), jnp.float32)] * 3]
     gate_TK, expert_TK, rank_TK, count_bnE, prob_bnE, *scalars_bn = pl.pallas_call(
         functools.partial(_kernel, rules, sizes, biased),
