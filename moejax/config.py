@@ -264,10 +264,13 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up to `learning_rate`, then a cosine to `final_learning_rate_fraction` of it."""
+    """AdamW with linear warm-up to `learning_rate`, then a cosine to `final_learning_rate_fraction` of it.
+
+    `warmup_steps=None` warms up for a tenth of the run, at most 500 steps.
+    """
 
     learning_rate: float = 3e-3
-    warmup_steps: int = 50
+    warmup_steps: int | None = None
     final_learning_rate_fraction: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
@@ -277,10 +280,24 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "learning_rate", "eps", "clip_norm")
-        _check_not_negative(self, "warmup_steps", "weight_decay")
+        _check_not_negative(self, "weight_decay", *(() if self.warmup_steps is None else ("warmup_steps",)))
         for name in ("final_learning_rate_fraction", "b1", "b2"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"{name}={value} must be between 0 and 1")
+
+    def warmup(self, steps: int) -> int:
+        """Returns how many of a run's `steps` warm up.
+
+        Raises:
+          ConfigError: `warmup_steps` leaves no step to train at the full learning rate.
+        """
+        if self.warmup_steps is None:
+            return min(steps // 10, 500)
+        check(
+            self.warmup_steps < steps,
+            f"optimizer.warmup_steps={self.warmup_steps} must be less than steps={steps}; None is a tenth of the steps",
+        )
+        return self.warmup_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +381,4 @@ class TrainConfig:
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len={self.data.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}",
         )
-        check(
-            self.optimizer.warmup_steps < self.steps,
-            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be less than steps={self.steps}",
-        )
+        self.optimizer.warmup(self.steps)

@@ -55,6 +55,13 @@ def test_names_overrides_and_positionals():
     assert remaining == ["script.py", "positional"]
 
 
+@pytest.mark.parametrize("name", ["tiny", "small", "mixed", "peer", "moe_16x10b", "mixtral_8x7b"])
+@pytest.mark.parametrize("steps", [1, 20, 100_000])
+def test_any_number_of_steps_can_be_asked_for_alone(name, steps):
+    config = parse(f"--config={name}", f"--config.steps={steps}")[0]
+    assert config.optimizer.warmup(config.steps) == min(steps // 10, 500)
+
+
 def test_a_plan_decides_what_its_buckets_say():
     config, mesh_config, _ = parse("--config=mixed", "--mesh=cpu_16_mixed", "--config.steps=20", "--config.data.seed=3")
     first, *_, last = buckets = common.plan_buckets()

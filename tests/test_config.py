@@ -95,7 +95,11 @@ RELATIONS = [
         {"model": ModelConfig(router_bias=True)},
         "model.router_bias=True must be False with balance.bias_update_rate=0.0: the bias is what the rate moves",
     ),
-    (TrainConfig, {"steps": 50}, "optimizer.warmup_steps=50 must be less than steps=50"),
+    (
+        TrainConfig,
+        {"steps": 50, "optimizer": OptimizerConfig(warmup_steps=50)},
+        "optimizer.warmup_steps=50 must be less than steps=50; None is a tenth of the steps",
+    ),
 ]
 
 

@@ -21,7 +21,7 @@ def get_config() -> TrainConfig:
         model=model,
         balance=dataclasses.replace(BalanceConfig.suited_to(model), window=16),
         data=DataConfig(paths=tuple(paths), block_steps=4),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=10),
+        optimizer=OptimizerConfig(learning_rate=4e-3),
         checkpoint=CheckpointConfig(every=20),
         steps=60,
         eval_every=4,

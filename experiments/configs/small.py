@@ -9,6 +9,6 @@ def get_config() -> TrainConfig:
         model=small(),
         balance=BalanceConfig.suited_to(small()),
         data=DataConfig(seq_len=256, batch_size=16),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
         steps=500,
     )

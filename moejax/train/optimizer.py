@@ -7,17 +7,22 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from moejax.config import OptimizerConfig
+from moejax.config import OptimizerConfig, check
 from moejax.kernels.manual import varying
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then a cosine to its final fraction at `steps`."""
-    peak = config.learning_rate
+    """Returns a linear warm-up to `learning_rate`, then a cosine to its final fraction at `steps`.
+
+    Raises:
+      ConfigError: `steps` is not positive, or `warmup_steps` is not less.
+    """
+    check(steps > 0, f"steps={steps} must be positive")
+    peak, warmup_steps = config.learning_rate, config.warmup(steps)
     return optax.warmup_cosine_decay_schedule(
-        init_value=peak / (config.warmup_steps + 1),  # the first step moves already
+        init_value=peak / (warmup_steps + 1),  # the first step moves already
         peak_value=peak,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup_steps,
         decay_steps=steps,
         end_value=peak * config.final_learning_rate_fraction,
     )
