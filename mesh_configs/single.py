@@ -1,6 +1,6 @@
-"""One device: a first look at a new model, a debugger; on one accelerator add --mesh.hardware=h100 or what it is.
+"""The CPU as one device: the fastest way to train on a machine without accelerators, and for a debugger.
 
-Every axis is 1, so every collective is gone and the program is the plain model.
+Every axis is 1, so there are no collectives and the program is the plain model. For accelerators use --mesh=local.
 """
 
 from moejax.mesh import MeshConfig

@@ -13,7 +13,7 @@ from moejax.config import (
     TrainConfig,
 )
 from moejax.data import load_data, make_loader
-from moejax.mesh import MeshConfig, build_mesh, use_virtual_devices
+from moejax.mesh import MeshConfig, build_mesh, local_mesh_config, use_virtual_devices
 from moejax.model import Program
 from moejax.modules import MoELayer, MoEStats, Transformer
 from moejax.presets import get_preset
@@ -47,6 +47,7 @@ __all__ = [
     "compile_only_devices",
     "get_preset",
     "load_data",
+    "local_mesh_config",
     "make_loader",
     "make_train_step",
     "use_virtual_devices",

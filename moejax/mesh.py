@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
 
@@ -29,6 +30,25 @@ Hardware = Literal[
     "tpu_v4", "tpu_v5e", "tpu_v5p", "tpu_v6e", "tpu7x", "custom",
 ]  # fmt: skip
 
+# How devices name themselves (`jax.Device.device_kind`); the first pattern that is found counts.
+_KINDS: tuple[tuple[str, Hardware], ...] = (
+    (r"A100.*40GB", "a100_40gb"),
+    (r"A100.*64GB", "a100_64gb"),
+    (r"A100.*80GB", "a100_80gb"),
+    (r"H100.*96GB|H100 NVL", "h100_96gb"),
+    (r"H100", "h100"),
+    (r"\bH200", "h200"),  # a GH200 is another device
+    (r"\bB200", "b200"),
+    (r"MI250X", "mi250x_gcd"),
+    (r"MI300X", "mi300x"),
+    (r"TPU v4$", "tpu_v4"),
+    (r"TPU v5( lite|e)", "tpu_v5e"),
+    (r"TPU v5p?$", "tpu_v5p"),
+    (r"TPU v6( lite|e)", "tpu_v6e"),
+    (r"TPU ?v?7x", "tpu7x"),
+)
+_PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -36,7 +56,8 @@ class MeshConfig:
 
     `host_axis` is the one axis whose neighbours may stand in different hosts; every other axis stays inside one host.
     But for replicas: unless they are the `host_axis`, each takes hosts of its own, `hosts / replica` of them. `hosts`
-    must divide accordingly. `hardware` is a name, whose figures are the planner's; "custom" is a user's own.
+    must divide accordingly. `hardware` names the devices; the planner has figures of each name, and "custom" is any
+    other accelerator.
     """
 
     expert: int = 1
@@ -97,17 +118,24 @@ class MeshConfig:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Places `devices` (default: all of JAX's) on the mesh of `config`.
+    """Places `devices` (default: all that JAX found) on the mesh of `config`.
 
     Devices are taken by (process, id), so that consecutive ones share a host. Replicas are equal runs of them, and of
     each the runs that are its hosts become the outermost part of `host_axis`: no other axis crosses hosts.
 
     Raises:
-      ConfigError: the number of devices is not the one that the mesh needs.
+      ConfigError: the devices are not the hardware that `config` names, or are too few or too many for it.
     """
     devices = jax.devices() if devices is None else list(devices)
+    _check_hardware(config, devices)
     if len(devices) != config.num_devices:
         raise ConfigError(_device_count_message(config, devices))
+    processes = len({device.process_index for device in devices})
+    check(
+        config.hardware == "cpu" or processes % config.hosts == 0,
+        f"mesh.hosts={config.hosts}, but the {len(devices)} devices are all of {_processes(processes)}; start one "
+        "process per host, or use --mesh.hosts=1 if they share a host",
+    )
     ordered = np.empty(len(devices), dtype=object)
     ordered[:] = sorted(devices, key=lambda device: (device.process_index, device.id))
 
@@ -133,20 +161,66 @@ def platform(mesh: Mesh | AbstractMesh) -> Platform:
     return mesh.abstract_mesh.abstract_device.platform
 
 
+def local_mesh_config(devices: Sequence[jax.Device] | None = None) -> MeshConfig:
+    """Returns a mesh of all of this machine's devices, whatever they are. Without `devices`, starts JAX to find them.
+
+    The expert axis takes the largest power of two that divides their number, because numbers of experts are multiples
+    of powers of two; the other factor becomes replicas.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    expert = len(devices) & -len(devices)
+    hardware: set[Hardware] = {_hardware(device) or "custom" for device in devices}
+    return MeshConfig(
+        expert=expert,
+        replica=len(devices) // expert,
+        hardware=hardware.pop() if len(hardware) == 1 else "custom",
+    )
+
+
+def _hardware(device: jax.Device) -> Hardware | None:
+    """Returns the name of what the device is, or None for an accelerator that has no name here."""
+    if device.platform == "cpu":
+        return "cpu"
+    return next((name for pattern, name in _KINDS if re.search(pattern, device.device_kind)), None)
+
+
+def _check_hardware(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
+    """Refuses devices that are known to be something else than `config.hardware`."""
+    for device in devices:
+        found, name = _PLATFORMS.get(device.platform, device.platform), _hardware(device)
+        if config.hardware == "custom" and found != "cpu":
+            continue
+        if found == config.platform and name in (config.hardware, None):
+            continue
+        have = f"{len(devices)} {found} device{'s' * (len(devices) > 1)}"
+        if found == "cpu":
+            extra = "tpu" if config.platform == "tpu" else "cuda"
+            plugin = "the ROCm plugin of JAX" if config.hardware.startswith("mi") else f'pip install -e ".[{extra}]"'
+            fix = f"install JAX for it ({plugin}), or use --mesh.hardware=cpu"
+        else:
+            have += f" ({device.device_kind})"
+            fix = f"use --mesh.hardware={name or 'custom'}, or --mesh=local for the devices of this machine"
+        raise ConfigError(f"mesh.hardware={config.hardware} is not what JAX found, {have}; {fix}")
+
+
 def _device_count_message(config: MeshConfig, devices: Sequence[jax.Device]) -> str:
     sizes = " × ".join(f"{name}={size}" for name, size in config.shape.items())
     have, needed = len(devices), config.num_devices
     others = needed // config.expert
+    on_cpu = all(device.platform == "cpu" for device in devices)
     if have == 1:
-        fix = "for one device use --mesh=single"
+        fix = f"for one device use --mesh={'single' if on_cpu else 'local'}"
     elif have % others == 0:
         fix = f"for {have} devices use expert={have // others}"
     else:
         fix = f"for {have} devices use sizes whose product is {have}, such as expert={have} with the others 1"
-    if all(device.platform == "cpu" for device in devices):
-        flag = "" if config.hardware == "cpu" else "use --mesh.hardware=cpu, which is to "
-        fix += f", or for {needed} virtual CPU devices {flag}call moejax.use_virtual_devices({needed}) first"
+    if on_cpu:
+        fix += f", or for {needed} virtual CPU devices call moejax.use_virtual_devices({needed}) first"
     return f"mesh {sizes} needs {needed} device{'s' * (needed > 1)} but there {_count(have)}; {fix}"
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
 
 
 def _count(number: int) -> str:
@@ -172,5 +246,6 @@ def use_virtual_devices(number: int) -> None:
     if (platform, have) != ("cpu", number):
         raise ConfigError(
             f"use_virtual_devices({number}) comes too late: JAX has already started with {have} {platform} "
-            f"device{'s' * (have > 1)}; call it before anything asks for a device"
+            f"device{'s' * (have > 1)}; restart the process (in a notebook, the kernel) and call it before anything "
+            "asks for a device"
         )

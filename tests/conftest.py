@@ -36,9 +36,10 @@ class FakeDevice:
 
 @pytest.fixture
 def fake_devices():
-    """A function (hosts, devices per host) -> devices, in an order that is not theirs."""
+    """Returns a function (hosts, devices per host, platform and kind) -> devices, in an order that is not theirs."""
 
-    def make(hosts, per_host):
-        return [FakeDevice(host * per_host + i, host) for i in range(per_host) for host in range(hosts)][::-1]
+    def make(hosts, per_host, *described):
+        every = [FakeDevice(host * per_host + i, host, *described) for i in range(per_host) for host in range(hosts)]
+        return every[::-1]
 
     return make

@@ -129,12 +129,13 @@ def test_accepted_options_pass_on_every_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_devices_own_compilers_accept_the_table_and_name_what_they_refuse(target):
+    hardware = target.rsplit("_", 1)[0]
     program = (
         "import json, moejax.compiler as compiler\n"
         "from moejax.config import ConfigError\n"
         "from moejax.mesh import MeshConfig, build_mesh, platform\n"
         "from moejax.topology import compile_only_devices\n"
-        f"mesh = build_mesh(MeshConfig(expert=16), compile_only_devices({target!r}))\n"
+        f"mesh = build_mesh(MeshConfig(expert=16, hardware={hardware!r}), compile_only_devices({target!r}))\n"
         "compiler.check_accepted(mesh, compiler.program_options(platform(mesh)) | compiler.for_jit(compiler.ONCE))\n"
         "try:\n"
         "    compiler.check_accepted(mesh, {'xla_no_such_thing': True})\n"

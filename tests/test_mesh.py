@@ -1,7 +1,9 @@
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -13,9 +15,11 @@ from moejax.mesh import (
     PIPELINE,
     REPLICA,
     TENSOR,
+    Hardware,
     MeshConfig,
     abstract_mesh,
     build_mesh,
+    local_mesh_config,
     platform,
     use_virtual_devices,
 )
@@ -83,6 +87,7 @@ def test_one_host_is_row_major_and_automatic():
     ],
 )
 def test_only_the_host_axis_crosses_hosts(config, fake_devices):
+    config = dataclasses.replace(config, hardware="h100")
     mesh = build_mesh(config, fake_devices(config.hosts, 16 // config.hosts))
     hosts = np.moveaxis(hosts_of(mesh), config.axis_names.index(config.host_axis), 0)
     per_host = hosts.shape[0] // config.hosts
@@ -92,7 +97,7 @@ def test_only_the_host_axis_crosses_hosts(config, fake_devices):
 
 
 def test_replicas_have_hosts_of_their_own(fake_devices):
-    config = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hosts=4, host_axis="pipeline")
+    config = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100", hosts=4, host_axis="pipeline")
     hosts = hosts_of(build_mesh(config, fake_devices(4, 4)))
     for replica in range(2):
         for stage in range(2):
@@ -107,7 +112,6 @@ def test_replicas_have_hosts_of_their_own(fake_devices):
         (MeshConfig(expert=2, pipeline=2, tensor=2), 16, ["expert=2 × pipeline=2 × tensor=2 needs 8", "use expert=4"]),
         (MeshConfig(expert=4, pipeline=3, tensor=2), 16, ["needs 24", "product is 16", "use_virtual_devices(24)"]),
         (MeshConfig(expert=2), 1, ["needs 2 devices", "is 1", "--mesh=single"]),
-        (MeshConfig(expert=8, hardware="h100"), 1, ["--mesh.hardware=cpu"]),
     ],
 )  # fmt: skip
 def test_device_count_is_explained(config, devices, expected):
@@ -124,6 +128,97 @@ def test_accelerators_get_no_hint_of_virtual_devices(fake_devices):
     assert "virtual" not in str(error.value)
 
 
+KINDS = {
+    "NVIDIA A100-SXM4-40GB": "a100_40gb",
+    "NVIDIA A100-SXM-64GB": "a100_64gb",
+    "NVIDIA A100 80GB PCIe": "a100_80gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100",
+    "NVIDIA H100 NVL": "h100_96gb",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "AMD Instinct MI250X": "mi250x_gcd",
+    "AMD Instinct MI300X": "mi300x",
+    "TPU v4": "tpu_v4",
+    "TPU v5 lite": "tpu_v5e",
+    "TPU v5": "tpu_v5p",
+    "TPU v5p": "tpu_v5p",
+    "TPU v6 lite": "tpu_v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA GeForce RTX 4090": "custom",
+    "NVIDIA GH200 480GB": "custom",
+    "NVIDIA GB200": "custom",
+    "TPU v4 lite": "custom",
+}
+
+
+@pytest.mark.parametrize(("kind", "hardware"), KINDS.items())
+def test_devices_are_recognized_by_the_name_that_they_give_themselves(kind, hardware, fake_devices):
+    devices = fake_devices(1, 8, "tpu" if kind.startswith("TPU") else "gpu", kind)
+    config = local_mesh_config(devices)
+    assert config == MeshConfig(expert=8, hardware=hardware)
+    assert build_mesh(config, devices).size == 8
+    assert build_mesh(dataclasses.replace(config, hardware="custom"), devices).size == 8
+
+
+def test_every_name_of_hardware_can_be_recognized():
+    assert {*KINDS.values(), "cpu"} == set(get_args(Hardware))
+
+
+@pytest.mark.parametrize(("number", "expert", "replica"), [(1, 1, 1), (2, 2, 1), (3, 1, 3), (6, 2, 3), (16, 16, 1)])
+def test_the_local_mesh_takes_every_device_of_any_machine(number, expert, replica, fake_devices):
+    devices = fake_devices(1, number, "gpu", "NVIDIA A100-SXM4-40GB")
+    config = local_mesh_config(devices)
+    assert config == MeshConfig(expert=expert, replica=replica, hardware="a100_40gb")
+    assert build_mesh(config, devices).size == number
+    mixed = [*devices, *fake_devices(1, 1, "gpu", "NVIDIA H200")]
+    assert build_mesh(local_mesh_config(mixed), mixed).size == number + 1
+
+
+def test_the_local_mesh_of_a_cpu_is_what_jax_has_of_it():
+    assert local_mesh_config() == MeshConfig(expert=16)
+    assert local_mesh_config(jax.devices()[:1]) == MeshConfig()
+    assert build_mesh(local_mesh_config()).size == 16
+
+
+@pytest.mark.parametrize(
+    ("hardware", "described", "expected"),
+    [
+        ("h100", ("cpu", "cpu"), 'JAX found, 8 cpu devices; install JAX for it (pip install -e ".[cuda]"), or use '),
+        ("mi300x", ("cpu", "cpu"), "install JAX for it (the ROCm plugin of JAX), or use --mesh.hardware=cpu"),
+        ("custom", ("cpu", "cpu"), "or use --mesh.hardware=cpu"),
+        ("tpu_v5e", ("cpu", "cpu"), 'pip install -e ".[tpu]"), or use --mesh.hardware=cpu'),
+        ("tpu_v5e", ("gpu", "NVIDIA H200"), "8 gpu devices (NVIDIA H200); use --mesh.hardware=h200, or --mesh=local"),
+        ("cpu", ("gpu", "NVIDIA H200"), "8 gpu devices (NVIDIA H200); use --mesh.hardware=h200, or --mesh=local"),
+        ("cpu", ("tpu", "TPU v9"), "8 tpu devices (TPU v9); use --mesh.hardware=custom, or --mesh=local"),
+        ("h100", ("gpu", "NVIDIA A100-SXM4-80GB"), "(NVIDIA A100-SXM4-80GB); use --mesh.hardware=a100_80gb, or"),
+        ("tpu_v4", ("tpu", "TPU v5 lite"), "use --mesh.hardware=tpu_v5e, or"),
+    ],
+)
+def test_hardware_that_is_not_there_is_refused(hardware, described, expected, fake_devices):
+    with pytest.raises(ConfigError) as error:
+        build_mesh(MeshConfig(expert=8, hardware=hardware), fake_devices(1, 8, *described))
+    message = str(error.value)
+    assert message.startswith(f"mesh.hardware={hardware} is not what JAX found, 8 ")
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_the_real_devices_are_compared_too():
+    with pytest.raises(ConfigError, match=r"mesh\.hardware=h100 is not what JAX found, 16 cpu devices; install"):
+        build_mesh(MeshConfig(expert=16, hardware="h100"))
+
+
+@pytest.mark.parametrize(("processes", "hosts", "works"), [(1, 2, False), (2, 2, True), (16, 2, True), (2, 4, False)])
+def test_as_many_hosts_as_the_mesh_says_have_processes(processes, hosts, works, fake_devices):
+    config, devices = MeshConfig(expert=16, hardware="h100", hosts=hosts), fake_devices(processes, 16 // processes)
+    if works:
+        assert build_mesh(config, devices).size == 16
+        return
+    with pytest.raises(ConfigError, match=rf"mesh.hosts={hosts}, but the 16 devices are all of {processes} process"):
+        build_mesh(config, devices)
+
+
 def test_virtual_devices_again_with_the_same_number():
     use_virtual_devices(16)
     assert jax.device_count() == 16
@@ -137,7 +232,7 @@ def test_virtual_devices_must_be_positive(number):
 
 def test_virtual_devices_too_late():
     jax.devices()
-    with pytest.raises(ConfigError, match=r"use_virtual_devices\(8\) comes too late.*16 cpu devices"):
+    with pytest.raises(ConfigError, match=r"use_virtual_devices\(8\) comes too late.*16 cpu devices; restart the"):
         use_virtual_devices(8)
     assert jax.config.jax_num_cpu_devices == 16
 

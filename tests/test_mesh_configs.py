@@ -23,12 +23,12 @@ def test_there_are_files():
 @pytest.mark.parametrize("path", MESHES, ids=named)
 def test_mesh_config_builds_and_says_when_to_use_it(path, fake_devices):
     config = load_config_file(path, MeshConfig)
-    mesh = build_mesh(config, fake_devices(config.hosts, config.num_devices // config.hosts))
+    mesh = build_mesh(config, fake_devices(config.hosts, config.num_devices // config.hosts, config.platform))
     assert mesh.shape == config.shape
     docstring = path.read_text().split('"""')[1]
     assert len(docstring.strip().splitlines()) >= 3
     hardware = path.stem.rsplit("_", 1)[0].removesuffix("_16")  # a100_64gb_2x8 -> a100_64gb
-    assert path.stem == "single" or config.hardware == hardware
+    assert config.hardware == {"single": "cpu", "local": "cpu"}.get(path.stem, hardware)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=named)
