@@ -302,17 +302,22 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on. No `paths` means the installed Python's own standard library.
+    """What a run trains on.
 
-    `batch_size` counts the sequences of one optimizer step over the whole mesh, each of `seq_len` tokens. `tokenizer`
-    is "bytes", "bpe" (trained on the corpus to `tokenizer_vocab_size` and cached) or the path of a tokenizer.json.
-    `eval_fraction` of the files, chosen by a hash of their names, is held out. Of a plan with several lengths, steps on
-    the same mesh come `block_steps` in a row: a change of mesh moves the whole state.
+    `paths` are text files, folders and globs; none means the installed Python's own standard library. `tokenizer` is
+    "bytes", "bpe" (trained on the corpus to `tokenizer_vocab_size` and cached), or the path of a tokenizer.json or of
+    the folder that holds it. `separator` is the token of that file that leads each document. If empty, it is the BOS
+    token where the model's tokenizer has one, else EOS, as `tokenizer_config.json` beside the file names them.
+
+    `batch_size` counts the sequences of one optimizer step over the whole mesh, each of `seq_len` tokens.
+    `eval_fraction` of the files, chosen by a hash of their names, is held out. With a plan of several lengths,
+    `block_steps` steps on the same mesh follow one another, because a change of mesh moves the whole state.
     """
 
     paths: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     tokenizer_vocab_size: int = 4096
+    separator: str = ""
     seq_len: int = 256
     batch_size: int = 32
     eval_fraction: float = 0.05
@@ -324,6 +329,10 @@ class DataConfig:
         check(
             self.tokenizer_vocab_size > 256,
             f"tokenizer_vocab_size={self.tokenizer_vocab_size} must be more than 256: BPE starts from the 256 bytes",
+        )
+        check(
+            not self.separator or self.tokenizer not in ("bytes", "bpe"),
+            f"separator={self.separator!r} needs a tokenizer.json; tokenizer={self.tokenizer!r} has its own",
         )
         check(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must be between 0 and 1")
 

@@ -78,6 +78,7 @@ RELATIONS = [
         {"tokenizer_vocab_size": 256},
         "tokenizer_vocab_size=256 must be more than 256: BPE starts from the 256 bytes",
     ),
+    (DataConfig, {"separator": "<s>"}, "separator='<s>' needs a tokenizer.json; tokenizer='bytes' has its own"),
     (DataConfig, {"eval_fraction": 0}, "eval_fraction=0 must be between 0 and 1"),
     (DataConfig, {"eval_fraction": 1}, "eval_fraction=1 must be between 0 and 1"),
     (

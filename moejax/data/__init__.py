@@ -9,7 +9,7 @@ from moejax.config import DataConfig
 from moejax.data.buckets import BucketShape, make_bucketed_loader
 from moejax.data.corpora import Document, hash_documents, load_corpus, split_documents
 from moejax.data.loader import make_loader
-from moejax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, make_tokenizer
+from moejax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, make_tokenizer, tokenizer_vocab_size
 
 __all__ = [
     "BpeTokenizer",
@@ -24,6 +24,7 @@ __all__ = [
     "make_loader",
     "make_tokenizer",
     "split_documents",
+    "tokenizer_vocab_size",
 ]
 
 

@@ -18,12 +18,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.config import ConfigError, DataConfig, check
 from moejax.data.corpora import Document, hash_documents
+from moejax.data.separators import ENDOFTEXT, find_separator
 
 _log = logging.getLogger(__name__)
 
-_SEPARATORS = ("<|endoftext|>", "</s>", "<s>")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_PROBE = "Naïve  café,\n\n\tif x == [1]:  # 東京 🙂\n" + "".join(_SEPARATORS)
+_PROBE = "Naïve  café,\n\n\tif x == [1]:  # 東京 🙂\n<|endoftext|></s><s>"
+
+# A fingerprint names the separator unless it is the first of these that the vocabulary has, so that fingerprints of
+# runs from when these were the only ones stay as they are.
+_UNNAMED = (ENDOFTEXT, "</s>", "<s>")
 
 
 class Tokenizer(Protocol):
@@ -81,27 +85,34 @@ class BpeTokenizer:
     every text (SentencePiece does), that space counts in `num_bytes`.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, name: str = "bpe") -> None:
-        """`name` is how errors call it.
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        name: str = "bpe",
+        *,
+        separator: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        """Takes `tokenizer`, which errors call `name`; `find_separator` tells what `separator` and `folder` do.
 
         Raises:
           ConfigError: it has no token to separate documents with, or does not give text back.
         """
         self._tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True  # or a text that mentions the separator would be cut by it
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        separators = [i for token in _SEPARATORS if (i := tokenizer.token_to_id(token)) is not None]
-        check(
-            bool(separators),
-            f"tokenizer={name!r} has no token to separate documents with; add one of {', '.join(_SEPARATORS)} to it",
-        )
-        self.separator: int = separators[0]
-        self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-        self.fingerprint: str = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
+        token = find_separator(tokenizer, name, separator, folder)
+        fingerprint = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16)
+        if token != next((known for known in _UNNAMED if tokenizer.token_to_id(known) is not None), None):
+            fingerprint.update(token.encode())
+        self.fingerprint: str = fingerprint.hexdigest()
+        tokenizer.add_special_tokens([token])  # where it was an ordinary one, decoding would show it
+        tokenizer.encode_special_tokens = True  # or a text that mentions the separator would be cut by it
+        self.separator: int = tokenizer.token_to_id(token)
+        self.vocab_size: int = _count_ids(tokenizer)
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.int32
         self._bytes_V = self._count_bytes()
-        self._check_lossless(name)
+        self._check_usable(name, token)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -133,7 +144,12 @@ class BpeTokenizer:
         bytes_V[self.separator] = 0
         return bytes_V
 
-    def _check_lossless(self, name: str) -> None:
+    def _check_usable(self, name: str, separator: str) -> None:
+        check(
+            self.separator not in self.encode(separator),
+            f"separator={separator!r} of tokenizer={name!r} also stands for text, so it cannot separate documents; "
+            "set data.separator to a special token",
+        )
         ids = self.encode(_PROBE)
         spaces = self.num_bytes(ids) - len(_PROBE.encode())  # 1 if it puts a space first
         check(
@@ -146,7 +162,7 @@ class BpeTokenizer:
 def make_tokenizer(
     config: DataConfig, train_documents: Sequence[Document], cache_dir: str | os.PathLike[str] | None = None
 ) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names.
+    """Makes the tokenizer that `config.tokenizer` names.
 
     "bpe" is trained on `train_documents` once; `cache_dir` (default: `moejax` in the user's cache folder) keeps it by
     a hash of corpus and size. A small corpus may yield fewer ids than `config.tokenizer_vocab_size`.
@@ -158,18 +174,38 @@ def make_tokenizer(
         return ByteTokenizer()
     if config.tokenizer == "bpe":
         return _cached_bpe(train_documents, config.tokenizer_vocab_size, Path(cache_dir or _default_cache_dir()))
-    return BpeTokenizer(_read_tokenizer(config.tokenizer), config.tokenizer)
+    tokenizer, folder = _read_named(config.tokenizer)
+    return BpeTokenizer(tokenizer, config.tokenizer, separator=config.separator, folder=folder)
 
 
-def _read_tokenizer(path: str) -> tokenizers.Tokenizer:
+def tokenizer_vocab_size(config: DataConfig) -> int:
+    """Returns how many ids `config.tokenizer` needs, without reading any text; for "bpe", the most that it may learn.
+
+    Raises:
+      ConfigError: the tokenizer's file cannot be read.
+    """
+    if config.tokenizer == "bytes":
+        return ByteTokenizer.vocab_size
+    return config.tokenizer_vocab_size if config.tokenizer == "bpe" else _count_ids(_read_named(config.tokenizer)[0])
+
+
+def _count_ids(tokenizer: tokenizers.Tokenizer) -> int:
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
+    """Reads the tokenizer.json that `name` is, or that the folder `name` holds; returns it and its folder."""
     try:
-        return tokenizers.Tokenizer.from_str(Path(path).expanduser().read_text(encoding="utf-8"))
+        path = Path(name).expanduser()
+        path = path / "tokenizer.json" if path.is_dir() else path
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), path.parent
     except OSError as error:
         reason = error.strerror
     except Exception as error:  # the library raises bare Exception for what it cannot parse
         reason = " ".join(str(error).split())
     raise ConfigError(
-        f"tokenizer={path!r} cannot be read ({reason}); use 'bytes', 'bpe' or the path of a tokenizer.json"
+        f"tokenizer={name!r} cannot be read ({reason}); use 'bytes', 'bpe', or the path of a tokenizer.json or of a "
+        "folder that has one"
     )
 
 
@@ -181,7 +217,7 @@ def _cached_bpe(documents: Sequence[Document], vocab_size: int, cache_dir: Path)
     path = cache_dir / f"bpe-{vocab_size}-{hash_documents(documents)}.json"
     if path.exists():
         try:
-            return BpeTokenizer(_read_tokenizer(str(path)), str(path))
+            return BpeTokenizer(_read_named(str(path))[0], str(path))
         except ConfigError as error:
             _log.warning("training the tokenizer again: %s", error)
     tokenizer = _train_bpe(documents, vocab_size)
@@ -199,7 +235,7 @@ def _train_bpe(documents: Sequence[Document], vocab_size: int) -> tokenizers.Tok
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[_SEPARATORS[0]],
+        special_tokens=[ENDOFTEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

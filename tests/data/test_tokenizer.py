@@ -1,5 +1,8 @@
 """Text comes back from ids exactly, and every id's bytes are counted."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import tokenizers
@@ -8,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moejax.config import ConfigError, DataConfig
-from moejax.data import BpeTokenizer, ByteTokenizer, Document, make_tokenizer
+from moejax.data import BpeTokenizer, ByteTokenizer, Document, load_data, make_tokenizer, tokenizer_vocab_size
 from moejax.data import tokenizer as tokenizer_module
+from moejax.data.loader import encode_documents
 
 CORPUS = [Document("a", "the cat sat on the mat\n" * 20), Document("b", "def the(cat):\n    return cat\n" * 20)]
 BPE = DataConfig(tokenizer="bpe", tokenizer_vocab_size=275)
@@ -145,9 +149,6 @@ class TestBpe:
 
 
 class TestFromFile:
-    def test_separator_is_what_the_file_has(self, from_file):
-        assert from_file.separator == 2
-
     def test_ids_beyond_16_bits(self):
         vocab = {token: i for i, token in enumerate(pre_tokenizers.ByteLevel.alphabet())}
         vocab |= {f"a{i}": 256 + i for i in range(2**16 - 256)}
@@ -175,19 +176,156 @@ class TestFromFile:
             with pytest.raises(ConfigError) as error:
                 make_tokenizer(DataConfig(tokenizer=str(path)), CORPUS)
             assert error.match(
-                rf"^tokenizer='.*t\.json' cannot be read \({reason}\); use 'bytes', 'bpe' or the path of"
+                rf"^tokenizer='.*t\.json' cannot be read \({reason}\); use 'bytes', 'bpe', or the path of"
             )
             assert "\n" not in str(error.value)
-
-    def test_error_of_no_separator(self):
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        with pytest.raises(
-            ConfigError, match=r"tokenizer='x' has no token to separate .* add one of <\|endoftext\|>, "
-        ):
-            BpeTokenizer(tokenizer, "x")
 
     def test_error_of_lossy_tokenizer(self, bpe):
         lossy = tokenizers.Tokenizer.from_str(bpe._tokenizer.to_str())
         lossy.normalizer = normalizers.Lowercase()
         with pytest.raises(ConfigError, match=r"tokenizer='x' gives 'naïve .* use one that gives every text back"):
             BpeTokenizer(lossy, "x")
+
+
+def byte_level(*special, leading=None, ordinary=()):
+    """GPT-2's kind: 256 bytes, then `ordinary` and `special` tokens; `leading` is put before a text on request."""
+    vocab = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *ordinary])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    if leading:
+        template = processors.TemplateProcessing(
+            f"{leading} $A", special_tokens=[(leading, tokenizer.token_to_id(leading))]
+        )
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return tokenizer
+
+
+LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"]
+MINIMAX = ["<filename>", "]~!b[", "[e~["]
+QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+OWN = ["<start>", "<stop>"]
+
+
+class TestSeparator:
+    """Documents are led by the token that the model's own tokenizer puts there."""
+
+    @pytest.mark.parametrize(
+        ("special", "config", "expected"),
+        [
+            (LLAMA_3, {"bos_token": LLAMA_3[0], "eos_token": LLAMA_3[1]}, LLAMA_3[0]),
+            (DEEPSEEK, {"bos_token": {"content": DEEPSEEK[0], "lstrip": False}, "eos_token": None}, DEEPSEEK[0]),
+            (MINIMAX, {"bos_token": MINIMAX[1], "eos_token": MINIMAX[2]}, MINIMAX[1]),
+            (QWEN, {"bos_token": None, "eos_token": "<|im_end|>"}, "<|im_end|>"),
+            (QWEN, {"bos_token": "not there", "eos_token": "<|endoftext|>"}, "<|endoftext|>"),
+            (OWN, {"bos_token": OWN[0], "eos_token": OWN[1]}, OWN[0]),
+            (OWN, {"add_bos_token": False, "bos_token": OWN[0], "eos_token": OWN[1]}, OWN[1]),
+            (OWN, {"add_bos_token": True, "bos_token": OWN[0], "eos_token": OWN[1]}, OWN[0]),
+        ],
+    )
+    @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+    @pytest.mark.parametrize("by_folder", [False, True])
+    def test_it_is_what_the_models_files_say(self, tmp_path, special, config, expected, file, by_folder):
+        if "add_bos_token" in config and file != "tokenizer_config.json":
+            config = {"bos_token": expected}
+        byte_level(*special).save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / file).write_text(json.dumps(config))
+        path = tmp_path if by_folder else tmp_path / "tokenizer.json"
+        tokenizer = make_tokenizer(DataConfig(tokenizer=str(path)), CORPUS)
+        assert tokenizer._tokenizer.id_to_token(tokenizer.separator) == expected
+
+    @pytest.mark.parametrize(
+        ("tokenizer", "expected"),
+        [
+            (sentencepiece_like(), "<s>"),
+            (byte_level(*LLAMA_3), LLAMA_3[0]),
+            (byte_level(*DEEPSEEK), DEEPSEEK[0]),
+            (byte_level(*MINIMAX), MINIMAX[1]),
+            (byte_level(*QWEN), "<|endoftext|>"),
+            (byte_level(*LLAMA_3[1:]), LLAMA_3[1]),
+            (byte_level("<unk>", "<s>", "</s>"), "<s>"),
+            (byte_level("<unk>", "</s>"), "</s>"),
+            (byte_level(*OWN, "<|endoftext|>", leading=OWN[0]), OWN[0]),
+        ],
+    )
+    def test_without_files_it_is_what_the_tokenizer_adds_or_a_known_name(self, tokenizer, expected):
+        assert tokenizer.id_to_token(BpeTokenizer(tokenizer).separator) == expected
+
+    def test_a_field_overrides_it_and_counts_in_the_fingerprint(self, tmp_path):
+        byte_level(*OWN).save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": OWN[0]}))
+        made = [
+            make_tokenizer(DataConfig(tokenizer=str(tmp_path), separator=separator), CORPUS) for separator in ("", *OWN)
+        ]
+        assert [tokenizer.separator - 256 for tokenizer in made] == [0, 0, 1]
+        assert made[0].fingerprint == made[1].fingerprint != made[2].fingerprint
+
+    @pytest.mark.parametrize("ordinary", [False, True])
+    def test_it_never_shows_in_text(self, ordinary):
+        """Whether the file calls the token special or not."""
+        inner = byte_level(ordinary=["<s>"]) if ordinary else byte_level("<s>")
+        tokenizer = BpeTokenizer(inner)
+        ids = [tokenizer.separator, *tokenizer.encode("a<s>b")]
+        assert ids.count(tokenizer.separator) == 1
+        assert tokenizer.decode(ids) == "a<s>b"
+        assert tokenizer.num_bytes(ids) == 5
+
+    def test_fingerprints_of_earlier_runs_hold(self):
+        """They are a hash of the file alone, for separators that were already these."""
+        for special in (["<|endoftext|>", "</s>"], ["<unk>", "</s>"], ["<s>"]):
+            tokenizer = byte_level(*special)
+            text = tokenizer.to_str()
+            assert BpeTokenizer(tokenizer).fingerprint == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def test_documents_begin_with_it(self, tmp_path):
+        (tmp_path / "tokenizer").mkdir()
+        byte_level(*LLAMA_3).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+        (tmp_path / "a.txt").write_text("one\ntwo\n" * 9)
+        config = DataConfig(paths=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path / "tokenizer"), seq_len=8)
+        data = load_data(config)
+        assert data.tokenizer.separator == 256
+        assert encode_documents(data.train_documents, data.tokenizer)[0][0] == 256
+
+    def test_error_of_none(self, tmp_path):
+        byte_level(*(f"<{i}>" for i in range(22))).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ConfigError) as error:
+            make_tokenizer(DataConfig(tokenizer=str(tmp_path)), CORPUS)
+        assert error.match(
+            r"does not say which token separates documents; set data\.separator to it: its special tokens are "
+            r"<0>, <1>, .*, <19> and 2 more$"
+        )
+        with pytest.raises(ConfigError, match=r"tokenizer='x' does not say .*: it has no special tokens$"):
+            BpeTokenizer(byte_level(), "x")
+
+    @pytest.mark.parametrize(
+        ("wanted", "message"),
+        [
+            ("<no>", r"separator='<no>' is not a token of tokenizer='x'; its special tokens are <start>, <stop>$"),
+            ("a", r"separator='a' of tokenizer='x' also stands for text, so it cannot separate documents; set"),
+        ],
+    )
+    def test_error_of_a_wrong_one(self, wanted, message):
+        with pytest.raises(ConfigError, match=message):
+            BpeTokenizer(byte_level(*OWN), "x", separator=wanted)
+
+    def test_error_of_a_broken_file(self, tmp_path):
+        byte_level(*OWN).save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text("{")
+        with pytest.raises(ConfigError, match=r"tokenizer_config\.json, which describes .* cannot be read \(Expecting"):
+            make_tokenizer(DataConfig(tokenizer=str(tmp_path)), CORPUS)
+
+
+class TestVocabSize:
+    def test_it_is_known_without_text(self, tmp_path):
+        byte_level(*LLAMA_3[:2]).save(str(tmp_path / "tokenizer.json"))
+        assert tokenizer_vocab_size(DataConfig()) == 256
+        assert tokenizer_vocab_size(DataConfig(tokenizer="bpe", tokenizer_vocab_size=300)) == 300
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            config = DataConfig(tokenizer=str(path))
+            assert tokenizer_vocab_size(config) == make_tokenizer(config, CORPUS).vocab_size == 258
+
+    def test_error_of_a_missing_file(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\); use 'bytes', 'bpe', or"):
+            tokenizer_vocab_size(DataConfig(tokenizer=str(tmp_path)))
