@@ -24,7 +24,7 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ class Checkpointer:
         self.every = every
         self._current: int | None = None  # the step last saved or restored
         self._saving: int | None = None  # the step last begun
-        self._damaged: set[int] = set()
+        self._problems: dict[int, str | None] = {}  # by step, of those checked: how it is damaged, None if it isn't
         self._manager: ocp.CheckpointManager | None = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -128,8 +128,26 @@ class Checkpointer:
         self._current = step
         return True
 
+    def read_metadata(self, step: int | None = None) -> dict[str, Any] | None:
+        """Returns the metadata of the checkpoint that `restore(..., step=step)` would restore, without its arrays.
+
+        Returns None if the directory has no checkpoint at all. Each checkpoint is checked for damage once: a `restore`
+        that follows doesn't read the files' checksums again.
+
+        Raises:
+          CheckpointError: if every checkpoint (or the one asked for) is damaged.
+          ValueError: if there is none of `step`.
+        """
+        chosen = self._choose(step)
+        return None if chosen is None else self._metadata_of(chosen)
+
     def restore(
-        self, template_state: PyTree, data_iterator: Any = None, step: int | None = None
+        self,
+        template_state: PyTree,
+        data_iterator: Any = None,
+        step: int | None = None,
+        *,
+        fresh: Sequence[str] = (),
     ) -> tuple[PyTree, int, dict[str, Any]] | None:
         """Restores the newest checkpoint that is undamaged, or that of `step`.
 
@@ -138,6 +156,8 @@ class Checkpointer:
             need not be the one saved on. A leaf's leading three dims may be stacked differently.
           data_iterator: a grain iterator, moved to the stored position.
           step: which checkpoint; by default the newest, or if that is damaged (a warning says how) the one before.
+          fresh: top-level parts of the state, such as "balance", that start anew. The template holds their values,
+            which are returned as they are; the checkpoint may hold these parts in any shape.
 
         Returns:
           The state, its step and its metadata; None if the directory has no checkpoint at all.
@@ -146,21 +166,17 @@ class Checkpointer:
           CheckpointError: if every checkpoint (or the one asked for) is damaged, or holds another state than wanted.
           ValueError: if there is none of `step`.
         """
-        self.wait()
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise ValueError(f"step={step} has no checkpoint in {self.directory}; there are {steps}")
-        if not steps:
+        step = self._choose(step)
+        if step is None:
             return None
-        step = self._newest_undamaged(steps if step is None else [step])
         directory = self.directory / str(step)
-        state = _restore_state(directory / STATE, template_state)
+        state = _restore_state(directory / STATE, template_state, fresh)
         if data_iterator is not None:
             if not (directory / DATA).exists():
                 raise CheckpointError(f"{directory} was saved without a data iterator; restore it without one")
             grain_checkpoint.CheckpointHandler().restore(directory / DATA, data_iterator)
         self._current = step
-        return state, step, json.loads((directory / METADATA / "metadata").read_text())
+        return state, step, self._metadata_of(step)
 
     def wait(self) -> None:
         """Waits until the save in the background, if any, is done.
@@ -206,32 +222,51 @@ class Checkpointer:
         [unfinished] = self.directory.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*")
         write_checksums(unfinished)
 
-    def _newest_undamaged(self, steps: list[int]) -> int:
-        """The newest of `steps` whose checksums hold; warns of those that are passed over."""
+    def _metadata_of(self, step: int) -> dict[str, Any]:
+        return json.loads((self.directory / str(step) / METADATA / "metadata").read_text())
+
+    def _choose(self, step: int | None) -> int | None:
+        """Returns `step` or the newest that is undamaged; None if there is no checkpoint. Warns of each passed over."""
+        self.wait()
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ValueError(f"step={step} has no checkpoint in {self.directory}; there are {steps}")
         problems = []
-        for step in reversed(steps):
-            # One process reads and judges, or they could choose different steps.
-            problem = find_damage(self.directory / str(step)) if jax.process_index() == 0 else None
-            if not multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
-                return step
-            self._damaged.add(step)
-            problem = problem or "process 0 says how"
-            problems.append(f"step {step}: {problem}")
-            logging.warning("Checkpoint of step %d in %s is damaged and not used: %s", step, self.directory, problem)
+        for candidate in reversed(steps if step is None else [step]):
+            problem = self._problem_of(candidate)
+            if problem is None:
+                return candidate
+            problems.append(f"step {candidate}: {problem}")
+        if not problems:
+            return None
         raise CheckpointError(
             f"no readable checkpoint in {self.directory} ({'; '.join(problems)}); restore the files from a copy, "
             "or use another directory to start anew"
         )
 
+    def _problem_of(self, step: int) -> str | None:
+        """Returns how the checkpoint is damaged, None if it isn't; reads the files, and warns, only once."""
+        if step not in self._problems:
+            # One process reads and judges, or they could choose different steps.
+            problem = find_damage(self.directory / str(step)) if jax.process_index() == 0 else None
+            damaged = bool(multihost_utils.broadcast_one_to_all(np.int32(problem is not None)))
+            self._problems[step] = problem = (problem or "process 0 says how") if damaged else None
+            if damaged:
+                logging.warning(
+                    "Checkpoint of step %d in %s is damaged and not used: %s", step, self.directory, problem
+                )
+        return self._problems[step]
+
     def _set_damaged_aside(self) -> None:
         """Renames what `restore` found damaged, so that the run can save the same step again and nothing is lost."""
-        if not self._damaged:
+        damaged = [step for step, problem in self._problems.items() if problem is not None]
+        self._problems.clear()
+        if not damaged:
             return
         if jax.process_index() == 0:
-            for step in self._damaged:
+            for step in damaged:
                 (self.directory / str(step)).rename(self.directory / f"damaged-{step}-{time.time_ns()}")
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
-        self._damaged.clear()
         self._open().reload()
 
 
@@ -299,12 +334,16 @@ def _abridged(lines: Iterable[str]) -> str:
     return ", ".join(lines[:_MAX_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
 
 
-def _restore_state(directory: pathlib.Path, template: PyTree) -> PyTree:
-    wanted = _by_name(template)
+def _restore_state(directory: pathlib.Path, template: PyTree, fresh: Sequence[str]) -> PyTree:
+    def restored_not_fresh(named: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: leaf for name, leaf in named.items() if name.split(".")[0] not in fresh}
+
+    every_leaf = _by_name(template)
+    wanted = restored_not_fresh(every_leaf)
     for name, leaf in wanted.items():
         if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
             raise ValueError(f"template_state's {name}={leaf} must have a NamedSharding on the current mesh")
-    stored = ocp.PyTreeCheckpointHandler().metadata(directory).tree
+    stored = restored_not_fresh(ocp.PyTreeCheckpointHandler().metadata(directory).tree)
     _check_same_leaves(directory, stored, wanted)
     restacked = [name for name in wanted if tuple(stored[name].shape) != wanted[name].shape]
     restored = _read(directory, {name: leaf.sharding for name, leaf in wanted.items() if name not in set(restacked)})
@@ -314,7 +353,7 @@ def _restore_state(directory: pathlib.Path, template: PyTree) -> PyTree:
         leaf = _read(directory, {name: sharding})[name]
         restored[name] = jax.block_until_ready(restack(leaf, wanted[name].shape, wanted[name].sharding))
         leaf.delete()
-    return jax.tree.unflatten(jax.tree.structure(template), [restored[name] for name in wanted])
+    return jax.tree.unflatten(jax.tree.structure(template), [(every_leaf | restored)[name] for name in every_leaf])
 
 
 def _check_same_leaves(directory: pathlib.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

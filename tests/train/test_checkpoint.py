@@ -182,6 +182,7 @@ def test_position_in_the_data_is_part_of_the_checkpoint(tmp_path, state):
 def test_no_checkpoint_is_a_fresh_start(tmp_path, state):
     with Checkpointer(tmp_path / "new", keep=1, every=10) as checkpointer:
         assert checkpointer.restore(template_of(state)) is None
+        assert checkpointer.read_metadata() is None
         assert [step for step in range(1, 31) if checkpointer.due(step)] == [10, 20, 30]
         with pytest.raises(ValueError, match=r"step=5 has no checkpoint in .*; there are \[\]"):
             checkpointer.restore(template_of(state), step=5)
@@ -199,6 +200,34 @@ def test_keeps_the_newest_and_saves_a_step_once(tmp_path, state):
     with Checkpointer(tmp_path, keep=2, every=1) as checkpointer:
         checkpointer.restore(template_of(state))
         assert not checkpointer.save(9, state, metadata={}), "a resumed run may end at once"
+
+
+def test_metadata_is_read_without_the_arrays(damageable, state, warnings, monkeypatch):
+    checked, find_damage = [], checkpoint.find_damage
+    monkeypatch.setattr(checkpoint, "find_damage", lambda path: checked.append(path.name) or find_damage(path))
+    flip(damageable / "2" / "checksums.json")
+    with Checkpointer(damageable, keep=3, every=1) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_restore_state", None)
+            assert checkpointer.read_metadata() == {"step": 1}, "the newest is damaged"
+        assert checkpointer.restore(template_of(state))[1:] == (1, {"step": 1})
+        assert checked == ["2", "1"], "a checkpoint's files are read for their checksums only once"
+        assert len(warnings) == 1
+        with pytest.raises(CheckpointError, match=r"no readable .*step 2: checksums.json has changed"):
+            checkpointer.read_metadata(2)
+        with pytest.raises(ValueError, match=r"step=3 has no checkpoint in .*; there are \[1, 2\]"):
+            checkpointer.read_metadata(3)
+
+
+def test_parts_named_fresh_start_anew_and_the_rest_is_restored(saved, state):
+    fresh = {"count": jnp.int32(3), "new": jnp.ones((2, 5))}
+    with Checkpointer(saved, keep=3, every=1) as checkpointer:
+        wanted = dataclasses.replace(template_of(state), opt_state=fresh)
+        with pytest.raises(ValueError, match="NamedSharding"):
+            checkpointer.restore(wanted)
+        restored, step, _ = checkpointer.restore(wanted, make_iterator(), fresh=("opt_state",))
+    assert step == 2
+    assert_bit_identical(restored, dataclasses.replace(state, opt_state=fresh))
 
 
 FILES = ["checksums.json", "state/ocdbt.process_0/d/*", "state/d/*", "state/manifest.ocdbt", "state/_METADATA"]
