@@ -17,7 +17,7 @@ PACKAGE = ROOT / "moejax"
 
 # Lowest first. A module imports from lower layers, and from itself if it is a package; not from its own layer.
 LAYERS = (
-    {"config"},
+    {"config", "strict_json"},
     {"compiler"},
     {"mesh", "overrides", "topology", "hlo", "plots"},
     {"presets", "remat"},

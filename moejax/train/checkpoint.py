@@ -35,6 +35,7 @@ from grain import checkpoint as grain_checkpoint
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from moejax import strict_json
 from moejax.sharding import NUM_STACK_DIMS
 from moejax.train.reshard import restack, restackable
 
@@ -110,7 +111,7 @@ class Checkpointer:
           TypeError: if JSON cannot hold the metadata.
         """
         self.wait()
-        json.dumps(metadata)  # here, and not in the background
+        strict_json.dumps(metadata)  # here, and not in the background
         if step == self._current:
             return False
         self._set_damaged_aside()
@@ -276,7 +277,7 @@ def write_checksums(directory: pathlib.Path) -> None:
     names = [name for name in names if name not in (*_NOT_SUMMED, CHECKSUMS)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sums = pool.map(_size_and_crc, (directory / name for name in names))
-        files = json.dumps(dict(zip(names, sums, strict=True)), indent=1)
+        files = strict_json.dumps(dict(zip(names, sums, strict=True)), indent=1)
     with (directory / CHECKSUMS).open("w", encoding="utf-8") as file:
         # Its own checksum comes first, so that damage to this file is not blamed on another.
         file.write(f"{zlib.crc32(files.encode()):08x}\n{files}")

@@ -2,7 +2,7 @@
 
 The files are for programs and for `tail -f`: each line is whole JSON and on disk (in the kernel) when `write` returns.
 A run that was killed and resumed from the checkpoint of step n repeats the steps after n, so their old lines are
-dropped when the writer is made, and a file has exactly one line a step.
+dropped when the writer is made. A file has at most one line a step, and exactly one unless the disk was full.
 
 The loads are lines of integers too, for what survives a kill is then the same for both. Text costs little here: 16
 layers of 16 experts with 40,000 assignments each are 1.5 KB a step, against 1 KB as 32-bit numbers.
@@ -13,59 +13,60 @@ Dimensions: L mixture-of-experts layers, E experts, N steps.
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import numpy as np
-import tensorboardX
 from absl import logging
-from tensorboardX.proto.summary_pb2 import Summary
 
+from moejax import strict_json
 from moejax.config import ConfigError
-from moejax.train.load_image import encode_png, load_image
+from moejax.train.files import AppendOnlyFile
+from moejax.train.load_image import load_image
+from moejax.train.tensorboard import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_FILE = "loads.jsonl"
 TENSORBOARD_DIR = "tensorboard"
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class MetricsWriter:
     """Writes the scalars of each step to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard`, loads to `loads.jsonl`.
 
-    JSON has no number for NaN and the infinities, and a strict reader rejects Python's bare `NaN`. They are written as
-    the strings "NaN", "Infinity" and "-Infinity", which `read_metrics`, `float()` in Python and `Number()` in
-    JavaScript all turn back into the number; null would not tell them apart.
+    NaN and the infinities are the strings "NaN", "Infinity" and "-Infinity" (see `moejax.strict_json`), which
+    `read_metrics` turns back into the number.
+
+    A full disk does not end a run: what cannot be written is left out, whole lines at a time. A warning says so at
+    the 1st, 10th, 100th ... failure, when writing works again, and at the end.
 
     In a run of several processes, process 0 alone should make one.
 
     Args:
       workdir: the run's directory; made if it is not there.
       resume_step: the step that the run starts from, 0 for a new one. What an earlier run wrote for later steps is
-        dropped (from each file at once and atomically; TensorBoard is told to hide it).
+        dropped (from each file at once and atomically; TensorBoard hides it).
+
+    Raises:
+      ConfigError: a line of a file that is there is damaged.
+      OSError: a file cannot be opened. Nothing has been trained yet, so this is the time to say so.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int = 0) -> None:
         if resume_step < 0:
             raise ValueError(f"resume_step={resume_step} must be 0 (a new run) or the step resumed from")
-        directory = pathlib.Path(workdir)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / METRICS_FILE
+        self._directory = pathlib.Path(workdir)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self.path = self._directory / METRICS_FILE
         self._last_step = resume_step
-        paths = self.path, directory / LOADS_FILE
+        paths = self.path, self._directory / LOADS_FILE
         for path in paths:
             _drop_after(path, resume_step)
-        self._file, self._loads = (path.open("a", encoding="utf-8") for path in paths)
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(directory / TENSORBOARD_DIR),
-            purge_step=resume_step + 1,
-            # The file is named after the second it is made in: two runs within one would overwrite each other.
-            filename_suffix=f".{time.time_ns()}",
-        )
+        self._file, self._loads = map(AppendOnlyFile, paths)
+        self._tensorboard = EventFile(self._directory / TENSORBOARD_DIR, first_step=resume_step + 1)
+        self._failures = 0  # writes of which a part could not be written
+        self._failing = False  # whether a warning of it is the last that was said
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat | str], load_LE: np.ndarray | None = None) -> None:
         """Appends one line for `step`, which must come after every step written so far.
@@ -86,17 +87,16 @@ class MetricsWriter:
         if "step" in metrics:
             raise ValueError("metrics has the name 'step', which is the line's own; rename it")
         scalars = {name: _to_float(name, value) for name, value in metrics.items()}
-        line = json.dumps({"step": step} | {name: _encode(value) for name, value in scalars.items()}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
-        if load_LE is not None:
-            loads = json.dumps({"step": step, "load_LE": np.asarray(load_LE, np.int64).tolist()}, separators=(",", ":"))
-            self._loads.write(loads + "\n")
-            self._loads.flush()
         self._last_step = step
-        for name, value in scalars.items():
-            if isinstance(value, float):
-                self._tensorboard.add_scalar(name, value, step)
+        numbers = {name: value for name, value in scalars.items() if isinstance(value, float)}
+        records = [
+            (self._file, _line({"step": step} | scalars)),
+            (self._tensorboard.file, self._tensorboard.scalars(step, numbers)),
+        ]
+        if load_LE is not None:
+            loads = {"step": step, "load_LE": np.asarray(load_LE, np.int64).tolist()}
+            records.append((self._loads, _line(loads, separators=(",", ":"))))
+        self._append(step, records)
 
     def write_by_layer(self, step: int, figures: Mapping[str, np.ndarray], load_LE: np.ndarray) -> None:
         """Gives TensorBoard scalars of each layer, `name/layer_00` and so on, and a picture of the loads.
@@ -106,21 +106,46 @@ class MetricsWriter:
           figures: arrays [L] by name.
           load_LE: assignments to each expert; see `moejax.train.load_image` for what the picture shows.
         """
-        for name, figure_L in figures.items():
-            for layer, value in enumerate(figure_L):
-                self._tensorboard.add_scalar(f"{name}/layer_{layer:02}", float(value), step)
-        image = load_image(load_LE)
-        height, width, _ = image.shape
-        png = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encode_png(image))
-        value = Summary.Value(tag="window_load/layer_by_expert", image=png)
-        # `add_image` would encode it as well, but with a library that nothing else here needs.
-        self._tensorboard.file_writer.add_summary(Summary(value=[value]), step)
+        numbers = {
+            f"{name}/layer_{layer:02}": float(value)
+            for name, figure_L in figures.items()
+            for layer, value in enumerate(figure_L)
+        }
+        picture = self._tensorboard.picture(step, "window_load/layer_by_expert", load_image(load_LE))
+        file = self._tensorboard.file
+        self._append(step, [(file, self._tensorboard.scalars(step, numbers)), (file, picture)])
+
+    def _append(self, step: int, records: Sequence[tuple[AppendOnlyFile, bytes]]) -> None:
+        """Appends each record that can be written; says which can't, but not every time."""
+        errors = []
+        for file, record in records:
+            try:
+                file.append(record)
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            self._failures += 1
+            if str(self._failures).strip("0") == "1":  # 1, 10, 100 ...
+                first = errors[0]
+                logging.warning(
+                    "Step %d: metrics are not written whole: %s: %s. Training goes on without them.",
+                    step, first.strerror, first.filename,
+                )  # fmt: skip
+                self._failing = True
+        elif self._failing:
+            self._failing = False
+            logging.warning("Step %d: metrics are written again; %s.", step, self._missing())
+
+    def _missing(self) -> str:
+        return f"{self._failures} writes to {self._directory} are missing so far"
 
     def close(self) -> None:
-        """Flushes and closes all; harmless when called again."""
-        self._file.close()
-        self._loads.close()
-        self._tensorboard.close()
+        """Closes all files; harmless when called again."""
+        if self._failing:
+            self._failing = False
+            logging.warning("Some metrics could not be written; %s.", self._missing())
+        for file in (self._file, self._loads, self._tensorboard.file):
+            file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -166,7 +191,7 @@ def read_loads(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _to_float(name: str, value: SupportsFloat | str) -> float | str:
     if isinstance(value, str):
-        if value in _NOT_FINITE:
+        if value in strict_json.NOT_FINITE:
             raise ValueError(f"metrics[{name!r}]={value!r} reads as a number; pass the float")
         return value
     try:
@@ -175,48 +200,38 @@ def _to_float(name: str, value: SupportsFloat | str) -> float | str:
         raise ValueError(f"metrics[{name!r}]={value!r} must be a scalar") from error
 
 
-def _encode(value: float | str) -> float | str:
-    if isinstance(value, str):
-        return value
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
+def _line(record: dict[str, Any], **options: Any) -> bytes:
+    return strict_json.dumps(record, **options).encode() + b"\n"
 
 
 def _decode(value: float | str) -> float | str:
-    return value if isinstance(value, str) and value not in _NOT_FINITE else float(value)
+    return value if isinstance(value, str) and value not in strict_json.NOT_FINITE else float(value)
 
 
-def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each whole line of the file with what it holds."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+def _records(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields where each whole line of the file ends, in bytes, and what it holds."""
+    end = 0
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             # The newline is written last, so a line without one is torn even where it happens to parse.
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 logging.warning("%s, line %d is torn and left out: %.80r", path, number, line)
                 return
+            end += len(line)
             try:
                 record = json.loads(line)
                 ok = isinstance(record, dict) and isinstance(record.get("step"), int)
-            except json.JSONDecodeError:
+            except ValueError:
                 ok = False
             if not ok:
                 raise ConfigError(
                     f"{path}, line {number} is not a JSON object with an integer 'step': {line[:80]!r}; "
                     "delete that line, or move the file away"
                 )
-            yield line, record
+            yield end, record
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Rewrites the file without a torn last line and the lines of steps after `step`: all at once or not at all."""
-    if not path.exists():
-        return
-    kept = path.with_suffix(".tmp")
-    with kept.open("w", encoding="utf-8") as file:
-        file.writelines(line for line, record in _records(path) if record["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    kept.replace(path)
+    """Cuts off a torn last line and the lines of steps after `step`; needs no space on the disk."""
+    if path.exists():
+        os.truncate(path, max((end for end, record in _records(path) if record["step"] <= step), default=0))

@@ -21,9 +21,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from moejax import strict_json
 from moejax.compiler import program_options
 from moejax.config import TrainConfig
 from moejax.mesh import platform
+from moejax.train.files import replace_text
 from moejax.train.schedule import Bucket
 
 RECORD_FILE = "run.json"
@@ -104,20 +106,17 @@ def append_start(workdir: Path, start: dict[str, Any]) -> None:
     """Adds an entry to the run's `run.json`: all at once or not at all, whatever kills the process.
 
     A patch of its sources goes to a file, `changes_0.patch` for the first start, and the entry has the file's name.
+
+    Raises:
+      OSError: naming the file, if it cannot be written; then `run.json` is as it was.
     """
     path = workdir / RECORD_FILE
     before = read_starts(workdir) if path.exists() else []
     if start.get("git") and (patch := start["git"]["patch"]):
         name = f"changes_{len(before)}.patch"
-        (workdir / name).write_text(patch, encoding="utf-8", errors="surrogateescape", newline="")
+        replace_text(workdir / name, patch)
         start = start | {"git": start["git"] | {"patch": name}}
-    starts = [*before, start]
-    written = path.with_suffix(".tmp")
-    with written.open("w", encoding="utf-8") as file:
-        json.dump({"starts": starts}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    written.replace(path)
+    replace_text(path, strict_json.dumps({"starts": [*before, start]}, indent=1))
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moejax.config import ConfigError
 from moejax.plots import pyplot
@@ -24,15 +26,18 @@ def test_reads_back_what_was_written(tmp_path):
     ]
 
 
-def test_not_finite_values_are_valid_json_and_come_back(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(1, {"a": math.nan, "b": math.inf, "c": jnp.float32(-jnp.inf)})
-
+def strict(line):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_not_finite_values_are_valid_json_and_come_back(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": jnp.float32(-jnp.inf)})
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line, parse_constant=refuse) == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
+    assert strict(line) == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
     [record] = read_metrics(tmp_path)
     assert math.isnan(record["a"])
     assert (record["b"], record["c"]) == (math.inf, -math.inf)
@@ -74,6 +79,65 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
     with pytest.raises(ConfigError, match="line 2"):
         MetricsWriter(tmp_path, resume_step=3)
     assert path.read_text() == '{"step": 1}\nrubbish\n{"step": 3}\n', "the file must be as it was"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 2000) | st.just(10**9), min_size=1, max_size=12))
+def test_a_full_disk_leaves_whole_lines_and_never_ends_the_run(disk, tmp_path_factory, rooms):
+    workdir = tmp_path_factory.mktemp("run")
+    whole = []
+    with MetricsWriter(workdir) as writer:
+        for step, room in enumerate(rooms, start=1):
+            disk.room = room
+            writer.write(step, {"loss": step / 3}, np.full((2, 4), step))
+            if disk.room > 0:
+                whole.append(step)
+            writer.write_by_layer(step, {"load_cv": np.float32([0.5])}, np.ones((2, 4)))
+        disk.room = 10**9
+        writer.write(100, {"loss": 0})
+    lines = [strict(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    assert set(steps) >= {*whole, 100}
+    assert all(line["loss"] == line["step"] / 3 for line in lines[:-1])
+    loads_N, load_NLE = read_loads(workdir)
+    assert set(loads_N) >= set(whole)
+    assert (load_NLE == loads_N[:, None, None]).all()
+    drawn = {e.step for e in _events(workdir / "tensorboard") for v in e.summary.value if v.tag == "loss"}
+    assert drawn >= {*whole, 100}
+
+
+def test_a_full_disk_is_told_once_and_so_is_its_end(disk, tmp_path, caplog):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 41):
+            disk.room = 0 if step in range(3, 15) or step >= 20 else 10**9
+            writer.write(step, {"loss": 1}, np.ones((2, 4)))
+    full = f"metrics are not written whole: No space left on device: {tmp_path / 'metrics.jsonl'}. Training goes on"
+    assert [message.removesuffix(" without them.") for message in caplog.messages] == [
+        f"Step 3: {full}",
+        f"Step 12: {full}",
+        f"Step 15: metrics are written again; 12 writes to {tmp_path} are missing so far.",
+    ]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, *range(15, 20)]
+
+
+def test_a_disk_that_is_still_full_at_the_end_is_told(disk, tmp_path, caplog):
+    with MetricsWriter(tmp_path) as writer:
+        disk.room = 0
+        writer.write(1, {"loss": 1})
+    assert caplog.messages[1:] == [f"Some metrics could not be written; 1 writes to {tmp_path} are missing so far."]
+
+
+def test_resuming_needs_no_room_for_what_is_dropped(disk, tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": step})
+    disk.room = 1000  # what TensorBoard's new file begins with
+    with MetricsWriter(tmp_path, resume_step=2):
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    disk.room = 0
+    with pytest.raises(OSError, match=r"No space left on device: .*tensorboard/events"):
+        MetricsWriter(tmp_path, resume_step=2)
 
 
 def test_errors_name_the_argument(tmp_path):

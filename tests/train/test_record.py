@@ -90,6 +90,21 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert read_starts(tmp_path) == [{"resumed_from": 0}]
 
 
+@pytest.mark.parametrize("room", [0, 1, 50])
+def test_a_full_disk_leaves_the_old_record_and_names_the_file(tmp_path, disk, room):
+    append_start(tmp_path, {"resumed_from": 0})
+    disk.room = room
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'run.json'}'"):
+        append_start(tmp_path, {"resumed_from": 7})
+    assert read_starts(tmp_path) == [{"resumed_from": 0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"], "what was begun takes no room"
+
+
+def test_a_record_is_strict_json_whatever_the_configuration_holds(tmp_path):
+    append_start(tmp_path, {"config": {"max_load_cv": float("inf")}})
+    assert read_starts(tmp_path) == [{"config": {"max_load_cv": "Infinity"}}]
+
+
 def test_git_tells_the_commit_and_what_was_changed_since(repository, tmp_path_factory):
     """From the commit and the patch come the sources as they were: changed, deleted and new ones."""
     (repository / "package" / "gone.py").write_text("y = 1\n")
