@@ -13,7 +13,6 @@ further off. Compiling needs the extra `aot`. Ends with one line of JSON.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,6 +25,7 @@ import loading
 from absl import flags
 from audit_cases import Audited, Case, Compiled
 
+from moejax import strict_json
 from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         mesh_config = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(_TARGET.value)
         audited = [audit_one(config, mesh_config, _TARGET.value)]
     summary = audit_cases.summary(audited)
-    print(json.dumps({"groups": summary, "errors": [round(a.error, 4) for a in audited]}))
+    print(strict_json.dumps({"groups": summary, "errors": [round(a.error, 4) for a in audited]}))
     return int(_MAX_ERROR.value is not None and summary["all"]["worst_error"] > _MAX_ERROR.value)
 
 

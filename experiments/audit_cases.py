@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moejax import strict_json
 from moejax.config import DispatchConfig, ParallelConfig, TrainConfig
 from moejax.mesh import MeshConfig
 from moejax.planner.memory import predict_memory
@@ -166,7 +167,7 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 def append_record(row: dict[str, str], compiled: Compiled, path: Path = RECORD) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(row | dataclasses.asdict(compiled)) + "\n")
+        file.write(strict_json.dumps(row | dataclasses.asdict(compiled)) + "\n")
 
 
 def recorded() -> list[Audited]:

@@ -9,7 +9,6 @@ the trace is outside of all steps and told apart. Ends with one line of JSON.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ import numpy as np
 from absl import flags
 from benchmark_train import random_batch
 
+from moejax import strict_json
 from moejax.config import check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
@@ -105,7 +105,7 @@ class Bench:
         print(f"\nWritten after the last traced one: {trace_bytes / 2**20:.1f} MiB in {writing_s:.2f} s.")
         figures = {f"{kind}_step_ms": ms for kind, ms in wall_ms.items()}
         figures |= {f"{kind}_step_cpu_ms": ms for kind, ms in cpu_ms.items()}
-        print(json.dumps(figures | {"trace_bytes": trace_bytes, "writing_seconds": writing_s}))
+        print(strict_json.dumps(figures | {"trace_bytes": trace_bytes, "writing_seconds": writing_s}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import PartitionSpec as P
 
+from moejax import strict_json
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Experts, first_turn, get_dispatcher
 from moejax.mesh import MeshConfig, build_mesh
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     check_peer()
     p = make_weights(model)
     results = [measure(model, p, int(tokens)) for tokens in _TOKENS.value]
-    print(json.dumps({"shape": _SHAPE.value, "dtype": model.dtype, "device": jax.devices()[0].device_kind,
+    print(strict_json.dumps({"shape": _SHAPE.value, "dtype": model.dtype, "device": jax.devices()[0].device_kind,
                       "rounds": _ROUNDS.value, "jax": jax.__version__, "results": results}))  # fmt: skip
 
 

@@ -21,7 +21,6 @@ of one-hot rows 1.0, by triangular products of 64 tokens 0.4; the choice by `lax
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ import numpy as np
 from absl import flags
 from jax import lax
 
+from moejax import strict_json
 from moejax.config import check
 from moejax.kernels.top_k_routing import routing_implementation, top_k_routing
 
@@ -162,7 +162,8 @@ def main(argv: list[str]) -> None:
                         f"{row['plain_over_fused']:12.2f}",
                         flush=True,
                     )
-    print(json.dumps({"device": device, "implementation": routing_implementation(), "calls": calls, "cases": rows}))
+    figures = {"device": device, "implementation": routing_implementation(), "calls": calls, "cases": rows}
+    print(strict_json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import time
 
 START = time.perf_counter()
 
-import json  # noqa: E402  the clock starts before anything is imported
 import statistics  # noqa: E402
 
 import common  # noqa: E402
@@ -26,6 +25,7 @@ import loading  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
+from moejax import strict_json  # noqa: E402
 from moejax.config import check  # noqa: E402
 from moejax.mesh import build_mesh  # noqa: E402
 from moejax.model import Program  # noqa: E402
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         "hardware": mesh_config.hardware,
         "jax": jax.__version__,
     }
-    print(json.dumps(figures))
+    print(strict_json.dumps(figures))
 
 
 def random_batch(batch_size: int, seq_len: int, vocab_size: int) -> dict[str, np.ndarray]:

@@ -12,7 +12,6 @@ flat exchange's across them, with one they are those inside a host. Ends with on
 from __future__ import annotations
 
 import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+from moejax import strict_json
 from moejax.config import check
 from moejax.mesh import build_mesh, platform
 
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
         "curves_seconds": curves,
     }
     if _OUT.value and jax.process_index() == 0:
-        Path(_OUT.value).expanduser().write_text(json.dumps(saved, indent=1) + "\n")
-    print(json.dumps(saved))
+        Path(_OUT.value).expanduser().write_text(strict_json.dumps(saved, indent=1) + "\n")
+    print(strict_json.dumps(saved))
 
 
 def fit(curves: dict[str, dict[int, float]], launch_s: float, *, crosses_hosts: bool) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax import sharding
+from moejax import sharding, strict_json
 from moejax.compiler import program_options
 from moejax.config import DispatchConfig, ModelConfig, TrainConfig, check
 from moejax.dispatch import first_turn
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
     print(report)
     if _OUT.value:
         Path(_OUT.value).write_text(report)
-    print(json.dumps({"designs": rows, "mesh": dict(mesh_config.shape), "hardware": mesh_config.hardware}))
+    print(strict_json.dumps({"designs": rows, "mesh": dict(mesh_config.shape), "hardware": mesh_config.hardware}))
 
 
 def error(actual: Any, expected: Any) -> float:

@@ -24,6 +24,7 @@ import loading
 from absl import flags
 from rich.console import Console
 
+from moejax import strict_json
 from moejax.config import BalanceConfig, TrainConfig, check, make_folder
 from moejax.mesh import build_mesh
 from moejax.plots import pyplot
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
     write(rows, base, dict(mesh_config.shape), out)
     plot(rows, out.with_suffix(".png"))
     console.print(f"written: {out}.csv, {out}.md, {out}.png", highlight=False)
-    print(json.dumps({"steps": base.steps, "seed": base.seed, "mesh": dict(mesh_config.shape), "rows": rows}))
+    print(strict_json.dumps({"steps": base.steps, "seed": base.seed, "mesh": dict(mesh_config.shape), "rows": rows}))
 
 
 def variant(base: TrainConfig, method: str, capacity: str) -> TrainConfig:
@@ -101,7 +102,7 @@ def variant(base: TrainConfig, method: str, capacity: str) -> TrainConfig:
 def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
     """Trains and returns the run's figures; those of a run that has ended are read."""
     ended = workdir / "row.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = json.loads(strict_json.dumps(dataclasses.asdict(config)))
     if ended.exists():
         kept = json.loads(ended.read_text())
         check(kept["config"] == settings, f"{workdir} holds a run of another configuration; use another --workdir")
@@ -118,7 +119,7 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
         "rounds": last["window_rounds"],
         "window_tokens": int(last["window_tokens"]),
     }
-    ended.write_text(json.dumps({"config": settings, "row": row}))
+    ended.write_text(strict_json.dumps({"config": settings, "row": row}))
     return row
 
 

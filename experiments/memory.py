@@ -13,7 +13,6 @@ the step's schedule (extra `plots`). Ends with one line of JSON.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import common
 import loading
 from absl import flags
 
+from moejax import strict_json
 from moejax.config import check
 from moejax.mesh import build_mesh
 from moejax.model import Program
@@ -76,11 +76,11 @@ def main(argv: list[str]) -> None:
     if "markdown" in paths:
         paths["markdown"].write_text(text + "\n")
     if "json" in paths:
-        paths["json"].write_text(json.dumps(data, indent=1) + "\n")
+        paths["json"].write_text(strict_json.dumps(data, indent=1) + "\n")
     if "out" in paths:
         memory_report.figure(memory, device, title).savefig(paths["out"], dpi=120)
         print(f"\nwritten: {paths['out']}")
-    print(json.dumps(data))
+    print(strict_json.dumps(data))
 
 
 _FILES = {"out": _OUT, "markdown": _MARKDOWN, "json": _JSON}

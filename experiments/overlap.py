@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import common
 import loading
 from absl import flags
 
-from moejax import hlo
+from moejax import hlo, strict_json
 from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> None:
         print(line(rows[-1]), flush=True)
     if _OUT.value:
         Path(_OUT.value).write_text("\n".join([HEADER, *map(line, rows)]) + "\n")
-    print(json.dumps(rows))
+    print(strict_json.dumps(rows))
 
 
 def measure(target: str, mesh_config: MeshConfig, config: TrainConfig) -> dict[str, Any]:

@@ -12,13 +12,13 @@ lengths are planned one by one; --out writes them as one run of mixed lengths. E
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import loading
 from absl import flags
 from rich.console import Console
 
+from moejax import strict_json
 from moejax.config import ConfigError, DispatchConfig
 from moejax.planner import report
 from moejax.planner.hardware import load_calibration
@@ -50,16 +50,16 @@ def main(argv: list[str]) -> None:
     print(render(requests, choices))
     if _OUT.value:
         write_plan(Path(_OUT.value).expanduser(), choices)
-    data = report.finite({
+    data = {
         "model": _MODEL.value, "cluster": _CLUSTER.value, "mode": _MODE.value,
         "choices": {seq_len: report.as_data(choice) for seq_len, choice in choices.items()},
-    })  # fmt: skip
+    }  # fmt: skip
     if _JSON.value:
-        Path(_JSON.value).expanduser().write_text(json.dumps(data, indent=1) + "\n")
+        Path(_JSON.value).expanduser().write_text(strict_json.dumps(data, indent=1) + "\n")
     if _PLOT.value:
         title = f"{_MODEL.value} on {_CLUSTER.value}, {_MODE.value}, as planned"
         report.figure(choices, requests[0].limit_bytes, title).savefig(Path(_PLOT.value).expanduser(), dpi=120)
-    print(json.dumps(data))
+    print(strict_json.dumps(data))
 
 
 def make_requests() -> list[Request]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import loading
 from absl import flags
 
+from moejax import strict_json
 from moejax.config import ConfigError, check
 from moejax.planner.layouts import Run, number, parse_run
 from moejax.planner.published import predict_training
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     print("\n".join(lines))
     if _OUT.value:
         Path(_OUT.value).write_text("\n".join(lines) + "\n")
-    print(json.dumps(figures(outcomes)))
+    print(strict_json.dumps(figures(outcomes)))
 
 
 def read(path: str) -> list[dict[str, str]]:

@@ -10,7 +10,6 @@ ends with one line of JSON.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import loading
@@ -18,6 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from moejax import strict_json
 from moejax.config import check, make_folder
 from moejax.plots import check_suffix
 from moejax.profiling.loads import LoadHistory, figure
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     console.print(table(history))
     console.print(f"written: {out}", highlight=False, soft_wrap=True)
     print(
-        json.dumps(
+        strict_json.dumps(
             {
                 "last_step": int(history.steps_N[-1]),
                 "window_steps": history.window_steps,

@@ -9,12 +9,12 @@ inputs of its formula below it. Ends with one line of JSON.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import loading
 from absl import flags
 
+from moejax import strict_json
 from moejax.planner import report
 from moejax.planner.costs import Assumptions
 from moejax.planner.flops import ceilings, forward_flops
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     if _OUT.value:
         Path(_OUT.value).expanduser().write_text(text + "\n")
     figures = {n: figures_of(trained[n], prefilled[n], cluster) for n in LENGTHS}
-    print(json.dumps(report.finite({"model": MODEL, "cluster": CLUSTER, "figures": figures})))
+    print(strict_json.dumps({"model": MODEL, "cluster": CLUSTER, "figures": figures}))
 
 
 def figures_of(trained: Choice, prefilled: Choice, cluster: Cluster) -> dict[str, float]:

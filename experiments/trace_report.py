@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import loading
 from absl import flags
 
+from moejax import strict_json
 from moejax.config import ConfigError, make_folder
-from moejax.planner.report import finite
 from moejax.profiling import report, tables, timeline
 from moejax.profiling.capture import TRACES
 from moejax.profiling.trace import read_trace
@@ -33,14 +32,14 @@ def main(argv: list[str]) -> None:
     trace = read_trace(folder)
     out = make_folder("--out", _OUT.value or folder)
     found = report.make_report(trace)
-    text, data = tables.as_markdown(found), finite(tables.as_data(found))
+    text, data = tables.as_markdown(found), tables.as_data(found)
     (out / "report.md").write_text(text + "\n")
-    (out / "report.json").write_text(json.dumps(data, indent=1) + "\n")
+    (out / "report.json").write_text(strict_json.dumps(data, indent=1) + "\n")
     print(text)
     if _PICTURE.value:
         timeline.figure(trace, found).savefig(out / "timeline.png", dpi=120)
     print(f"\nWritten: report.md, report.json{', timeline.png' * _PICTURE.value} in {out}")
-    print(json.dumps(data))
+    print(strict_json.dumps(data))
 
 
 def newest_trace(folder: Path) -> Path:

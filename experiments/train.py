@@ -13,7 +13,6 @@ says see experiments/profile.py.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
+from moejax import strict_json
 from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.planner import DEVICES, Plan
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     with StepCapture(workdir, meshes, profiled) as profiler:
         summary = Trainer(config, mesh, workdir, buckets, profiler.step).run()
     show(summary, config.steps, workdir, console)
-    print(json.dumps(dataclasses.asdict(summary)))
+    print(strict_json.dumps(dataclasses.asdict(summary)))
 
 
 def refuse_what_cannot_fit(config: TrainConfig, mesh: MeshConfig, buckets: Sequence[Bucket]) -> None:

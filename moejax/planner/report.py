@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
@@ -196,14 +195,3 @@ def _stack(ax: Any, labels: list[str], columns: list[dict[str, float]]) -> None:
 def _colors(number: int) -> list[Any]:
     plt = pyplot()
     return [plt.get_cmap("tab20")(i % 20) for i in range(number)]
-
-
-def finite(value: Any) -> Any:
-    """`value` for JSON, with what is not a number as null."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value

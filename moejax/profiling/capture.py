@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding
 
-from moejax import hlo
+from moejax import hlo, strict_json
 from moejax.config import check, make_folder
 from moejax.mesh import PIPELINE, MeshConfig
 from moejax.planner.plan import Plan
@@ -79,7 +78,7 @@ class Recording:
             (self.directory / f"program_{index}.txt").write_text(text)
         versions = {"jax": jax.__version__}
         facts = {"steps": self._steps, "devices": jax.device_count(), "versions": versions}
-        (self.directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        (self.directory / FACTS).write_text(strict_json.dumps(facts, indent=1) + "\n")
         if jax.default_backend() == "cpu":
             programs = [ops(hlo.parse(text)) for text in texts]
             for file in trace_files(self.directory):

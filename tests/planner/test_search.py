@@ -8,7 +8,7 @@ from moejax.mesh import build_mesh
 from moejax.planner import search as module
 from moejax.planner.hardware import Cluster, get_device
 from moejax.planner.predict import check, predict_plan, predict_step
-from moejax.planner.report import as_data, choice_table, finite, layout, memory_table, time_table, why
+from moejax.planner.report import as_data, choice_table, layout, memory_table, time_table, why
 from moejax.planner.search import DoesNotFitError, Request, default_batch_size, find_plan, follows_rules, meshes
 from moejax.presets import mixtral_8x7b, moe_16x10b, tiny
 
@@ -135,7 +135,7 @@ def test_the_tables_hold_every_length():
     assert "10,240" in memory_table(choices)
     explained = why(request(10_240), choices[10_240])
     assert "binds" in explained
-    data = finite(as_data(choices[128]))
+    data = as_data(choices[128])
     assert data["layout"] == layout(choices[128].best)
     assert sum(data["memory_bytes"].values()) == pytest.approx(data["peak_bytes"])
     assert sum(data["time_s"]["by_phase"].values()) == pytest.approx(data["step_s"])
