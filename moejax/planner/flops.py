@@ -10,6 +10,7 @@ import dataclasses
 
 from moejax.config import ModelConfig, check
 from moejax.planner.hardware import Cluster
+from moejax.planner.units import quantity, rounded
 
 
 def forward_flops(m: ModelConfig, seq_len: int) -> float:
@@ -37,7 +38,7 @@ def _attention_flops(m: ModelConfig, context: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Tokens a millisecond that a cluster's arithmetic allows at a stated efficiency, and what they are made of.
+    """Tokens per millisecond that a cluster's arithmetic allows at a stated efficiency, and the figures behind them.
 
     A backward pass costs two forward passes, and full rematerialisation one more.
     """
@@ -51,10 +52,13 @@ class Ceilings:
     training_with_full_remat: float
 
     def __str__(self) -> str:
+        forward, training, full = (
+            rounded(1e3 * rate) for rate in (self.forward, self.training, self.training_with_full_remat)
+        )
         return (
-            f"{self.num_devices} devices × {self.flops_per_s / 1e12:.0f} TFLOP/s × {self.efficiency:.0%} ÷ "
-            f"{self.flops_per_token / 1e9:.2f} GFLOP a token: {self.forward:.0f} tokens/ms forward, "
-            f"÷ 3 = {self.training:.0f} training, ÷ 4 = {self.training_with_full_remat:.0f} with full rematerialisation"
+            f"{self.num_devices} devices × {quantity(self.flops_per_s, 'FLOP/s')} × {self.efficiency:.0%} ÷ "
+            f"{quantity(self.flops_per_token, 'FLOP')} per token = {forward} tokens/s forward; ÷ 3 = {training} in "
+            f"training, ÷ 4 = {full} in training with full rematerialization"
         )
 
 

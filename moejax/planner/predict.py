@@ -15,6 +15,7 @@ from moejax.planner.plan import Plan
 from moejax.planner.program import work
 from moejax.planner.serve import decode_work
 from moejax.planner.time import Placement, Step, StepTime, predict_time
+from moejax.planner.units import quantity
 from moejax.train.memory_guard import DoesNotFitError
 
 EXPECTED_LOAD = 1.1  # busiest over mean, of a balanced router over a microbatch: CV 0.05 and a sampling floor of 0.04
@@ -108,10 +109,10 @@ def check_fits(plan: Plan, limit_bytes: float) -> bool:
     least = predict_memory(last)
     if least.peak_bytes > limit_bytes:
         raise DoesNotFitError(
-            f"{plan.batch_size} sequences of {plan.seq_len} tokens need {memory.peak_bytes / 1e9:.1f} GB of a device's "
-            f"{limit_bytes / 1e9:.1f} as planned, and {least.peak_bytes / 1e9:.1f} with full rematerialisation and the "
-            f"smallest microbatches, most of it {least.largest} ({least.categories[least.largest] / 1e9:.1f} GB); "
-            f"{smallest_change(last, limit_bytes)} would fit"
+            f"{plan.batch_size:,} sequences of {plan.seq_len:,} tokens need {quantity(memory.peak_bytes, 'B')} per "
+            f"device as configured, and {quantity(least.peak_bytes, 'B')} with full rematerialization and the smallest "
+            f"microbatches, but a device has {quantity(limit_bytes, 'B')}; {most(least)}; they would fit with "
+            f"{' or with '.join(smallest_changes(last, limit_bytes))}"
         )
     return False
 
@@ -124,13 +125,21 @@ def _last_rung(plan: Plan) -> Plan:
     return least if is_legal(least) else plan
 
 
-def smallest_change(plan: Plan, limit_bytes: float) -> str:
-    """Shorter sequences, or devices of more memory. (A smaller batch does not help: it was accumulated already.)"""
-    devices = f"devices of {predict_memory(plan).peak_bytes / 1e9 + 1:.0f} GB"
+def most(memory: Memory) -> str:
+    """Says which category takes the most memory, and how much."""
+    return f"the largest part is {memory.largest.replace('_', ' ')}, {quantity(memory.categories[memory.largest], 'B')}"
+
+
+def smallest_changes(plan: Plan, limit_bytes: float) -> list[str]:
+    """Names what would fit: shorter sequences, if any would, or devices with more memory.
+
+    A smaller batch does not help, because the batch was accumulated in parts already.
+    """
+    devices = f"{predict_memory(plan).peak_bytes / 1e9 + 1:.0f} GB of memory per device"
     seq_len = plan.seq_len
     while seq_len > 128:
         seq_len = max(128, seq_len // 2)
         shorter = dataclasses.replace(plan, seq_len=seq_len)
         if is_legal(shorter) and predict_memory(shorter).peak_bytes <= limit_bytes:
-            return f"seq_len={seq_len}, or {devices},"
-    return f"{devices},"
+            return [f"seq_len={seq_len}", devices]
+    return [devices]

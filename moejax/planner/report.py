@@ -1,4 +1,4 @@
-"""What the planner found, in tables: Markdown for people, plain data for programs."""
+"""Reports the planner's results: Markdown tables for people, plain data for programs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from moejax.planner.flops import ceilings, decode_flops, forward_flops
 from moejax.planner.predict import Prediction
-from moejax.planner.search import Choice, Request, follows_rules
+from moejax.planner.search import REMAT_FROM, TENSOR_FROM, Choice, Flip, Request, follows_rules
+from moejax.planner.units import byte_unit, quantity, rounded
 from moejax.planner.work import Phase
 from moejax.plots import pyplot
 
@@ -23,7 +24,7 @@ def table(header: Sequence[str], rows: Iterable[Row]) -> str:
 
 
 def layout(prediction: Prediction) -> str:
-    """Mesh and choices of a plan in a line."""
+    """Returns the mesh and the choices of a plan in one line."""
     plan = prediction.plan
     mesh, parallel, dispatch = plan.mesh, plan.parallel, plan.dispatch
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -31,51 +32,62 @@ def layout(prediction: Prediction) -> str:
     across = f" ({' and '.join(crossing)} across hosts)" if crossing else ""
     choices = [f"{sizes}{across}"]
     if mesh.tensor > 1:
-        choices.append("experts folded" if "tensor" in dispatch.expert_axes else "experts split")
+        folded = "tensor" in dispatch.expert_axes
+        choices.append("whole experts over expert × tensor" if folded else "every expert split over tensor")
     if plan.mode != "decode":
-        choices.append(f"{parallel.num_microbatches} microbatches")
+        choices.append(_counted(parallel.num_microbatches, "microbatch", "microbatches"))
     if parallel.repeats > 1:
         choices.append(f"{parallel.repeats} repeats")
     if plan.accumulate > 1:
         choices.append(f"{plan.accumulate} accumulated")
     if plan.mode == "train":
-        choices += [f"remat {parallel.remat_policy(plan.seq_len)}", f"gather {parallel.gather}"]
-        choices += [f"{parallel.batch_split} parts"] if parallel.batch_split > 1 else []
+        choices += [f"remat {parallel.remat_policy(plan.seq_len)}", f"weights gathered per {parallel.gather}"]
+        choices += [f"batch in {parallel.batch_split} parts"] if parallel.batch_split > 1 else []
     choices.append(dispatch.strategy)
-    choices += [f"{dispatch.chunks} chunks"] if dispatch.chunks > 1 else []
-    choices += ["two hops"] if dispatch.hosts > 1 else []
+    choices += [f"exchange in {dispatch.chunks} chunks"] if dispatch.chunks > 1 else []
+    choices += ["exchange in two hops"] if dispatch.hosts > 1 else []
     return ", ".join(choices)
 
 
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number:,} {one if number == 1 else several}"
+
+
 def choice_table(choices: dict[int, Choice]) -> str:
-    """One row a length: the plan and its figures."""
+    """Returns one row per length: the plan and its figures."""
     mode = next(iter(choices.values())).best.plan.mode
     step = {"train": "step, s", "prefill": "time to first token, s", "decode": "time per output token, s"}[mode]
+    size, unit = byte_unit(max(choice.best.memory.peak_bytes for choice in choices.values()))
     header = (
-        "length", "sequences", "plan", "tokens/ms (from, to)", step, "MFU", "HFU", "busy", "exposed", "memory, GB",
+        "length", "sequences", "plan", "tokens/s (low to high)", "tokens/s per device", step, "MFU", "HFU", "busy",
+        "exposed communication", f"memory per device, {unit}",
     )  # fmt: skip
     rows = []
     for seq_len, choice in choices.items():
-        p = choice.best
-        t = p.time
-        low, high = (p.plan.tokens / s / 1e3 for s in (t.high, t.low))
-        rows.append(
-            (
-                f"{seq_len:,}", p.plan.batch_size, layout(p), f"{p.tokens_per_ms:.1f} ({low:.1f}, {high:.1f})",
-                f"{t.expected:.3g}", f"{t.mfu:.0%}", f"{t.hfu:.0%}", f"{t.busy:.0%}",
-                f"{t.by_category['communication'] / t.expected:.0%}", f"{p.memory.peak_bytes / 1e9:.1f}",
-            )
-        )  # fmt: skip
+        p, t = choice.best, choice.best.time
+        expected, low, high = (p.plan.tokens / seconds for seconds in (t.expected, t.high, t.low))
+        rows.append((
+            f"{seq_len:,}", p.plan.batch_size, layout(p), f"{rounded(expected)} ({rounded(low)} to {rounded(high)})",
+            rounded(expected / p.plan.mesh.num_devices), f"{t.expected:.3g}", f"{t.mfu:.0%}", f"{t.hfu:.0%}",
+            f"{t.busy:.0%}", f"{t.by_category['communication'] / t.expected:.0%}",
+            f"{p.memory.peak_bytes / size:.1f}",
+        ))  # fmt: skip
     return table(header, rows)
 
 
 def memory_table(choices: dict[int, Choice]) -> str:
-    """Categories of memory by length, GB a device; what is nothing everywhere is left out."""
+    """Returns the memory of a device by category and length; what is nothing everywhere is left out."""
     columns = {seq_len: choice.best.memory.categories for seq_len, choice in choices.items()}
+    size, unit = byte_unit(max(sum(column.values()) for column in columns.values()))
     names = [n for n in next(iter(columns.values())) if any(c[n] for c in columns.values())]
-    rows: list[Row] = [(name, *(f"{c[name] / 1e9:.2f}" for c in columns.values())) for name in names]
-    rows.append(("**peak**", *(f"**{sum(c.values()) / 1e9:.2f}**" for c in columns.values())))
-    return table(("memory, GB", *map("{:,}".format, columns)), rows)
+    rows: list[Row] = [(_words(name), *(f"{c[name] / size:.2f}" for c in columns.values())) for name in names]
+    rows.append(("**peak**", *(f"**{sum(c.values()) / size:.2f}**" for c in columns.values())))
+    return table((f"memory, {unit}", *map("{:,}".format, columns)), rows)
+
+
+def _words(category: str) -> str:
+    """Returns a category of memory as people call it."""
+    return {"optimizer": "optimizer state"}.get(category, category.replace("_", " "))
 
 
 def time_table(choices: dict[int, Choice]) -> str:
@@ -93,39 +105,56 @@ def time_table(choices: dict[int, Choice]) -> str:
 
 
 def why(request: Request, choice: Choice) -> str:
-    """Sentences on one choice: what binds it, what was nearest, what was rejected, what would flip it."""
+    """Explains a choice: what limits it, what came next, what was rejected, and what would change it."""
     best, t = choice.best, choice.best.time
     lines = [
-        f"{request.seq_len:,} tokens: {choice.binding} binds; the interval is widest for {t.dominant}. "
-        f"{choice.evaluated:,} plans in {choice.seconds:.2f} s."
+        f"{request.seq_len:,} tokens: {choice.binding} limits the speed. Largest uncertainty: {t.dominant}. "
+        f"Compared {_counted(choice.evaluated, 'plan', 'plans')} in {choice.seconds:.2f} s."
     ]
     if choice.runner_up:
-        lines.append(f"- next mesh, {choice.margin:.1%} slower: {layout(choice.runner_up)}")
+        lines.append(f"- The best plan on another mesh takes {choice.margin:.1%} longer: {layout(choice.runner_up)}")
     if choice.rejected:
         counts = sorted(choice.rejected.items(), key=lambda item: -item[1])
-        text = ", ".join(f"{count:,} for {name}" for name, count in counts)
-        lines.append(f"- do not fit in {request.limit_bytes / 1e9:.1f} GB: {text}")
+        text = ", ".join(f"{_words(name)} in {count:,}" for name, count in counts)
+        number = _counted(sum(choice.rejected.values()), "plan does", "plans do")
+        limit = quantity(request.limit_bytes, "B")
+        lines.append(f"- {number} not fit in {limit} per device; the largest part is {text}")
     if choice.unfit and choice.unfit.time.expected < t.expected:
         gain = t.expected / choice.unfit.time.expected - 1
-        need = choice.unfit.memory.peak_bytes / 1e9
-        lines.append(f"- {gain:.1%} faster with {need:.1f} GB: {layout(choice.unfit)}")
+        need = quantity(choice.unfit.memory.peak_bytes, "B")
+        lines.append(f"- A plan that needs {need} per device would be {gain:.1%} faster: {layout(choice.unfit)}")
     if best.plan.mode == "train" and not follows_rules(best.plan) and choice.by_rules:
-        slower = choice.by_rules.time.expected / t.expected - 1
         rules = choice.by_rules
+        slower = rules.time.expected / t.expected - 1
         lines.append(
-            f"- deviates from the rules (remat from 2,048 tokens, tensor from 4,096), which would be {slower:.1%} "
-            f"slower at {rules.memory.peak_bytes / 1e9:.1f} GB: {layout(rules)}"
+            f"- The rule of thumb, full rematerialization from {REMAT_FROM:,} tokens up and a tensor axis from "
+            f"{TENSOR_FROM:,} up, takes {slower:.1%} longer and {quantity(rules.memory.peak_bytes, 'B')} per device: "
+            f"{layout(rules)}"
         )
-    lines += [
-        f"- {flip.constant} {flip.factor:.2f} × ({flip.value:.3g} to {flip.flips_at:.3g}, {flip.kind}) "
-        "would make the next mesh the faster"
-        for flip in choice.flips[:2]
-    ]
+    lines += [_flip_line(flip) for flip in choice.flips[:2]]
     return "\n".join(lines)
 
 
+_FLIPS = {  # constant -> its name and unit
+    "matmul_flops": ("the rate of matrix products", "FLOP/s"),
+    "copy_bytes_per_s": ("the rate of copies in device memory", "B/s"),
+    "inside.bytes_per_s": ("the bandwidth between the devices of a host", "B/s"),
+    "across.bytes_per_s": ("the bandwidth between hosts", "B/s"),
+    "inside.latency_s": ("the latency between the devices of a host", "s"),
+    "launch_s": ("the time to launch an operation", "s"),
+}
+
+
+def _flip_line(flip: Flip) -> str:
+    name, unit = _FLIPS[flip.constant]
+    return (
+        f"- The plan on the other mesh would be faster if {name} were {quantity(flip.flips_at, unit)}; the planner "
+        f"takes {quantity(flip.value, unit)} ({flip.kind})"
+    )
+
+
 def ceiling_lines(request: Request, efficiency: float = 0.55) -> str:
-    """What the arithmetic alone allows at that efficiency."""
+    """Returns the throughput that the arithmetic alone allows at that efficiency."""
     flops = decode_flops if request.mode == "decode" else forward_flops
     return str(ceilings(request.cluster, flops(request.model, request.seq_len), efficiency))
 

@@ -26,7 +26,8 @@ from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Cluster, Constant
 from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Mode, Plan
-from moejax.planner.predict import Prediction, is_legal, predict_step, smallest_change
+from moejax.planner.predict import Prediction, is_legal, most, predict_step, smallest_changes
+from moejax.planner.units import quantity
 from moejax.train.memory_guard import REMAT_LADDER, DoesNotFitError
 
 ACCUMULATE = (1, 2, 4, 8, 16, 32)
@@ -84,10 +85,10 @@ class Choice:
     def binding(self) -> str:
         """What keeps the step from being faster: memory, where a faster plan does not fit, else what takes longest."""
         if self.unfit and self.unfit.time.expected < self.best.time.expected:
-            return f"room in memory, for {self.unfit.memory.largest},"
+            return f"room in memory for {self.unfit.memory.largest.replace('_', ' ')}"
         by_category = self.best.time.by_category
         longest = max(by_category, key=by_category.__getitem__)
-        return {"memory": "memory's bandwidth"}.get(longest, longest)
+        return {"memory": "memory bandwidth"}.get(longest, longest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +319,7 @@ def _best_by(predictions: list[Prediction], key: Any) -> list[Prediction]:
 def _why_none(request: Request, seen: _Seen) -> str:
     nearest = seen.nearest()
     cluster, limit = request.cluster, request.limit_bytes
-    what = f"{request.batch_size} sequences of {request.seq_len} tokens"
+    what = f"{request.batch_size:,} sequences of {request.seq_len:,} tokens"
     if nearest is None:
         return (
             f"no mesh of {cluster.num_devices} devices divides the model's {request.model.num_experts} experts, "
@@ -327,12 +328,11 @@ def _why_none(request: Request, seen: _Seen) -> str:
         )
     plan, memory = nearest
     need = memory.peak_bytes
-    devices = cluster.num_devices * need / limit
+    fits = [*smallest_changes(plan, limit), f"about {math.ceil(cluster.num_devices * need / limit)} devices"]
     return (
-        f"{what} do not fit on {cluster.name}: the smallest of {seen.evaluated} plans needs {need / 1e9:.1f} GB of "
-        f"{limit / 1e9:.1f} GB a device, most of it {memory.largest} "
-        f"({memory.categories[memory.largest] / 1e9:.1f} GB); "
-        f"{smallest_change(plan, limit)} or about {devices:.0f} such devices, would fit"
+        f"{what} do not fit on {cluster.name}: the smallest of {seen.evaluated:,} plans needs "
+        f"{quantity(need, 'B')} per device, and a device has {quantity(limit, 'B')}; {most(memory)}; "
+        f"they would fit with {' or with '.join(fits)}"
     )
 
 

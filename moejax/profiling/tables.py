@@ -47,7 +47,7 @@ def _head(report: Report) -> str:
     count = f"{len(report.devices)} {report.platform.upper()} device{'s' * (len(report.devices) > 1)}"
     figures = [f"{n} step{'s' * (n > 1)} of {report.step_ms:,.2f} ms on {count}"]
     if report.tokens_per_ms:
-        figures.append(f"{report.tokens_per_ms:,.2f} tokens/ms")
+        figures.append(f"{1e3 * report.tokens_per_ms:,.0f} tokens/s")
     if report.predicted and report.mfu is not None and report.hfu is not None:
         figures.append(f"MFU {report.mfu:.1%}, HFU {report.hfu:.1%} of {report.predicted.hardware}'s peak")
     figures.append(f"busy {mean.busy:.1%}")

@@ -1,10 +1,12 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import pytest
 
 from moejax.mesh import build_mesh
+from moejax.planner import report
 from moejax.planner import search as module
 from moejax.planner.hardware import Cluster, get_device
 from moejax.planner.predict import check, predict_plan, predict_step
@@ -76,15 +78,16 @@ def test_what_does_not_fit_is_named_with_what_would():
         find_plan(r)
     message = str(error.value)
     assert "\n" not in message
-    assert "most of it optimizer" in message
-    assert "would fit" in message
+    assert "the largest part is optimizer, " in message
+    assert message.endswith(" devices")
+    assert "they would fit with " in message
 
 
 def test_the_shorter_length_that_is_named_fits():
     cluster = with_memory(REFERENCE, 15.8e9)
     with pytest.raises(DoesNotFitError, match="seq_len=") as error:
         find_plan(request(10_240, cluster, batch_size=32))
-    shorter = int(str(error.value).split("seq_len=")[1].split(",")[0])
+    shorter = int(str(error.value).split("seq_len=")[1].split()[0])
     assert shorter < 10_240
     assert find_plan(request(shorter, cluster, batch_size=32)).best.fits(cluster.device.usable_bytes)
 
@@ -97,6 +100,13 @@ def test_a_flip_is_where_the_other_plan_becomes_faster():
         lead = functools.partial(module._lead, r, choice.best, other, module._SCALED[flip.constant])
         assert lead(flip.factor) <= 0
         assert lead(flip.factor**0.5) > 0 or abs(flip.factor - 1) < 0.03
+
+
+def test_every_flip_is_said_in_a_sentence():
+    assert module._SCALED.keys() == report._FLIPS.keys()
+    for name in module._SCALED:
+        line = report._flip_line(module.Flip(name, 2e-6, 1e-6, "published"))
+        assert re.fullmatch(r"- The plan .* if the [a-z ]+ were 1 µ\S+; the planner takes 2 µ\S+ \(published\)", line)
 
 
 def test_rules_are_followed_or_the_price_is_told():
@@ -134,7 +144,8 @@ def test_the_tables_hold_every_length():
         assert len(lines) > 3
     assert "10,240" in memory_table(choices)
     explained = why(request(10_240), choices[10_240])
-    assert "binds" in explained
+    assert "10,240 tokens: compute limits the speed. " in explained
+    assert all(line.startswith("- ") for line in explained.splitlines()[1:])
     data = as_data(choices[128])
     assert data["layout"] == layout(choices[128].best)
     assert sum(data["memory_bytes"].values()) == pytest.approx(data["peak_bytes"])
