@@ -14,29 +14,45 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from moejax import balance, compiler, remat, sharding
-from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig, check
 from moejax.dispatch import Turn, after, first_turn
 from moejax.kernels.manual import vary
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR, platform
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.attention import attention
 from moejax.nn.collectives import all_gather
-from moejax.nn.embedding import cross_entropy, embed, logits
+from moejax.nn.embedding import IGNORED, check_ids, cross_entropy, embed, logits, out_of_range
 from moejax.nn.feed_forward import swiglu
 from moejax.nn.norm import rms_norm
 from moejax.pipeline import run_pipeline
 
-Batch = dict[str, jax.Array]  # "tokens", "targets", "segment_ids": int32 [B, S]
+BATCH_ARRAYS = ("tokens", "targets", "segment_ids")
+Batch = dict[str, jax.Array]  # `BATCH_ARRAYS`: int32 [B, S]; targets of `IGNORED` (-100) are left out of the loss
 Metrics = dict[str, jax.Array]
+
+
+class BatchTotals(NamedTuple):
+    """Counts over the whole batch of all devices, by which a loss divides its sums; the same on every device."""
+
+    num_sequences: int
+    num_tokens: int
+    num_targets: jax.Array  # int32, those that the loss counts: all but `IGNORED`
+    out_of_range_ids: jax.Array  # int32, tokens and counted targets that are not in the vocabulary
+
+    @property
+    def metrics(self) -> Metrics:
+        return {"num_targets": self.num_targets, "out_of_range_ids": self.out_of_range_ids}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,19 +154,43 @@ class Program:
 
     # What follows runs on one device's arrays.
 
+    def totals(self, batch: Batch) -> BatchTotals:
+        """Counts the global batch, of which `batch` has this device's sequences."""
+        tokens_BS, targets_BS = batch["tokens"], batch["targets"]
+        shards = math.prod(self.mesh.shape[a] for a in self.batch_axes)
+        with jax.named_scope("loss"):
+            counted_BS = targets_BS != IGNORED
+            wrong_tokens_BS = out_of_range(tokens_BS, self.model.vocab_size)
+            wrong_targets_BS = counted_BS & out_of_range(targets_BS, self.model.vocab_size)
+            counts = [jnp.sum(x, dtype=jnp.int32) for x in (counted_BS, wrong_tokens_BS, wrong_targets_BS)]
+            num_targets, wrong_tokens, wrong_targets = lax.psum(jnp.stack(counts), self.batch_axes)
+            out_of_range_ids = wrong_tokens + wrong_targets
+        return BatchTotals(tokens_BS.shape[0] * shards, tokens_BS.size * shards, num_targets, out_of_range_ids)
+
     def loss(self, params: dict[str, Any], batch: Batch) -> tuple[jax.Array, Metrics]:
-        """Mean cross-entropy in nats a token plus the router's losses, and figures of the batch; the same everywhere.
+        """Returns the mean cross-entropy in nats plus the router's losses, and figures; the same on every device.
+
+        The mean is over the targets of the global batch that are not `IGNORED` (-100), and 0 where there are none. The
+        router's losses and loads count every token, whatever its target.
 
         Args:
             params: this device's stored shards, float32.
             batch: this device's sequences, int32 [B / batch axes, S].
+        """
+        totals = self.totals(batch)
+        loss, metrics = self.share_of_loss(params, batch, totals)
+        return loss, metrics | totals.metrics
+
+    def share_of_loss(self, params: dict[str, Any], batch: Batch, totals: BatchTotals) -> tuple[jax.Array, Metrics]:
+        """Returns this batch's share of the loss over a larger one with these `totals`; shares add up to the loss.
+
+        So do the metrics: every scalar, and the sums of the router.
         """
         if REPLICA in self.mesh.axis_names:
             with jax.named_scope("gather"):  # gradients are summed over replicas once, and as they are stored
                 params = jax.tree.map(lambda w: vary(w, (REPLICA,)), params)
         h_MbsD, stats = self.hidden(params, batch["tokens"], batch["segment_ids"])
         targets_MbS = batch["targets"].reshape(h_MbsD.shape[0], -1, batch["targets"].shape[-1])
-        num_tokens = batch["targets"].size * math.prod(self.mesh.shape[a] for a in self.batch_axes)
         w_Dv = self._output_table(params)
         policy = self.parallel.remat_policy(targets_MbS.shape[-1])
 
@@ -163,11 +203,11 @@ class Program:
         zero = vary(jnp.zeros((), jnp.float32), self.batch_axes)
         total, _ = lax.scan(remat.checkpoint(microbatch, policy), zero, (h_MbsD, targets_MbS))
         with jax.named_scope("loss"):
-            cross_entropy_mean = lax.psum(total, self.batch_axes) / num_tokens
-            num_sequences = num_tokens // targets_MbS.shape[-1]
-            aux_loss = lax.pmean(balance.load_balance_loss(stats, num_tokens), PIPELINE)
-            sequence_loss = lax.pmean(balance.sequence_balance_loss(stats, num_sequences), PIPELINE)
-            z_loss = lax.pmean(balance.router_z_loss(stats, num_tokens), PIPELINE)
+            num_targets = jnp.maximum(totals.num_targets, 1).astype(jnp.float32)
+            cross_entropy_mean = lax.psum(total, self.batch_axes) / num_targets
+            aux_loss = lax.pmean(balance.load_balance_loss(stats, totals.num_tokens), PIPELINE)
+            sequence_loss = lax.pmean(balance.sequence_balance_loss(stats, totals.num_sequences), PIPELINE)
+            z_loss = lax.pmean(balance.router_z_loss(stats, totals.num_tokens), PIPELINE)
         losses = {"aux_loss": aux_loss, "sequence_loss": sequence_loss, "z_loss": z_loss}
         weights = self.balance
         loss = (
@@ -182,8 +222,8 @@ class Program:
     @property
     def metric_specs(self) -> dict[str, P]:
         """How the figures that `loss` returns lie on the mesh: scalars everywhere, the router's with their layers."""
-        scalars = dict.fromkeys(("loss", "cross_entropy", "aux_loss", "sequence_loss", "z_loss"), P())
-        return scalars | {"router": P(None, PIPELINE)}
+        names = ("loss", "cross_entropy", "aux_loss", "sequence_loss", "z_loss", "num_targets", "out_of_range_ids")
+        return dict.fromkeys(names, P()) | {"router": P(None, PIPELINE)}
 
     def logits(self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         """Logits of the token after every position of this device's sequences [B, S]: its columns, float32 [B, S, v].
@@ -303,6 +343,27 @@ class Program:
         if self.model.tie_embeddings:
             return sharding.gather(params["embed"], self.table["embed"])["table_VD"].T
         return sharding.gather(params["head"]["w_DV"], self.table["head"]["w_DV"])
+
+
+def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
+    """Raises `ConfigError` for a batch that lacks an array, or has other shapes than [B, S] or ids out of range.
+
+    The program counts what cannot be checked here (see `moejax.nn.embedding.check_ids`) as `out_of_range_ids`.
+    """
+    missing = [name for name in BATCH_ARRAYS if name not in batch]
+    check(not missing, f"the batch has {', '.join(batch) or 'no arrays'} and lacks {', '.join(missing)}")
+    shapes = {name: np.shape(batch[name]) for name in BATCH_ARRAYS}
+    check(
+        len(set(shapes.values())) == 1 and len(shapes["tokens"]) == 2,
+        f"the batch's shapes {shapes} must be the same [B, S] for all",
+    )
+    check_ids("tokens", batch["tokens"], vocab_size)
+    check_ids("targets", batch["targets"], vocab_size, may_ignore=True)
+
+
+def counted_targets(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the targets of a host's batch that the loss counts, in one dim."""
+    return batch["targets"][batch["targets"] != IGNORED]
 
 
 def summarise(metrics: Metrics) -> Metrics:

@@ -23,8 +23,9 @@ from moejax.config import DispatchConfig, ModelConfig, check
 from moejax.dispatch import first_turn
 from moejax.kernels.manual import varying
 from moejax.mesh import EXPERT, TENSOR
-from moejax.model import Batch, Metrics, Program, summarise
+from moejax.model import Batch, Metrics, Program, check_batch, summarise
 from moejax.moe import global_stats, mixture_of_experts
+from moejax.nn.embedding import check_ids
 
 
 class MoEStats(NamedTuple):
@@ -206,19 +207,26 @@ class Transformer(nnx.Module):
             tokens_BS: int32, on the whole mesh.
             segment_ids_BS: int32; a token attends to earlier ones with its own id. Default: one segment a sequence.
 
+        A token that is not in the vocabulary is refused. Where `jax.jit` hides its value, the logits of its sequence
+        are NaN.
+
         Raises:
-            ConfigError: B or S does not fit on the mesh.
+            ConfigError: B or S does not fit on the mesh, or a token is not in the vocabulary.
         """
         self._check(tokens_BS)
+        check_ids("tokens_BS", tokens_BS, self.program.model.vocab_size)
         segment_ids_BS = jnp.ones_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
         return _global_logits(self.program)(self.params, tokens_BS, segment_ids_BS)
 
     def loss(self, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """The loss of {"tokens", "targets", "segment_ids"}, int32 [B, S], and the metrics of `TrainStep.evaluate`.
+        """Returns the loss of {"tokens", "targets", "segment_ids"}, int32 [B, S], and the metrics of
+        `TrainStep.evaluate`. Targets of -100 are left out.
 
         Raises:
-            ConfigError: B or S does not fit on the mesh.
+            ConfigError: B or S does not fit on the mesh, or an id is out of range. Where `jax.jit` hides its value,
+                the loss is NaN and the metric `out_of_range_ids` counts it.
         """
+        check_batch(batch, self.program.model.vocab_size)
         self._check(batch["tokens"])
         loss, metrics = _global_loss(self.program)(self.params, batch)
         return loss, summarise(metrics)

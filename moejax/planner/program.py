@@ -322,6 +322,7 @@ class _Step(Passes):
         results: tuple[Result, ...] = ("network", "network", "unused")  # largest logit, normaliser, the target's logit
         for result in results:
             yield from self.told("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
+        yield from self.only("loss", "update", (REPLICA, EXPERT), 3 * 4, 1)  # targets counted, ids out of range
         yield from self.told("loss", "all_reduce", (REPLICA, EXPERT), 4, self.passes)
         for _ in ("balance", "sequence", "z"):
             yield from self.told("loss", "all_reduce", (PIPELINE,), 4, self.passes)

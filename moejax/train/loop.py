@@ -8,7 +8,6 @@ import itertools
 import math
 import pathlib
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from jax.sharding import Mesh
 from moejax.balance import BalanceReport
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import Data, load_data, make_loader
+from moejax.model import counted_targets
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.memory_guard import device_limit, memory_in_use
 from moejax.train.metrics import MetricsWriter
@@ -230,8 +230,8 @@ class Trainer:
         scalars = {k: v for k, v in metrics.items() if isinstance(v, jax.Array) and v.ndim == 0}
         scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
         num_tokens = batch["targets"].size
-        bits = scalars["cross_entropy"] * num_tokens / math.log(2)
-        num_bytes = self.data.tokenizer.num_bytes(batch["targets"])
+        bits = scalars["cross_entropy"] * scalars["num_targets"] / math.log(2)
+        num_bytes = self.data.tokenizer.num_bytes(counted_targets(batch))
         return scalars | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": num_tokens}
 
     def _make_evaluate(self) -> Callable[[Any], dict[str, float]]:
@@ -239,15 +239,16 @@ class Trainer:
         tokenizer = self.data.tokenizer
         loader = make_loader(self.config.data, self.data.eval_documents, tokenizer, train=False)
         held_out = list(itertools.islice(loader, self.config.eval_batches))
-        num_bytes = sum(tokenizer.num_bytes(batch["targets"]) for batch in held_out)
+        num_targets = sum(counted_targets(batch).size for batch in held_out)
+        num_bytes = sum(tokenizer.num_bytes(counted_targets(batch)) for batch in held_out)
         last = len(self.schedule.train_steps) - 1
 
         def evaluate(params: Any) -> dict[str, float]:
             params = self.schedule.params_for(params, last)
             batches = map(self.train_step.put_batch, held_out)
-            nats = [float(self.train_step.evaluate(params, batch)["cross_entropy"]) for batch in batches]
-            bits = sum(nats) * held_out[0]["targets"].size / math.log(2)
-            return {"eval_loss": statistics.fmean(nats), "eval_bits_per_byte": bits / num_bytes}
+            metrics = (self.train_step.evaluate(params, batch) for batch in batches)
+            nats = sum(float(m["cross_entropy"]) * int(m["num_targets"]) for m in metrics)
+            return {"eval_loss": nats / num_targets, "eval_bits_per_byte": nats / math.log(2) / num_bytes}
 
         return evaluate
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.balance.balancer import every_layer
 from moejax.config import OptimizerConfig
-from moejax.model import Batch, Metrics, Program, summarise
+from moejax.model import BATCH_ARRAYS, Batch, Metrics, Program, check_batch, summarise
 from moejax.sharding import make_params, run_once
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
 
@@ -37,13 +37,15 @@ class TrainState:
 class TrainStep:
     """`state, metrics = train_step(state, batch)` over the program's mesh; `train_step.init(key)` makes the state.
 
-    A batch is {"tokens", "targets", "segment_ids"}: int32 [B, S], of the whole mesh. The old state's memory is reused
-    for the new one. Metrics are float32 scalars, the same on every device (see `moejax.model.Program.loss` and
-    `moejax.balance.load_statistics`), `grad_norm` (before clipping), `learning_rate`, and `load_LE`, the assignments
-    each expert got in this step. Of the balancer's window come the scalars of `moejax.balance.BalanceReport` and, by
-    layer, that report itself, as `balance`. `capacity_factor` is what this step was compiled with and
-    `next_capacity_index` which of `program.balancer.capacity_factors` the balancer wants next (a program with fewer
-    takes its last): `with_capacity` makes the step that has it, for the same state.
+    A batch is {"tokens", "targets", "segment_ids"}: int32 [B, S], of the whole mesh. Targets of -100 are left out of
+    the loss. The old state's memory is reused for the new one. Metrics are float32 scalars, the same on every device
+    (see `moejax.model.Program.loss` and `moejax.balance.load_statistics`); the counts `num_targets`, that the
+    cross-entropy is a mean over, and `out_of_range_ids`, which is 0 unless the loss is wrong, int32; `grad_norm`
+    (before clipping), `learning_rate`, and `load_LE`, the assignments each expert got in this step. Of the balancer's
+    window come the scalars of `moejax.balance.BalanceReport` and, by layer, that report itself, as `balance`.
+    `capacity_factor` is what this step was compiled with and `next_capacity_index` which of
+    `program.balancer.capacity_factors` the balancer wants next (a program with fewer takes its last): `with_capacity`
+    makes the step that has it, for the same state.
     """
 
     def __init__(self, program: Program, optimizer: OptimizerConfig, steps: int, accumulate: int = 1) -> None:
@@ -87,7 +89,7 @@ class TrainStep:
         """A batch as `jax.ShapeDtypeStruct`s."""
         sharding = NamedSharding(self.program.mesh, self.program.batch_spec)
         shape = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32, sharding=sharding)
-        return dict.fromkeys(("tokens", "targets", "segment_ids"), shape)
+        return dict.fromkeys(BATCH_ARRAYS, shape)
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state, made where it is stored; the same key gives the same one on every mesh."""
@@ -98,9 +100,14 @@ class TrainStep:
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), self.program.balancer.init())
 
     def put_batch(self, batch: Any) -> Batch:
-        """Places a host's batch on the mesh."""
+        """Places a host's batch on the mesh.
+
+        Raises:
+          ConfigError: it lacks an array, or a token is not in the vocabulary, or a target neither in it nor -100.
+        """
+        check_batch(batch, self.program.model.vocab_size)
         sharding = NamedSharding(self.program.mesh, self.program.batch_spec)
-        return jax.device_put({k: batch[k] for k in ("tokens", "targets", "segment_ids")}, sharding)
+        return jax.device_put({name: batch[name] for name in BATCH_ARRAYS}, sharding)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self._step(state, batch)
@@ -164,25 +171,24 @@ class TrainStep:
         return params | {"layers": layers | {"moe": layers["moe"] | {"router_bias_E": bias_E}}}
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, Metrics]:
-        """Mean gradients, and metrics, over the accumulation slices: scalars averaged, the router's sums added up."""
-        value_and_grad = jax.value_and_grad(self.program.loss, has_aux=True)
+        """Returns the gradients and metrics of the batch: the shares of its accumulation slices, added up."""
+        totals = self.program.totals(batch)
+        value_and_grad = jax.value_and_grad(self.program.share_of_loss, has_aux=True)
         if self.accumulate == 1:
-            (_, metrics), grads = value_and_grad(params, batch)
-            return grads, metrics
+            (_, metrics), grads = value_and_grad(params, batch, totals)
+            return grads, metrics | totals.metrics
         slices = jax.tree.map(lambda x_BS: x_BS.reshape(self.accumulate, -1, x_BS.shape[-1]), batch)
 
         def add(total: Any, slice_: Batch) -> tuple[Any, None]:
-            (_, metrics), grads = value_and_grad(params, slice_)
+            (_, metrics), grads = value_and_grad(params, slice_, totals)
             return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
         # The first slice starts the sums, so that they have its types on the mesh.
         first = jax.tree.map(lambda x_ABS: x_ABS[0], slices)
         rest = jax.tree.map(lambda x_ABS: x_ABS[1:], slices)
-        (_, metrics), grads = value_and_grad(params, first)
+        (_, metrics), grads = value_and_grad(params, first, totals)
         (grads, metrics), _ = lax.scan(add, (grads, metrics), rest)
-        mean = functools.partial(jax.tree.map, lambda x: x / self.accumulate)
-        router = metrics.pop("router")
-        return mean(grads), mean(metrics) | {"router": router}
+        return grads, metrics | totals.metrics
 
 
 def _is_spec(x: object) -> bool:

@@ -151,7 +151,10 @@ def _logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None) 
 def _loss(params: Any, batch: Any, m: ModelConfig, balance: BalanceConfig, rule: CapacityRule | None) -> Any:
     logits_BSV, figures = _logits(params, batch, m, rule)
     log_prob_BSV = jax.nn.log_softmax(logits_BSV, axis=-1)
-    cross_entropy = -jnp.mean(jnp.take_along_axis(log_prob_BSV, batch["targets"][..., None], axis=-1))
+    counted_BS = batch["targets"] != -100
+    target_BS = np.where(counted_BS, batch["targets"], 0)
+    nats_BS = -jnp.take_along_axis(log_prob_BSV, target_BS[..., None], axis=-1)[..., 0]
+    cross_entropy = jnp.sum(nats_BS * counted_BS) / max(counted_BS.sum(), 1)
     *of_router, load_LE, dropped_L = (jnp.stack(of_layers) for of_layers in zip(*figures, strict=True))
     aux_loss, sequence_loss, z_loss = map(jnp.mean, of_router)
     loss = cross_entropy + balance.aux_loss_weight * aux_loss + balance.z_loss_weight * z_loss
@@ -190,7 +193,7 @@ def loss_and_grads(
 
     Args:
         params: logical arrays, nested as moejax's, layers in one leading dim.
-        batch: "tokens", "targets", "segment_ids": int32 [B, S].
+        batch: "tokens", "targets", "segment_ids": int32 [B, S]; targets of -100 are left out of the mean.
         m: the model.
         balance: the weights of the router's losses.
         rule: who drops what; None: nothing is dropped.
