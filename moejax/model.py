@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from moejax import balance, compiler, remat, sharding
+from moejax.balance import ExpertLoadBalancer, LayerStats
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig, check
 from moejax.dispatch import Turn, after, first_turn
 from moejax.kernels.manual import vary
@@ -39,7 +40,7 @@ from moejax.pipeline import run_pipeline
 
 BATCH_ARRAYS = ("tokens", "targets", "segment_ids")
 Batch = dict[str, jax.Array]  # `BATCH_ARRAYS`: int32 [B, S]; targets of `IGNORED` (-100) are left out of the loss
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # arrays, and groups of them
 
 
 class BatchTotals(NamedTuple):
@@ -73,7 +74,7 @@ class Program:
         sharding.check_layout(self.model, self.dispatch, self.parallel, self.mesh)
 
     @classmethod
-    def from_config(cls, config: TrainConfig, mesh: Mesh) -> Program:
+    def from_config(cls, config: TrainConfig, mesh: Mesh | AbstractMesh) -> Program:
         """The program of a training configuration; the batch is checked as well."""
         sharding.check_layout(
             config.model, config.dispatch, config.parallel, mesh,
@@ -92,12 +93,12 @@ class Program:
         return dataclasses.replace(self, dispatch=dataclasses.replace(self.dispatch, capacity_factor=factor))
 
     @functools.cached_property
-    def balancer(self) -> balance.ExpertLoadBalancer:
+    def balancer(self) -> ExpertLoadBalancer:
         """What keeps this program's experts evenly loaded; its state is part of the train state."""
         config = self.balance
         if not self.exchanges:  # no buffers, so no sizes of them
             config = dataclasses.replace(config, capacity_factors=())
-        return balance.ExpertLoadBalancer(self.model, config, self.dispatch)
+        return ExpertLoadBalancer(self.model, config, self.dispatch)
 
     @property
     def exchanges(self) -> bool:
@@ -250,7 +251,7 @@ class Program:
 
     def hidden(
         self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array
-    ) -> tuple[jax.Array, balance.LayerStats]:
+    ) -> tuple[jax.Array, LayerStats]:
         """Final hidden states [M, b, s, D], after the last norm, on every stage; and global sums of the router.
 
         The sums are of this stage's layers, [R, layers per chunk, ...], over every token of the batch.
@@ -268,7 +269,7 @@ class Program:
         if m.num_dense_layers:
             x_BsD = self._dense_layers(params["dense_layers"], x_BsD, segment_ids_BS, policy)
 
-        def stage(x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, balance.LayerStats]:
+        def stage(x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, LayerStats]:
             chunk = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w[:, 0], repeat, keepdims=False), layers)
             segment_ids_bS = lax.dynamic_index_in_dim(segment_ids_MbS, microbatch, keepdims=False)
             layer = remat.checkpoint(functools.partial(self._layer, segment_ids_bS=segment_ids_bS), policy)
@@ -291,15 +292,13 @@ class Program:
             h_MbsD = rms_norm(x_MbsD, norm_D, m.norm_eps)
         return h_MbsD, global_stats(stats, (*self.batch_axes, TENSOR))
 
-    def _layer(
-        self, x_bsD: jax.Array, p: dict[str, Any], *, segment_ids_bS: jax.Array
-    ) -> tuple[jax.Array, balance.LayerStats]:
+    def _layer(self, x_bsD: jax.Array, p: dict[str, Any], *, segment_ids_bS: jax.Array) -> tuple[jax.Array, LayerStats]:
         """One layer of the pipeline."""
         if self.parallel.gather == "layer":
             p = sharding.gather(p, self.table["layers"], unstacked=True)
         x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
 
-        def part(x_bsD: jax.Array, segment_ids_bS: jax.Array, turn: Turn) -> tuple[jax.Array, balance.LayerStats, Turn]:
+        def part(x_bsD: jax.Array, segment_ids_bS: jax.Array, turn: Turn) -> tuple[jax.Array, LayerStats, Turn]:
             x_bsD = after(x_bsD, turn.sent)
             x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
             with jax.named_scope("route"):

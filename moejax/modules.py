@@ -59,8 +59,8 @@ class MoELayer(nnx.Module):
     strategies drop nothing and give the same on all.
     """
 
-    w_router_DE: nnx.Param
-    experts: nnx.Dict
+    w_router_DE: nnx.Param[jax.Array]
+    experts: nnx.Dict[Any]
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, dispatch: DispatchConfig | None = None, *, rngs: nnx.Rngs
@@ -89,7 +89,7 @@ class MoELayer(nnx.Module):
         """How the input and the output [B, S, D] lie on the mesh."""
         return _x_spec(self.mesh)
 
-    def specs(self) -> nnx.State:
+    def specs(self) -> nnx.State[Any, Any]:
         """The PartitionSpecs of `nnx.state(layer)`, nested as that is: for the `in_specs` of your `shard_map`."""
         state = jax.tree.map(lambda _: P(), nnx.state(self))
         specs = sharding.param_specs(sharding.moe_params(self.config, self.dispatch))

@@ -27,10 +27,11 @@ def apply_overrides(config: T, overrides: Mapping[str, str]) -> T:
       ConfigError: a path that does not exist, a text that is not of the field's type, or a value that the dataclass
         refuses.
     """
-    return _replace(config, dict(overrides), "")
+    replaced: T = _replace(config, dict(overrides), "")
+    return replaced
 
 
-def _replace(config: T, overrides: Mapping[str, str], parent: str) -> T:
+def _replace(config: Any, overrides: Mapping[str, str], parent: str) -> Any:
     """Applies `overrides`, relative to `config`, which itself stands at `parent` ("" or "model.")."""
     hints = get_type_hints(type(config))
     values: dict[str, Any] = {}

@@ -182,7 +182,7 @@ def make_params(table: Any, key: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, [p.init(jax.random.fold_in(key, i)) for i, p in enumerate(leaves)])
 
 
-def init_params(table: Any, mesh: Mesh, key: jax.Array) -> Any:
+def init_params(table: Any, mesh: Mesh | AbstractMesh, key: jax.Array) -> Any:
     """`make_params`, made where they are stored."""
     return run_once(lambda key: make_params(table, key), _map(lambda p: NamedSharding(mesh, p.spec), table), key)
 

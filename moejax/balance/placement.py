@@ -60,7 +60,7 @@ def place_experts(
     check(load_LE.ndim == 2, f"load_LE has shape {load_LE.shape}; it must be [layers, experts]")
     num_experts = load_LE.shape[1]
     check(
-        (load_LE >= 0).all() and (load_LE.sum(-1) > 0).all(),
+        bool((load_LE >= 0).all() and (load_LE.sum(-1) > 0).all()),
         "load_LE must be 0 or more, and more than 0 somewhere in every layer",
     )
     check(num_devices % num_hosts == 0, f"num_devices={num_devices} must be a multiple of num_hosts={num_hosts}")
@@ -76,7 +76,7 @@ def place_experts(
     slots_LS = np.stack([_place_layer(load_E, num_slots, num_devices, num_hosts, num_groups) for load_E in load_LE])
     copies_LE = np.stack([np.bincount(slots_S, minlength=num_experts) for slots_S in slots_LS])
     before_LD = np.zeros((len(load_LE), num_devices))
-    np.add.at(before_LD, (slice(None), _home(num_experts, num_devices, num_hosts)), load_LE)
+    np.add.at(before_LD, (slice(None), _home(num_experts, num_devices, num_hosts)), load_LE)  # type: ignore[arg-type]  # no slices in the stubs
     per_slot_LS = np.take_along_axis(load_LE / copies_LE, slots_LS, axis=1)
     return Placement(
         slots_LS.astype(np.int32),

@@ -56,7 +56,7 @@ def make_bucketed_loader(
     for bucket, tokens in zip(buckets, num_tokens, strict=True):
         if not tokens:
             _log.warning("no document suits rows of %d tokens; that bucket is never drawn", bucket.seq_len)
-    batches = [
+    batches: list[Any] = [
         shuffled_batches(Rows(ids, bucket.seq_len, tokenizer.separator, config.seed), bucket.batch_size, config.seed)
         if ids
         else None
@@ -136,5 +136,5 @@ class Draws:
 def _spread(counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """Item k `counts[k]` times, int64: its i-th time at a random place in the i-th of as many equal stretches."""
     items = np.repeat(np.arange(len(counts)), counts)
-    places = np.concatenate([(np.arange(count) + rng.random(count)) / count for count in counts if count] or [[]])
-    return items[np.argsort(places, kind="stable")]
+    places = [(np.arange(count) + rng.random(count)) / count for count in counts if count]
+    return items[np.argsort(np.concatenate([np.empty(0), *places]), kind="stable")]

@@ -150,9 +150,10 @@ class Trainer:
         self, state: TrainState, first: int, batches: Any, checkpointer: Checkpointer, writer: MetricsWriter | None
     ) -> tuple[TrainState, dict[str, float], Timing]:
         """Runs the steps after `first`; returns the state, the last step's line of metrics and the times taken."""
-        config, line = self.config, {}
+        config = self.config
+        line: dict[str, Any] = {}
         evaluate = self._make_evaluate()
-        limit = config.memory_limit_bytes or device_limit(self.program.mesh)
+        limit = config.memory_limit_bytes or device_limit(self.mesh)
         sizes = StepSizes(self.schedule.train_steps, self.schedule.shapes, limit)
         timing = Timing(sizes, self.schedule)
         with Progress(config.steps, first) as progress, sizes:
@@ -181,7 +182,7 @@ class Trainer:
                     "bucket_seq_len": seq_len,
                     "remat": ran.step.program.parallel.remat_policy(seq_len),
                     "reshard_seconds": reshard_seconds,
-                    "device_memory_bytes": memory_in_use(ran.step.program.mesh) or ran.memory.total,
+                    "device_memory_bytes": memory_in_use(self.mesh) or ran.memory.total,
                 }
                 if step % config.eval_every == 0 or step == config.steps:
                     line |= evaluate(state.params)
@@ -225,14 +226,14 @@ class Trainer:
             logging.warning("Step %d: every layer is within balance.%s again.", step, name)
         self._outside = outside
 
-    def _line(self, metrics: dict[str, Any], batch: dict[str, np.ndarray]) -> dict[str, float]:
+    def _line(self, metrics: dict[str, Any], batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """One line of metrics.jsonl, but for the time it took; waits for the step to end."""
         scalars = {k: v for k, v in metrics.items() if isinstance(v, jax.Array) and v.ndim == 0}
-        scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
+        line = {k: float(v) for k, v in jax.device_get(scalars).items()}
         num_tokens = batch["targets"].size
-        bits = scalars["cross_entropy"] * scalars["num_targets"] / math.log(2)
+        bits = line["cross_entropy"] * line["num_targets"] / math.log(2)
         num_bytes = self.data.tokenizer.num_bytes(counted_targets(batch))
-        return scalars | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": num_tokens}
+        return line | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": num_tokens}
 
     def _make_evaluate(self) -> Callable[[Any], dict[str, float]]:
         """A function from parameters to held-out figures, over the same batches every time."""

@@ -85,7 +85,7 @@ class TrainStep:
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
         )
 
-    def batch_shapes(self, batch_size: int, seq_len: int) -> Batch:
+    def batch_shapes(self, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as `jax.ShapeDtypeStruct`s."""
         sharding = NamedSharding(self.program.mesh, self.program.batch_spec)
         shape = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32, sharding=sharding)
