@@ -24,6 +24,12 @@ hypothesis.settings.register_profile("moejax", deadline=None, max_examples=20, d
 hypothesis.settings.load_profile("moejax")
 
 
+@pytest.fixture(scope="session")
+def seed():
+    """Returns the seed for what tests draw themselves: always the same one, unless MOEJAX_TEST_SEED names another."""
+    return int(os.environ.get("MOEJAX_TEST_SEED", 0))
+
+
 @dataclasses.dataclass(frozen=True)
 class FakeDevice:
     """What `build_mesh` reads of a device; `jax.sharding.Mesh` takes any object."""

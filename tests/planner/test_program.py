@@ -1,9 +1,7 @@
 """The closed forms of a step are its trace, to the byte and the FLOP, on plans drawn anew in every run."""
 
 import functools
-import os
 import random
-import time
 from collections import Counter
 
 import pytest
@@ -18,9 +16,6 @@ from moejax.planner.work import Product, Sweep, Transfer, flops_by_phase, sent_b
 from moejax.presets import moe_16x10b
 
 EXACT = 1e-12  # of a sum of floats
-SEED = int(os.environ.get("MOEJAX_TEST_SEED", time.time_ns()))
-
-
 traced = functools.cache(trace)
 
 
@@ -54,13 +49,13 @@ def check_drawn(seed, number):
             raise AssertionError(f"plan {i} of MOEJAX_TEST_SEED={seed}: {plan}\n{e}") from e
 
 
-def test_closed_forms_are_the_trace():
-    check_drawn(SEED, 5)  # 2 to 3 s each, all of it jax's tracing
+def test_closed_forms_are_the_trace(seed):
+    check_drawn(seed, 5)  # 2 to 3 s each, all of it jax's tracing
 
 
 @pytest.mark.slow
-def test_closed_forms_are_the_trace_of_200_plans():
-    check_drawn(SEED, 200)
+def test_closed_forms_are_the_trace_of_200_plans(seed):
+    check_drawn(seed, 200)
 
 
 # Whatever is drawn: each policy, strategy and gather.

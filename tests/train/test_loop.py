@@ -285,9 +285,9 @@ HELD = f"""
 """
 
 
-def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(corpus, finished, tmp_path):
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(corpus, finished, tmp_path, seed):
     process = start(tmp_path, corpus, python=(sys.executable, "-c", textwrap.dedent(HELD)))
-    wait_for_step(process, tmp_path, random.SystemRandom().randint(3, 7))
+    wait_for_step(process, tmp_path, random.Random(seed).randint(3, 7))
     wait_for_checkpoint(process, tmp_path)
     process.kill()
     process.communicate()
