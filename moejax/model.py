@@ -38,18 +38,20 @@ from moejax.nn.feed_forward import swiglu
 from moejax.nn.norm import rms_norm
 from moejax.pipeline import run_pipeline
 
+FORWARD_ONLY = "forward_only"  # the scope of a forward pass in a train step that is not differentiated
 BATCH_ARRAYS = ("tokens", "targets", "segment_ids")
 Batch = dict[str, jax.Array]  # `BATCH_ARRAYS`: int32 [B, S]; targets of `IGNORED` (-100) are left out of the loss
 Metrics = dict[str, Any]  # arrays, and groups of them
 
 
 class BatchTotals(NamedTuple):
-    """Counts over the whole batch of all devices, by which a loss divides its sums; the same on every device."""
+    """Counts over the whole batch, of all devices and accumulation slices, that the losses of its parts divide by."""
 
     num_sequences: int
     num_tokens: int
     num_targets: jax.Array  # int32, those that the loss counts: all but `IGNORED`
     out_of_range_ids: jax.Array  # int32, tokens and counted targets that are not in the vocabulary
+    count_RlE: jax.Array | None = None  # assignments to the experts of this stage's layers; None: the part is the whole
 
     @property
     def metrics(self) -> Metrics:
@@ -183,9 +185,9 @@ class Program:
         return loss, metrics | totals.metrics
 
     def share_of_loss(self, params: dict[str, Any], batch: Batch, totals: BatchTotals) -> tuple[jax.Array, Metrics]:
-        """Returns this batch's share of the loss over a larger one with these `totals`; shares add up to the loss.
+        """Returns the share that this batch has in the loss over a larger one with these `totals`.
 
-        So do the metrics: every scalar, and the sums of the router.
+        The shares of all slices of a batch add up to its loss, and their gradients and metrics to its own.
         """
         if REPLICA in self.mesh.axis_names:
             with jax.named_scope("gather"):  # gradients are summed over replicas once, and as they are stored
@@ -206,24 +208,32 @@ class Program:
         with jax.named_scope("loss"):
             num_targets = jnp.maximum(totals.num_targets, 1).astype(jnp.float32)
             cross_entropy_mean = lax.psum(total, self.batch_axes) / num_targets
-            aux_loss = lax.pmean(balance.load_balance_loss(stats, totals.num_tokens), PIPELINE)
-            sequence_loss = lax.pmean(balance.sequence_balance_loss(stats, totals.num_sequences), PIPELINE)
-            z_loss = lax.pmean(balance.router_z_loss(stats, totals.num_tokens), PIPELINE)
-        losses = {"aux_loss": aux_loss, "sequence_loss": sequence_loss, "z_loss": z_loss}
-        weights = self.balance
-        loss = (
-            cross_entropy_mean
-            + weights.aux_loss_weight * aux_loss
-            + weights.sequence_loss_weight * sequence_loss
-            + weights.z_loss_weight * z_loss
-        )
+            weights = self.balance
+            router_loss = (
+                weights.aux_loss_weight * balance.load_balance_loss(stats, totals.num_tokens, totals.count_RlE)
+                + weights.sequence_loss_weight * balance.sequence_balance_loss(stats, totals.num_sequences)
+                + weights.z_loss_weight * balance.router_z_loss(stats, totals.num_tokens)
+            )
+            loss = cross_entropy_mean + lax.pmean(router_loss, PIPELINE)
         by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)
-        return loss, {"loss": loss, "cross_entropy": cross_entropy_mean, "router": by_layer} | losses
+        return loss, {"loss": loss, "cross_entropy": cross_entropy_mean, "router": by_layer}
+
+    def count_assignments(self, params: dict[str, Any], slices: Batch) -> jax.Array:
+        """Counts the assignments to each expert of this stage's layers, [R, l, E], over all slices [A, B, S].
+
+        This is a forward pass: the load-balance loss of a slice needs the counts of all.
+        """
+
+        def count(slice_: Batch) -> jax.Array:
+            with jax.named_scope(FORWARD_ONLY):
+                return self.hidden(params, slice_["tokens"], slice_["segment_ids"])[1].count_E
+
+        return lax.map(count, slices).sum(0)
 
     @property
     def metric_specs(self) -> dict[str, P]:
         """How the figures that `loss` returns lie on the mesh: scalars everywhere, the router's with their layers."""
-        names = ("loss", "cross_entropy", "aux_loss", "sequence_loss", "z_loss", "num_targets", "out_of_range_ids")
+        names = ("loss", "cross_entropy", "num_targets", "out_of_range_ids")
         return dict.fromkeys(names, P()) | {"router": P(None, PIPELINE)}
 
     def logits(self, params: dict[str, Any], tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
@@ -365,14 +375,20 @@ def counted_targets(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     return batch["targets"][batch["targets"] != IGNORED]
 
 
-def summarise(metrics: Metrics) -> Metrics:
-    """The figures of `Program.loss`, as global arrays, with those of the router's layers told in a few numbers.
+def summarise(metrics: Metrics, batch: Batch) -> Metrics:
+    """Returns the figures of `Program.loss`, as global arrays, with the router's sums over the batch in a few numbers.
 
-    The counts become `load_LE`, the assignments that each expert got, and `moejax.balance.load_statistics` of them.
-    `invalid_tokens` is over layers: those whose router logits are not finite.
+    `aux_loss`, `sequence_loss` and `z_loss` are its losses before their weights. The counts become `load_LE`, the
+    assignments that each expert got, and `moejax.balance.load_statistics` of them. `invalid_tokens` is over layers:
+    those whose router logits are not finite.
     """
-    router = metrics["router"]
+    router, tokens_BS = metrics["router"], batch["tokens"]
     load_LE = router.count_E.reshape(-1, router.count_E.shape[-1])
     statistics = balance.load_statistics(load_LE, router.dropped, router.rounds / router.dispatches)
+    statistics |= {
+        "aux_loss": balance.load_balance_loss(router, tokens_BS.size),
+        "sequence_loss": balance.sequence_balance_loss(router, tokens_BS.shape[0]),
+        "z_loss": balance.router_z_loss(router, tokens_BS.size),
+    }
     statistics |= {"invalid_tokens": router.invalid.sum(), "load_LE": load_LE}
     return {k: v for k, v in metrics.items() if k != "router"} | statistics

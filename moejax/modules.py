@@ -229,7 +229,7 @@ class Transformer(nnx.Module):
         check_batch(batch, self.program.model.vocab_size)
         self._check(batch["tokens"])
         loss, metrics = _global_loss(self.program)(self.params, batch)
-        return loss, summarise(metrics)
+        return loss, summarise(metrics, batch)
 
     def _check(self, tokens_BS: jax.Array) -> None:
         manual = jax.sharding.get_abstract_mesh().manual_axes

@@ -14,7 +14,7 @@ from reference import oracle
 
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
+from moejax.model import Program, summarise
 from moejax.sharding import Param, param_shapes
 
 MODEL = ModelConfig(
@@ -134,7 +134,7 @@ class Layout:
 
     @functools.cached_property
     def value_and_grad(self) -> Any:
-        """(params, batch) -> ((loss, metrics), gradients), compiled over the mesh."""
+        """(params, batch) -> ((loss, metrics), gradients), compiled over the mesh; summaries are among the metrics."""
         program = self.program
         loss_specs = (program.metric_specs["loss"], program.metric_specs)
         function = program.sharded(
@@ -142,7 +142,12 @@ class Layout:
             (program.param_specs, program.batch_spec),
             (loss_specs, program.param_specs),
         )
-        return jax.jit(function)
+
+        def with_summary(params: Any, batch: Any) -> Any:
+            (loss, metrics), grads = function(params, batch)
+            return (loss, metrics | summarise(metrics, batch)), grads
+
+        return jax.jit(with_summary)
 
     def trace(self) -> Any:
         """The jaxpr of `value_and_grad`."""

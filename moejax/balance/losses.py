@@ -32,13 +32,17 @@ class LayerStats(NamedTuple):
     dispatches: jax.Array
 
 
-def load_balance_loss(stats: LayerStats, num_tokens: int) -> jax.Array:
-    """Mean over layers of E Σ_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced.
+def load_balance_loss(stats: LayerStats, num_tokens: int, count_LE: jax.Array | None = None) -> jax.Array:
+    """Returns the mean over layers of E Σ_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced.
 
     f is the share of assignments an expert gets, P its mean probability, both over every token of the batch on every
     device: `stats` holds global sums, [..., E] and [...] with the layers in front.
+
+    f has no gradient, and the loss is linear in P. So the loss of a batch is the sum of this over its slices, where
+    `stats` are of the slice, and `num_tokens` and the assignments `count_LE` of the whole batch.
     """
-    share_LE = stats.count_E / stats.count_E.sum(-1, keepdims=True)
+    count_LE = stats.count_E if count_LE is None else count_LE
+    share_LE = count_LE / count_LE.sum(-1, keepdims=True)
     prob_LE = stats.prob_E / num_tokens
     return share_LE.shape[-1] * (share_LE * prob_LE).sum(-1).mean()
 
@@ -59,12 +63,12 @@ def sequence_balance(sums: RoutingSums, local_seq_len: int) -> jax.Array:
 
 
 def sequence_balance_loss(stats: LayerStats, num_sequences: int) -> jax.Array:
-    """Mean over layers and sequences of the balance inside a sequence: 1 when balanced."""
+    """Returns the mean over layers and sequences of the balance inside a sequence: 1 when balanced."""
     return (stats.sequence_balance / num_sequences).mean()
 
 
 def router_z_loss(stats: LayerStats, num_tokens: int) -> jax.Array:
-    """Mean over layers and tokens of the squared log-sum-exp of the router's logits (ST-MoE, 2202.08906, eq. 5)."""
+    """Returns the mean over layers and tokens of the router logits' squared log-sum-exp (ST-MoE, 2202.08906, eq. 5)."""
     return (stats.z / num_tokens).mean()
 
 

@@ -33,11 +33,15 @@ class Plan:
         """Tokens of one step, over all devices."""
         return self.batch_size * (1 if self.mode == "decode" else self.seq_len)
 
+    @property
+    def balance(self) -> BalanceConfig:
+        """The balancing that a run of the plan gets unless it says otherwise."""
+        return BalanceConfig.suited_to(self.model)
+
     def train_config(self, **fields: Any) -> TrainConfig:
         """The training run that follows the plan; `fields` are those of `TrainConfig` that it does not decide."""
         data = DataConfig(seq_len=self.seq_len, batch_size=self.batch_size)
-        balance = BalanceConfig.suited_to(self.model)
-        chosen: dict[str, Any] = {"data": data, "balance": balance} | fields
+        chosen: dict[str, Any] = {"data": data, "balance": self.balance} | fields
         return TrainConfig(
             model=self.model, parallel=self.parallel, dispatch=self.dispatch, accumulate=self.accumulate, **chosen
         )

@@ -51,7 +51,7 @@ def work(plan: Plan) -> Work:
     items = [*step.embed(), *step.dense_layers(), *step.layers(), *step.pipeline(), *step.weights()]
     if plan.mode == "prefill":
         return [item for item in (*items, *step.next_token()) if item.stage == "forward"]
-    return [*items, *step.logits(), *step.loss(), *step.update()]
+    return [*step.count_ahead(), *items, *step.logits(), *step.loss(), *step.update()]
 
 
 def param_bytes(plan: Plan) -> float:
@@ -87,6 +87,13 @@ class _Step(Passes):
         self.layer_runs = self.passes * self.ticks * self.chunk
 
     # The parts, in the order of the program.
+
+    def count_ahead(self) -> Iterator[Product | Transfer | Sweep]:
+        """The forward pass over all accumulated slices that counts assignments for their load-balance loss."""
+        if self.passes == 1 or not self.plan.balance.aux_loss_weight:
+            return
+        items = (*self.embed(), *self.dense_layers(), *self.layers(), *self.pipeline(), *self.weights(output=False))
+        yield from (item for item in items if item.stage == "forward")
 
     def embed(self) -> Iterator[Product | Transfer | Sweep]:
         """Rows of this device's part of the table, summed over the parts of the vocabulary."""
@@ -324,8 +331,7 @@ class _Step(Passes):
             yield from self.told("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
         yield from self.only("loss", "update", (REPLICA, EXPERT), 3 * 4, 1)  # targets counted, ids out of range
         yield from self.told("loss", "all_reduce", (REPLICA, EXPERT), 4, self.passes)
-        for _ in ("balance", "sequence", "z"):
-            yield from self.told("loss", "all_reduce", (PIPELINE,), 4, self.passes)
+        yield from self.told("loss", "all_reduce", (PIPELINE,), 4, self.passes)  # of the router
         for stage in self.stages("result"):
             yield Sweep("loss", stage, 3 * 4 * tokens * self.vocabulary, times)
         yield Sweep("loss", "backward", 3 * 4 * tokens * self.vocabulary, times)
@@ -336,42 +342,47 @@ class _Step(Passes):
         """Of a parameter, on one device."""
         return math.prod(p.shape) / math.prod(self.size[axis] for axes in p.stored for axis in axes)
 
-    def weights(self) -> Iterator[Transfer | Sweep]:
-        """Gathers of stored shards, compute copies, and sums of gradients over devices with other tokens."""
+    def weights(self, *, output: bool = True) -> Iterator[Transfer | Sweep]:
+        """Gathers of stored shards, compute copies, and sums of gradients over devices with other tokens.
+
+        Without `output`, the output layer is not used.
+        """
         for path, p in _named(self.table):
+            if path[-1] == "w_DV" and not output:
+                continue
             elements = self.stored_elements(p)
             yield from self.only("gather", "backward", (REPLICA,), 4 * elements, self.passes)
             if path[-1] == "router_bias_E":  # used as it lies; its gradient is zeros
                 continue
             if p.gather:
-                pieces, times, result = self.gathers(path)
+                pieces, times, result = self.gathers(path, output)
                 yield from self.transfer("gather", "all_gather", p.gather[1], 4 * elements / pieces, times, result)
                 elements *= self.devices(p.gather[1])[1]
             stored_over = {axis for axes in p.stored for axis in axes}
-            for pieces, times, itemsize, tokens_over in self.copies(path):
+            for pieces, times, itemsize, tokens_over in self.copies(path, output):
                 num_bytes = itemsize * elements / pieces
                 yield from self.only("gather", "backward", set(tokens_over) - stored_over, num_bytes, times)
                 for stage in ("forward", "backward"):
                     yield Sweep("gather", stage, (4 + itemsize) * elements / pieces, times)
 
-    def gathers(self, path: tuple[str, ...]) -> tuple[int, float, Result]:
+    def gathers(self, path: tuple[str, ...], output: bool) -> tuple[int, float, Result]:
         """In how many pieces a parameter is gathered, how many pieces in all, and what they are to a policy."""
         if path[0] == "dense_layers":
             layers = self.model.num_dense_layers
             return layers, self.passes * layers, "anew"
         if path[0] == "layers" and self.parallel.gather == "layer":
             return self.parallel.repeats * self.chunk, self.layer_runs, "anew"
-        tables = 2 if path[0] == "embed" and self.model.tie_embeddings else 1
+        tables = 2 if path[0] == "embed" and self.model.tie_embeddings and output else 1
         return 1, self.passes * tables, "unused"
 
-    def copies(self, path: tuple[str, ...]) -> list[tuple[int, float, int, tuple[str, ...]]]:
+    def copies(self, path: tuple[str, ...], output: bool) -> list[tuple[int, float, int, tuple[str, ...]]]:
         """The uses of a parameter: pieces, times, bytes of an element, and axes that a replica's tokens differ over."""
         group, name, passes = path[0], path[-1], self.passes
         everywhere = (EXPERT, PIPELINE, TENSOR)
         itemsize = 4 if name.endswith("norm_D") or name == "w_router_DE" else self.itemsize
         logits = (1, passes * self.parallel.num_microbatches, self.itemsize, (EXPERT, TENSOR))
         if group == "embed":
-            return [(1, passes, 4, (EXPERT,)), *([logits] if self.model.tie_embeddings else [])]
+            return [(1, passes, 4, (EXPERT,)), *([logits] if self.model.tie_embeddings and output else [])]
         if group == "head":
             return [logits if name == "w_DV" else (1, passes, 4, (EXPERT, TENSOR))]
         if group == "dense_layers":

@@ -15,7 +15,7 @@ The program is the trainer's own, on a mesh that has only names, sizes and a pla
   ragged exchange moves as many rows as both its ends have room for.
 - Bytes moved are operands and results of every operation but reshapes and casts of type alone, which is more than a
   compiler that fuses them would move.
-- An operation's phase is the innermost name of the vocabulary on its name stack, its pass what stands around it there:
+- An operation's phase is the innermost name of the vocabulary on its name stack. Its pass is named there too:
   `transpose` is backward, and `rematted_computation` inside of it is computed again.
 """
 
@@ -38,7 +38,7 @@ from moejax import sharding
 from moejax.config import check
 from moejax.kernels.attention import cost
 from moejax.mesh import abstract_mesh
-from moejax.model import Program
+from moejax.model import FORWARD_ONLY, Program
 from moejax.planner.plan import Plan
 from moejax.planner.work import Kind, Pass, Phase, Transfer
 from moejax.train.step import make_train_step
@@ -214,7 +214,7 @@ def _pass(stack: str, update: Pass) -> Pass:
         return "recompute"
     if "transpose(" in stack:
         return "backward"
-    return "forward" if "jvp(" in stack else update
+    return "forward" if "jvp(" in stack or FORWARD_ONLY in stack else update
 
 
 def _transfers(equation: core.JaxprEqn, where: tuple[str, Pass], sizes: dict[str, int]) -> Iterator[Transfer]:

@@ -132,7 +132,7 @@ class TrainStep:
             self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
         )
         state, metrics = step(state, batch)
-        return state, summarise(metrics) | metrics["balance"].scalars()
+        return state, summarise(metrics, batch) | metrics["balance"].scalars()
 
     def _global_evaluate(self, params: Any, batch: Batch) -> Metrics:
         program = self.program.without_drops()
@@ -141,7 +141,7 @@ class TrainStep:
             (program.param_specs, program.batch_spec),
             program.metric_specs,
         )
-        return summarise(evaluate(params, batch))
+        return summarise(evaluate(params, batch), batch)
 
     def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = self._gradients(state.params, batch)
@@ -178,6 +178,8 @@ class TrainStep:
             (_, metrics), grads = value_and_grad(params, batch, totals)
             return grads, metrics | totals.metrics
         slices = jax.tree.map(lambda x_BS: x_BS.reshape(self.accumulate, -1, x_BS.shape[-1]), batch)
+        if self.program.balance.aux_loss_weight:
+            totals = totals._replace(count_RlE=self.program.count_assignments(params, slices))
 
         def add(total: Any, slice_: Batch) -> tuple[Any, None]:
             (_, metrics), grads = value_and_grad(params, slice_, totals)

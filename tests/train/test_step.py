@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from layouts import BALANCE, CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error
+from reference import oracle
 
 from moejax.config import OptimizerConfig
 from moejax.train.step import TrainState, make_train_step
@@ -91,24 +92,29 @@ def test_no_device_disagrees_after_a_step(layout):
             assert all(value.tobytes() == values[0].tobytes() for value in values), jax.tree_util.keystr(path)
 
 
-def test_two_accumulated_halves_are_the_mean_of_their_gradients():
+def test_accumulated_slices_are_the_step_of_the_whole_batch():
+    """Though no two have as many targets, or the same load of the experts."""
     layout = Layout(4, 2, 2, gather="layer", remat="full")
     batch = make_batch(MODEL.vocab_size, 32, layout.seq_len, seed=1)
-    # Each device cuts its own part of the batch, so a half has the front or the rear of every part.
-    parts = {name: x.reshape(4, 2, -1, layout.seq_len) for name, x in batch.items()}
-    halves = [{name: x[:, i].reshape(16, -1) for name, x in parts.items()} for i in range(2)]
-    params = layout.place(layout.logical_params)
-    results = [layout.value_and_grad(params, layout.place_batch(half)) for half in halves]
-    (losses, metrics), grads = zip(*[loss for loss, _ in results], strict=True), [layout.unplace(g) for _, g in results]
-    expected, norm = by_hand(layout.logical_params, jax.tree.map(lambda a, b: (a + b) / 2, *grads))
+    for i, targets_S in enumerate(batch["targets"]):
+        targets_S[(i * 5) % 17 :] = -100
+    result, grads = oracle.loss_and_grads(layout.logical_params, batch, MODEL, BALANCE)
+    expected, norm = by_hand(layout.logical_params, grads)
 
     state, figures = run_step(layout, accumulate=2, batch=batch)
     assert_close(layout.unplace(state.params), expected)
     assert float(figures["grad_norm"]) == pytest.approx(norm, rel=1e-5)
-    assert float(figures["loss"]) == pytest.approx(float(sum(losses)) / 2, rel=1e-6)
-    loads = [np.asarray(m["router"].count_E).reshape(figures["load_LE"].shape) for m in metrics]
-    np.testing.assert_array_equal(figures["load_LE"], sum(loads))
-    np.testing.assert_array_equal(state.balance.load_WLE[0], sum(loads))
+    for name in ("loss", "cross_entropy", "aux_loss", "sequence_loss", "z_loss"):
+        assert float(figures[name]) == pytest.approx(float(getattr(result, name)), rel=1e-5), name
+    assert int(figures["num_targets"]) == (batch["targets"] != -100).sum()
+    np.testing.assert_array_equal(figures["load_LE"], result.load_LE)
+    np.testing.assert_array_equal(state.balance.load_WLE[0], result.load_LE)
+
+    # Each device cuts its own part of the batch, so a half has the front or the rear of every part.
+    parts = {name: x.reshape(4, 2, -1, layout.seq_len) for name, x in batch.items()}
+    halves = [{name: x[:, i].reshape(16, -1) for name, x in parts.items()} for i in range(2)]
+    params = layout.place(layout.logical_params)
+    metrics = [layout.value_and_grad(params, layout.place_batch(half))[0][1] for half in halves]
     rounds_L, dispatches_L = (
         sum(np.asarray(getattr(m["router"], name)).reshape(-1) for m in metrics) for name in ("rounds", "dispatches")
     )
