@@ -35,6 +35,7 @@ from moejax.nn.attention import attention
 from moejax.nn.collectives import all_gather
 from moejax.nn.embedding import IGNORED, check_ids, cross_entropy, embed, logits, out_of_range
 from moejax.nn.feed_forward import swiglu
+from moejax.nn.loss_scale import loss_scale, scale_gradient
 from moejax.nn.norm import rms_norm
 from moejax.pipeline import run_pipeline
 
@@ -189,6 +190,8 @@ class Program:
 
         The shares of all slices of a batch add up to its loss, and their gradients and metrics to its own.
         """
+        scale = loss_scale(self.model.dtype, totals.num_tokens)
+        params = jax.tree.map(lambda w: scale_gradient(w, 1 / scale), params)
         if REPLICA in self.mesh.axis_names:
             with jax.named_scope("gather"):  # gradients are summed over replicas once, and as they are stored
                 params = jax.tree.map(lambda w: vary(w, (REPLICA,)), params)
@@ -216,7 +219,8 @@ class Program:
             )
             loss = cross_entropy_mean + lax.pmean(router_loss, PIPELINE)
         by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)
-        return loss, {"loss": loss, "cross_entropy": cross_entropy_mean, "router": by_layer}
+        metrics = {"loss": loss, "cross_entropy": cross_entropy_mean, "router": by_layer}
+        return scale_gradient(loss, scale), metrics
 
     def count_assignments(self, params: dict[str, Any], slices: Batch) -> jax.Array:
         """Counts the assignments to each expert of this stage's layers, [R, l, E], over all slices [A, B, S].

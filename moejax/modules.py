@@ -44,7 +44,8 @@ class MoELayer(nnx.Module):
     Parameters are float32, made where they are stored: `w_router_DE`, `experts.w_in_EDGF`, `experts.w_out_EFD` and,
     with `config.shared_d_ff`, `shared.w_in_DGF` and `shared.w_out_FD` (`moejax.sharding.moe_params` is their table).
     The residual connection and the norm are yours, and so are the weights of the two losses (`BalanceConfig` has the
-    usual ones). The call mutates nothing.
+    usual ones). With `dtype="float16"` so is the scale of the loss, without which small gradients underflow. The call
+    mutates nothing.
 
     It may be called in two places:
 
