@@ -5,8 +5,8 @@ Every rung computes the same step, to rounding, in less memory and more time:
 1. smaller microbatches: more `num_microbatches`, then more `accumulate`, down to one sequence on a device;
 2. stronger rematerialisation: `none`, `minimal`, `collectives`, `full`.
 
-What would change the loss is left out: more microbatches under the strategy "capacity", whose drops are counted in
-each, and more accumulation with `balance.aux_loss_weight`, a loss that is not linear in the batch.
+What would change the loss is left out: smaller microbatches under the strategy "capacity", whose drops are counted in
+each.
 
 Tried and left: host offload of the layers' inputs (`jax.checkpoint_policies.save_and_offload_only_these_names` to
 "pinned_host"), in both checkpoints, for H100 also in the pipeline's alone. Compiled ahead of time with jax 0.10.2, XLA
@@ -132,11 +132,10 @@ def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
 def ladder(step: TrainStep, batch_size: int, seq_len: int) -> Iterator[TrainStep]:
     """The rungs below `step`, from the cheapest: each keeps what those above it have changed."""
     program = step.program
-    same_drops = program.dispatch.strategy != "capacity"
-    while same_drops and (factor := _least_factor(_sequences(step, batch_size))) > 1:
+    same_loss = program.dispatch.strategy != "capacity"
+    while same_loss and (factor := _least_factor(_sequences(step, batch_size))) > 1:
         step = _changed(step, num_microbatches=step.program.parallel.num_microbatches * factor)
         yield step
-    same_loss = same_drops and program.balance.aux_loss_weight == 0
     while same_loss and (factor := _least_factor(step.program.parallel.num_microbatches)) > 1:
         fewer = step.program.parallel.num_microbatches // factor
         if program.parallel.repeats > 1 and fewer < program.mesh.shape[PIPELINE]:
