@@ -70,8 +70,9 @@ class ModelConfig:
 
     The router scores experts by a softmax over them (Mixtral, arXiv 2401.04088) or by a sigmoid each (DeepSeek-V3,
     2412.19437); a chosen expert's gate is its score, divided by the sum over the chosen with `router_renormalize`. With
+    one expert a token that would be 1 whatever the score, so there it must be False (Switch, 2101.03961, eq. 2). With
     `router_bias`, a bias for each expert is added to the scores when experts are chosen, and only then: the means of
-    loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate`.
+    loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate` or, at a rate of 0, left as it is.
     """
 
     num_layers: int = 4
@@ -113,6 +114,11 @@ class ModelConfig:
             f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}",
         )
         check(
+            self.experts_per_token > 1 or not self.router_renormalize or self.num_experts == 1,
+            f"experts_per_token={self.experts_per_token} with router_renormalize=True makes every gate 1, so that "
+            "the router learns nothing from the text; use router_renormalize=False",
+        )
+        check(
             self.num_dense_layers < self.num_layers,
             f"num_dense_layers={self.num_dense_layers} must be less than num_layers={self.num_layers}",
         )
@@ -130,17 +136,20 @@ class ModelConfig:
 class DispatchConfig:
     """How tokens reach their experts.
 
-    `strategy` is "dropless": every assignment arrives, in as many rounds of bounded buffers as that takes; or
-    "capacity": an expert takes `capacity_factor` times its balanced load, the assignments of the highest gates among
-    all senders', and drops the others. In both a sender's buffer has room for `capacity_factor` times the balanced load
-    of each expert.
+    `strategy` is "dropless": every assignment arrives, in as many rounds of bounded buffers as that takes; "ragged":
+    the same, but only the rows that are assigned travel; or "capacity": an expert takes `capacity_factor` times its
+    balanced load, the assignments of the highest gates among all senders', and drops the others. In all a sender's
+    buffer has room for `capacity_factor` times the balanced load of each expert.
 
     `expert_axes` are the mesh axes that the experts are spread over: `("expert",)` splits each expert's width over
-    `tensor`; `("expert", "tensor")` (folded) keeps experts whole. With `hosts` > 1, the number of hosts that those axes
-    span, tokens travel in two hops: inside the host, then across (the first axis must be the one that crosses hosts).
+    `tensor`; `("expert", "tensor")` (folded) keeps experts whole. With `hosts` > 1, tokens travel in two hops, inside
+    the host, then across. It must divide the number of hosts that the mesh's expert axis crosses; virtual CPU devices
+    stand for any number of hosts.
     `chunks` cuts each round's buffers into parts that travel and compute by themselves, so that one part's exchange can
     run during another's matrix products. `payload` "float8" sends tokens to their experts as float8_e4m3fn, with a
     scale each; results travel as they are (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+
+    Where one device has all experts, no token travels: buffers, `chunks`, `payload` and `expert_axes` change nothing.
     """
 
     strategy: Strategy = "dropless"
@@ -171,8 +180,10 @@ class BalanceConfig:
     """What keeps the experts evenly loaded, and what is said when they are not.
 
     Losses, by weight (0: off): load balance over the global batch (Switch, arXiv 2101.03961, eq. 4), the same inside
-    each sequence (DeepSeek-V3, 2412.19437, eq. 17), and z (ST-MoE, 2202.08906, eq. 5). `bias_update_rate` is the step
-    of the selection bias (loss-free balancing, 2408.15664; needs `ModelConfig.router_bias`).
+    each sequence (DeepSeek-V3, 2412.19437, eq. 17), and z (ST-MoE, 2202.08906, eq. 5). The global batch is that of the
+    optimizer step: with `TrainConfig.accumulate` > 1, its load-balance loss takes one more forward pass.
+    `bias_update_rate` is the step of the selection bias (loss-free balancing, 2408.15664; needs
+    `ModelConfig.router_bias`), 0 to leave it as it is.
 
     Loads are watched over the last `window` optimizer steps. At the end of each window, the buffers of a dispatch that
     drops nothing get the next size of `capacity_factors`: the smallest that is `headroom` times the busiest expert's
@@ -212,6 +223,14 @@ class BalanceConfig:
             f"capacity_factors={sizes} must be positive and ascending",
         )
 
+    def check_moves_a_bias(self, model: ModelConfig) -> None:
+        """Raises `ConfigError` for a rate that has no bias to move."""
+        check(
+            model.router_bias or not self.bias_update_rate,
+            f"balance.bias_update_rate={self.bias_update_rate} has no bias to move: use model.router_bias=True, or "
+            "balance.bias_update_rate=0",
+        )
+
     @classmethod
     def suited_to(cls, model: ModelConfig) -> BalanceConfig:
         """Loss-free balancing for a router with a bias, which keeps loads the most even (experiments/results), and the
@@ -225,10 +244,11 @@ class ParallelConfig:
     """How one step is spread over the mesh, beyond the mesh's own shape.
 
     A batch shard is cut into `num_microbatches` for the pipeline; each stage holds `repeats` separate chunks of layers
-    (1: GPipe; more: interleaved). `gather` says when dense weights are gathered from their shards: once a step
-    (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps activations up to 2,048 tokens and recomputes above.
-    `bubble` says whether a stage without work skips it or computes what nobody uses; "auto" skips on CPUs, whose
-    virtual devices share cores, and computes on accelerators, which would only wait (see `moejax.pipeline`).
+    (1: GPipe; more: interleaved). With one stage, `repeats` and `bubble` change nothing. `gather` says when dense
+    weights are gathered from their shards: once a step (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps
+    activations up to 2,048 tokens and recomputes above. `bubble` says whether a stage without work skips it or computes
+    what nobody uses; "auto" skips on CPUs, whose virtual devices share cores, and computes on accelerators, which would
+    only wait (see `moejax.pipeline`).
     A layer works on `batch_split` equal parts of a microbatch side by side, so that one part's tokens can be exchanged
     while another's are computed; capacity is then counted in each part. 0 is auto: 2 on accelerators that exchange any
     and where it divides the sequences, otherwise 1 (see `parts`).
@@ -374,12 +394,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "accumulate", "eval_every", "eval_batches")
-        check(
-            self.model.router_bias == (self.balance.bias_update_rate > 0),
-            f"model.router_bias={self.model.router_bias} must be "
-            f"{self.balance.bias_update_rate > 0} with balance.bias_update_rate={self.balance.bias_update_rate}: "
-            "the bias is what the rate moves",
-        )
+        self.balance.check_moves_a_bias(self.model)
         _check_not_negative(self, "sample_tokens", "memory_limit_bytes")
         for item in self.compiler_options:
             check(

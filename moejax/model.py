@@ -75,6 +75,7 @@ class Program:
 
     def __post_init__(self) -> None:
         sharding.check_layout(self.model, self.dispatch, self.parallel, self.mesh)
+        self.balance.check_moves_a_bias(self.model)
 
     @classmethod
     def from_config(cls, config: TrainConfig, mesh: Mesh | AbstractMesh) -> Program:

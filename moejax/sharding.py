@@ -19,13 +19,14 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.compiler import ONCE, for_jit
 from moejax.config import DispatchConfig, ModelConfig, ParallelConfig, check
-from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
+from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR, MeshConfig, platform
 
 VOCAB_AXES = (PIPELINE, TENSOR)
 EMBEDDING_STD = 0.02
@@ -224,7 +225,17 @@ def _check_divides(name: str, value: int, axis: str, size: int) -> None:
         check(False, f"{name}={value} must be a multiple of {axis} {size}; with {name}={value} use one of {divisors}")
 
 
-def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: AxisSizes) -> None:
+def _hosts_along_experts(mesh: Mesh | AbstractMesh | MeshConfig) -> int | None:
+    """Returns how many hosts, or else processes, the expert axis crosses; None where they are unknown or virtual."""
+    if isinstance(mesh, MeshConfig):
+        return None if mesh.platform == "cpu" else mesh.hosts_along(EXPERT)
+    if isinstance(mesh, AbstractMesh) or platform(mesh) == "cpu":
+        return None
+    along = np.moveaxis(mesh.devices, mesh.axis_names.index(EXPERT), 0).reshape(mesh.shape[EXPERT], -1)[:, 0]
+    return len({device.process_index for device in along})
+
+
+def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: Mesh | AbstractMesh | MeshConfig) -> None:
     """Raises `ConfigError` where one mixture-of-experts feed-forward, `moe_params`, does not fit on the mesh."""
     expert, tensor = mesh.shape[EXPERT], mesh.shape[TENSOR]
     experts_over = math.prod(mesh.shape[a] for a in dispatch.expert_axes)
@@ -233,6 +244,11 @@ def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: AxisSizes) 
     check(
         expert % dispatch.hosts == 0,
         f"dispatch.hosts={dispatch.hosts} must divide the expert axis {expert}, the one that crosses hosts",
+    )
+    crossed = _hosts_along_experts(mesh)
+    check(
+        crossed is None or crossed % dispatch.hosts == 0,
+        f"dispatch.hosts={dispatch.hosts} must divide {crossed}, the hosts that the mesh's expert axis crosses",
     )
     if TENSOR not in dispatch.expert_axes:
         _check_divides("d_ff", m.d_ff, "tensor axis", tensor)
@@ -244,7 +260,7 @@ def check_layout(
     m: ModelConfig,
     dispatch: DispatchConfig,
     parallel: ParallelConfig,
-    mesh: AxisSizes,
+    mesh: Mesh | AbstractMesh | MeshConfig,
     *,
     batch_size: int | None = None,
     seq_len: int | None = None,

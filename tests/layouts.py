@@ -80,6 +80,11 @@ class Layout:
         axes = FOLDED if self.folded else SPLIT
         return DispatchConfig(self.strategy, self.capacity_factor, axes, self.hosts, self.chunks)
 
+    @property
+    def balance(self) -> BalanceConfig:
+        """`BALANCE` without a rate where there is no bias."""
+        return BALANCE if self.model.router_bias else dataclasses.replace(BALANCE, bias_update_rate=0.0)
+
     @functools.cached_property
     def program(self) -> Program:
         """Raises `ConfigError` where the layout is not possible."""
@@ -87,7 +92,7 @@ class Layout:
             self.model,
             self.mesh,
             self.dispatch,
-            BALANCE,
+            self.balance,
             ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat, self.bubble, self.batch_split),
         )
 

@@ -87,14 +87,15 @@ RELATIONS = [
         "data.seq_len=20000 must be at most model.max_seq_len=10240",
     ),
     (
-        TrainConfig,
-        {"balance": BalanceConfig(bias_update_rate=0.1)},
-        "model.router_bias=False must be True with balance.bias_update_rate=0.1: the bias is what the rate moves",
+        ModelConfig,
+        {"experts_per_token": 1},
+        "experts_per_token=1 with router_renormalize=True makes every gate 1, so that the router learns nothing from "
+        "the text; use router_renormalize=False",
     ),
     (
         TrainConfig,
-        {"model": ModelConfig(router_bias=True)},
-        "model.router_bias=True must be False with balance.bias_update_rate=0.0: the bias is what the rate moves",
+        {"balance": BalanceConfig(bias_update_rate=0.1)},
+        "balance.bias_update_rate=0.1 has no bias to move: use model.router_bias=True, or balance.bias_update_rate=0",
     ),
     (
         TrainConfig,
@@ -150,6 +151,39 @@ def test_choices(config, name, choices):
 @pytest.mark.parametrize(("config", "fields", "message"), RELATIONS)
 def test_relations(config, fields, message):
     assert message_of(config, fields) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (ModelConfig, {"experts_per_token": 1, "router_renormalize": False}),
+        (ModelConfig, {"experts_per_token": 1, "num_experts": 1}),  # a dense model: there is nothing to learn
+        (TrainConfig, {"model": ModelConfig(router_bias=True)}),  # a bias that stays as it is
+        (ModelConfig, {"num_dense_layers": 1, "dense_d_ff": 8}),
+    ],
+)
+def test_what_means_something_is_allowed(config, fields):
+    assert config(**fields)
+
+
+# What has no effect beside some other value, and cannot be refused: the default may be what has none, or the mesh
+# decides. The docstring says so in these words.
+NO_EFFECT = [
+    (DispatchConfig, "Where one device has all experts, no token travels: buffers, `chunks`, `payload` and"),
+    (DispatchConfig, "virtual CPU devices stand for any number of hosts"),
+    (BalanceConfig, 'where the strategy is "capacity", the size is `dispatch.capacity_factor` throughout'),
+    (BalanceConfig, "otherwise that is where it starts"),
+    (BalanceConfig, "0 to leave it as it is"),
+    (ParallelConfig, "With one stage, `repeats` and `bubble` change nothing."),
+    (DataConfig, '"bpe" (trained on the corpus to `tokenizer_vocab_size` and cached)'),
+    (DataConfig, "Of a plan with several lengths, steps on the same mesh come `block_steps` in a row"),
+    (CheckpointConfig, "and at the end"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), NO_EFFECT)
+def test_what_has_no_effect_is_documented(config, words):
+    assert words in " ".join(config.__doc__.split())
 
 
 def test_no_number_is_left_unchecked():

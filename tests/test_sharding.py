@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig
-from moejax.mesh import MeshConfig, build_mesh
+from moejax.mesh import MeshConfig, abstract_mesh, build_mesh
 from moejax.presets import mixtral_8x7b, moe_16x10b
 from moejax.sharding import Param, check_layout, num_params, param_shapes, param_table
 
@@ -162,3 +162,27 @@ def test_layouts_that_do_not_fit_are_told_what_would(message, sizes, replica, mo
 @pytest.mark.parametrize(("mesh", "dispatch", "repeats"), LAYOUTS)
 def test_layouts_that_fit_pass(mesh, dispatch, repeats):
     check_layout(EVERYTHING, dispatch, ParallelConfig(2, repeats), mesh, batch_size=64, seq_len=128, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "hosts", "crossed"),
+    [
+        (MeshConfig(expert=8, hardware="h100"), 2, 1),
+        (MeshConfig(expert=8, hardware="h100", hosts=4), 8, 4),
+        (MeshConfig(expert=8, pipeline=2, hardware="h100", hosts=2, host_axis="pipeline"), 2, 1),
+        (MeshConfig(expert=8, replica=2, hardware="h100", hosts=2, host_axis="replica"), 2, 1),
+        (MeshConfig(expert=8, replica=2, hardware="h100", hosts=4), 4, 2),
+    ],
+)
+def test_two_hops_need_the_hosts_that_the_expert_axis_crosses(mesh, hosts, crossed, fake_devices):
+    model = dataclasses.replace(MODEL, num_layers=2, num_experts=16)
+    placed = build_mesh(mesh, fake_devices(mesh.hosts, mesh.num_devices // mesh.hosts))
+    for where in (mesh, placed):
+        message = f"dispatch.hosts={hosts} must divide {crossed}, the hosts that the mesh's expert axis crosses"
+        with pytest.raises(ConfigError, match=message):
+            check_layout(model, DispatchConfig(hosts=hosts), ParallelConfig(), where)
+        check_layout(model, DispatchConfig(hosts=crossed), ParallelConfig(), where)
+    check_layout(model, DispatchConfig(hosts=hosts), ParallelConfig(), abstract_mesh(mesh))  # which knows no hosts
+    virtual = dataclasses.replace(mesh, hardware="cpu")
+    for where in (virtual, make_mesh(mesh.expert, mesh.pipeline, mesh.tensor, replica=mesh.replica)):
+        check_layout(model, DispatchConfig(hosts=hosts), ParallelConfig(), where)

@@ -163,8 +163,8 @@ class TrainStep:
         return TrainState(state.step + 1, params, opt_state, balance), metrics
 
     def _move_bias(self, params: Any, count_E: jax.Array) -> Any:
-        """The parameters with this stage's selection biases moved; they lie as the counts do, [R, 1, l, E]."""
-        if not self.program.model.router_bias:
+        """Returns the parameters with this stage's selection biases moved; they lie as the counts do, [R, 1, l, E]."""
+        if not self.program.balance.bias_update_rate:
             return params
         layers = params["layers"]
         bias_E = self.program.balancer.move_bias(layers["moe"]["router_bias_E"], count_E)

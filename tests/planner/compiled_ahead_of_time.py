@@ -26,7 +26,7 @@ LAYOUTS = {
     "pipeline": Plan(moe_16x10b(), mesh(expert=8, pipeline=2), 1024, 64, ParallelConfig(remat="full", gather="layer")),
     "kept": Plan(MODEL, mesh(expert=8, pipeline=2), 1024, 64, ParallelConfig(remat="none", gather="step")),
     "all axes": Plan(
-        MODEL, mesh(expert=4, pipeline=2, tensor=2), 1024, 64, ParallelConfig(remat="minimal", repeats=2),
+        MODEL, mesh(expert=4, pipeline=2, tensor=2, hosts=2), 1024, 64, ParallelConfig(remat="minimal", repeats=2),
         DispatchConfig(hosts=2, chunks=2),
     ),
     "split experts": Plan(

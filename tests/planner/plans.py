@@ -22,12 +22,15 @@ def draw_plan(rng):
 
 def _draw(rng):
     one_of = lambda *choices: rng.choice(choices)  # noqa: E731
+    expert, replica = one_of(1, 2, 4, 8), one_of(1, 1, 2)
+    hosts = one_of(1, 1, *(n for n in (2, 4, 8) if expert % n == 0))
     mesh = MeshConfig(
-        expert=one_of(1, 2, 4, 8),
+        expert=expert,
         pipeline=one_of(1, 1, 2, 4),
         tensor=one_of(1, 1, 2, 4),
-        replica=one_of(1, 1, 2),
+        replica=replica,
         hardware=one_of("h100", "h100", "h100", "tpu_v5p"),
+        hosts=replica * hosts if hosts > 1 else 1,
     )
     repeats, dense = one_of(1, 1, 2), one_of(0, 0, 1, 2)
     heads = one_of(4, 8)
@@ -62,7 +65,7 @@ def _draw(rng):
         strategy=one_of("dropless", "dropless", "capacity", "ragged"),
         capacity_factor=one_of(1.0, 1.25, 1.5, 3.0),
         expert_axes=one_of(("expert",), ("expert", "tensor")),
-        hosts=one_of(1, 1, *(n for n in (2, 4, 8) if mesh.expert % n == 0)),
+        hosts=hosts,
         chunks=one_of(1, 1, 1, 1, 2, 3),
         payload=one_of("full", "full", "float8"),
     )

@@ -63,7 +63,7 @@ MODEL = ModelConfig(
     num_layers=5, d_model=32, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=16, num_experts=8, shared_d_ff=24,
     num_dense_layers=1, dense_d_ff=40, router_bias=True,
 )  # fmt: skip
-FOUR_AXES = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100")
+FOUR_AXES = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100", hosts=4)
 CORNERS = {
     "none": Plan(MODEL, FOUR_AXES, 32, 16, ParallelConfig(remat="none", gather="layer")),
     "collectives": Plan(
