@@ -7,6 +7,7 @@ Dimensions: B batch, S sequence, D model, E experts, V vocabulary; lower case, o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import balance, sharding
-from moejax.config import DispatchConfig, ModelConfig, check
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, check
 from moejax.dispatch import first_turn
 from moejax.kernels.manual import varying
 from moejax.mesh import EXPERT, TENSOR
@@ -38,14 +39,20 @@ class MoEStats(NamedTuple):
     rounds: jax.Array  # that the dispatch took, mean over devices; no gradient
 
 
+class SelectionBias(nnx.Variable):
+    """The bias of a router's choice of experts. It gets no gradient: the loads move it, and optimizers pass it over."""
+
+
 class MoELayer(nnx.Module):
     """A mixture-of-experts feed-forward to put into an NNX model: `y_BSD, stats = layer(x_BSD)`.
 
     Parameters are float32, made where they are stored: `w_router_DE`, `experts.w_in_EDGF`, `experts.w_out_EFD` and,
     with `config.shared_d_ff`, `shared.w_in_DGF` and `shared.w_out_FD` (`moejax.sharding.moe_params` is their table).
+    With `config.router_bias` there is also `router_bias_E`, a `SelectionBias`, at first 0: call `update_bias` with the
+    loads of each step to move it.
     The residual connection and the norm are yours, and so are the weights of the two losses (`BalanceConfig` has the
-    usual ones). With `dtype="float16"` so is the scale of the loss, without which small gradients underflow. The call
-    mutates nothing.
+    usual ones). With `dtype="float16"` so is the scale of the loss, without which small gradients underflow. Calling
+    the layer mutates nothing.
 
     It may be called in two places:
 
@@ -69,8 +76,9 @@ class MoELayer(nnx.Module):
         """Draws the parameters from `rngs.params()`; the same key gives the same ones on every mesh.
 
         Args:
-            config: `d_model`, `d_ff`, `num_experts`, `experts_per_token`, `shared_d_ff` and `dtype` are used, and
-                `num_layers` to scale the initial output weights as the branches of so deep a residual network.
+            config: `d_model`, `d_ff`, `num_experts`, `experts_per_token`, `router_score`, `router_renormalize`,
+                `router_bias`, `shared_d_ff` and `dtype` are used, and `num_layers` to scale the initial output weights
+                as the branches of so deep a residual network.
             mesh: has the axes `expert` and `tensor`; `moejax.build_mesh` makes one.
             dispatch: how tokens reach their experts.
             rngs: the stream `params`, or the default one.
@@ -115,6 +123,25 @@ class MoELayer(nnx.Module):
             return _device_moe(params, x_BSD, config=self.config, mesh=self.mesh, dispatch=self.dispatch)
         self._check_global(x_BSD)
         return _global_moe(self.config, self.mesh, self.dispatch)(params, x_BSD)
+
+    def update_bias(self, load_E: jax.Array, rate: float | None = None) -> None:
+        """Moves the selection bias so that busy experts are chosen less (loss-free balancing, arXiv 2408.15664).
+
+        Call it once a step with `stats.load_E`, after the gradients are taken: it mutates the layer.
+
+        Args:
+            load_E: assignments to each expert in the step, or a sum of several calls'.
+            rate: the step of the bias, as `BalanceConfig.bias_update_rate`. Default: that of `BalanceConfig.suited_to`.
+
+        Raises:
+            ConfigError: the layer has no bias.
+        """
+        check(self.config.router_bias, "router_bias=False leaves update_bias nothing to move; use router_bias=True")
+        config = BalanceConfig.suited_to(self.config)
+        if rate is not None:
+            config = dataclasses.replace(config, bias_update_rate=rate)
+        balancer = balance.ExpertLoadBalancer(self.config, config)
+        self.router_bias_E.set_value(balancer.move_bias(self.router_bias_E.get_value(), load_E))
 
     def _inside_shard_map(self) -> bool:
         context = jax.sharding.get_abstract_mesh()
@@ -248,18 +275,18 @@ class Transformer(nnx.Module):
 def _hold(module: nnx.Module, params: dict[str, Any]) -> None:
     """Makes every array of nested dicts a variable of the module, under the same names."""
 
-    def variables(tree: Any) -> Any:
+    def variables(name: str, tree: Any) -> Any:
         if isinstance(tree, dict):
-            return nnx.Dict({name: variables(subtree) for name, subtree in tree.items()})
-        return nnx.Param(tree)
+            return nnx.Dict({name: variables(name, subtree) for name, subtree in tree.items()})
+        return SelectionBias(tree) if name == "router_bias_E" else nnx.Param(tree)
 
     for name, subtree in params.items():
-        setattr(module, name, variables(subtree))
+        setattr(module, name, variables(name, subtree))
 
 
 def _plain(module: nnx.Module) -> dict[str, Any]:
     """What `_hold` was given."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return nnx.to_pure_dict(nnx.state(module, (nnx.Param, SelectionBias)))
 
 
 def _paths(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:

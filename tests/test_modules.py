@@ -1,5 +1,6 @@
 """The modules compute what a loop over experts computes, with gradients, wherever they are called."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -299,6 +300,46 @@ def test_an_optimizer_lowers_the_loss_of_a_users_model(user_model):
     assert moment.sharding.is_equivalent_to(user_model.moe.experts.w_in_EDGF.get_value().sharding, moment.ndim)
 
 
+def test_a_selection_bias_is_moved_by_the_loads_and_by_nothing_else():
+    layer = make_layer(config=dataclasses.replace(MOE, router_bias=True))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        optimizer = nnx.Optimizer(layer, optax.adamw(0.1, weight_decay=0.5), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(layer, optimizer):
+            def loss(layer):
+                y, stats = layer(X)
+                return objective(y, stats, WANTED), stats.load_E
+
+            grads, load_E = nnx.grad(loss, has_aux=True)(layer)
+            optimizer.update(layer, grads)
+            layer.update_bias(load_E, rate=0.02)
+            return load_E
+
+        wanted_E = np.zeros(MOE.num_experts)
+        for _ in range(3):
+            load_E = np.asarray(step(layer, optimizer), np.float64)
+            wanted_E += 0.02 * np.sign(load_E.mean() - load_E)
+            wanted_E -= wanted_E.mean()
+    np.testing.assert_allclose(layer.router_bias_E.get_value(), wanted_E, atol=1e-6)
+    assert np.abs(wanted_E).max() > 0.02
+    assert not nnx.to_pure_dict(nnx.state(layer, nnx.Param)).keys() & {"router_bias_E"}
+    with pytest.raises(ConfigError, match="router_bias=False leaves update_bias nothing to move"):
+        make_layer().update_bias(load_E)
+
+
+def test_moving_the_bias_evens_the_loads():
+    layer = make_layer(config=dataclasses.replace(MOE, router_bias=True))
+    skewed_DE = layer.w_router_DE.get_value() * jnp.where(jnp.arange(MOE.num_experts) < 3, 4.0, 1.0)[None]
+    layer.w_router_DE.set_value(skewed_DE)
+    loads = []
+    for _ in range(30):
+        _, stats = layer(X)
+        layer.update_bias(stats.load_E)
+        loads.append(float(stats.load_E.std()))
+    assert loads[-1] < loads[0] / 2, loads
+
+
 def test_a_users_shard_map_gives_the_same_loss_and_gradient(user_model):
     graphdef, state = nnx.split(user_model)
     specs = jax.tree.map(lambda _: P(), state)
@@ -389,6 +430,16 @@ def test_trained_parameters_come_back(model, batch):
     other.update(state.params)
     assert variable is other.embed.table_VD
     assert_close(other.params, state.params, 0)
+
+
+def test_a_transformers_bias_is_among_its_parameters_and_not_the_optimizers():
+    program = make_program("4x2x2")
+    program = dataclasses.replace(program, model=dataclasses.replace(MODEL, router_bias=True))
+    params = program.init(jax.random.key(0))
+    params["layers"]["moe"]["router_bias_E"] += 1
+    model = Transformer.from_params(program, params)
+    assert_close(model.params, params, 0)
+    assert not [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)) if path[-1] == "router_bias_E"]
 
 
 def test_parameters_of_another_program_are_told(model):
