@@ -8,7 +8,7 @@ A plan is the configuration's, on the mesh of the target's name. Its table has w
 arguments (parameters, optimizer, batch) and temporaries; the prediction's categories follow, then FLOPs and bytes sent,
 of the trace and of the compiled program. The grid is that of
 `audit_cases`; its table is written to results/memory_audit.md. With --max_error the status is 1 where a prediction is
-further off. Compiling needs the extra `aot`. Ends with one line of JSON.
+further off. Compiling needs the extra `aot`. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import loading
 from absl import flags
 from audit_cases import Audited, Case, Compiled
 
-from moejax import strict_json
 from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
@@ -36,33 +35,36 @@ from moejax.planner.trace import trace
 from moejax.topology import compile_only_devices
 from moejax.train.step import make_train_step
 
-_TARGET = flags.DEFINE_string("target", "h100_2x8", "What to compile for, see moejax.topology.")
-_LINES = flags.DEFINE_list("lines", [], "Lines of the grid to compile, counted from 1.")
-_GRID_FLAG = flags.DEFINE_boolean("grid", False, "Audit every line of the grid; compiles those without a record.")
-_MAX_ERROR = flags.DEFINE_float("max_error", None, "The largest relative error that passes.", lower_bound=0)
-_OUT = flags.DEFINE_string("out", str(audit_cases.FOLDER / "results" / "memory_audit.md"), "Where --grid's table goes.")
+FLAGS = common.ConfigFlags(__doc__, config="moe_16x10b")
+_TARGET = flags.DEFINE_string("target", "h100_2x8", "What to compile for, see moejax.topology.", flag_values=FLAGS)
+_LINES = flags.DEFINE_list("lines", [], "Lines of the grid to compile, counted from 1.", flag_values=FLAGS)
+_GRID_FLAG = flags.DEFINE_boolean(
+    "grid", False, "Audit every line of the grid; compiles those without a record.", flag_values=FLAGS
+)
+_MAX_ERROR = flags.DEFINE_float(
+    "max_error", None, "The largest relative error that passes.", lower_bound=0, flag_values=FLAGS
+)
+_OUT = FLAGS.define_output("out", "Where --grid's table goes. Default: experiments/results/memory_audit.md.")
 
 
 def main(argv: list[str]) -> int:
-    flags.FLAGS.set_default("config", "moe_16x10b")
-    config, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    config, mesh_config = FLAGS.parse_configs(argv)
     if _GRID_FLAG.value:
-        audited = audit_grid()
+        audited = audit_grid(_OUT.value or loading.check_output(audit_cases.FOLDER / "results" / "memory_audit.md"))
     elif _LINES.value:
         audited = audit_lines([int(number) for number in _LINES.value])
     else:
-        mesh_config = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(_TARGET.value)
+        mesh_config = FLAGS.mesh_of_target(_TARGET.value, mesh_config)
         audited = [audit_one(config, mesh_config, _TARGET.value)]
     summary = audit_cases.summary(audited)
-    print(strict_json.dumps({"groups": summary, "errors": [round(a.error, 4) for a in audited]}))
+    loading.print_json({"groups": summary, "errors": [round(a.error, 4) for a in audited]})
     return int(_MAX_ERROR.value is not None and summary["all"]["worst_error"] > _MAX_ERROR.value)
 
 
 def audit_one(config: TrainConfig, mesh_config: MeshConfig, target: str) -> Audited:
     """Compiles the plan of a configuration and prints it category by category."""
     plan = audit_cases.plan_of(config, mesh_config)
-    case = Case(flags.FLAGS["config"].value, target, plan, used_for_fitting=False)
+    case = Case(FLAGS.config, target, plan, used_for_fitting=False)
     compiled, executable = compile_plan(plan, target, config.compiler_options)
     print("\n".join([*categories(predict_memory(plan), compiled), "", *counts(plan, executable)]))
     return Audited.of(case, compiled)
@@ -82,7 +84,7 @@ def audit_lines(numbers: list[int]) -> list[Audited]:
     return audited
 
 
-def audit_grid() -> list[Audited]:
+def audit_grid(out: Path) -> list[Audited]:
     """Compiles what has no record, adds it, and writes the table of all."""
     record = audit_cases.read_record()
     for row in audit_cases.read_grid():
@@ -91,7 +93,7 @@ def audit_grid() -> list[Audited]:
             compiled, _ = compile_plan(case.plan, case.target)
             audit_cases.append_record(row, compiled)
             print(Audited.of(case, compiled).line, flush=True)
-    return write_table(Path(_OUT.value))
+    return write_table(out)
 
 
 def write_table(path: Path) -> list[Audited]:
@@ -166,4 +168,4 @@ def counts(plan: Plan, executable: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

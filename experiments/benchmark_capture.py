@@ -4,7 +4,7 @@
 
 Blocks of steps with a trace in their middle and blocks without take turns; both go through the hook that a training run
 has around each step. Wall clock, and the process's CPU time, which other work on the machine hardly changes. To write
-the trace is outside of all steps and told apart. Ends with one line of JSON.
+the trace is outside of all steps and told apart. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import numpy as np
 from absl import flags
 from benchmark_train import random_batch
 
-from moejax import strict_json
-from moejax.config import check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
 from moejax.planner.report import table
@@ -32,15 +30,15 @@ from moejax.profiling.capture import StepCapture
 from moejax.train.step import TrainStep, make_train_step
 
 KINDS = ("without", "before", "traced", "after")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Blocks of each kind.", lower_bound=1)
-_TRACED = flags.DEFINE_integer("traced", 3, "Steps that are traced in a block.", lower_bound=1)
-_AROUND = flags.DEFINE_integer("around", 5, "Steps before them, and as many after.", lower_bound=1)
+FLAGS = common.ConfigFlags(__doc__)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Blocks of each kind.", lower_bound=1, flag_values=FLAGS)
+_TRACED = flags.DEFINE_integer("traced", 3, "Steps that are traced in a block.", lower_bound=1, flag_values=FLAGS)
+_AROUND = flags.DEFINE_integer("around", 5, "Steps before them, and as many after.", lower_bound=1, flag_values=FLAGS)
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
-    common.setup_jax(mesh_config)
+    config, mesh_config = FLAGS.parse_configs(argv)
+    FLAGS.setup_jax(mesh_config)
     program = Program.from_config(config, build_mesh(mesh_config))
     step = make_train_step(program, config.optimizer, steps=config.steps, accumulate=config.accumulate)
     tokens = random_batch(config.data.batch_size, config.data.seq_len, config.model.vocab_size)
@@ -105,8 +103,8 @@ class Bench:
         print(f"\nWritten after the last traced one: {trace_bytes / 2**20:.1f} MiB in {writing_s:.2f} s.")
         figures = {f"{kind}_step_ms": ms for kind, ms in wall_ms.items()}
         figures |= {f"{kind}_step_cpu_ms": ms for kind, ms in cpu_ms.items()}
-        print(strict_json.dumps(figures | {"trace_bytes": trace_bytes, "writing_seconds": writing_s}))
+        loading.print_json(figures | {"trace_bytes": trace_bytes, "writing_seconds": writing_s})
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

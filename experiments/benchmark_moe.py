@@ -7,7 +7,7 @@ The peer is `MixtralSparseMoeBlock` with the experts implementation `grouped_mm`
 and gradients are compared first. Then everything takes turns, so that whatever else the machine does falls on all, and
 only one of the two thread pools has work at a time; figures are medians. The products of the experts are set against
 plain products of the same FLOPs in the same framework, and the block is timed with experts that return what they get:
-what route, dispatch and combine take. Ends with one line of JSON.
+what route, dispatch and combine take. In a pipe, ends with one line of JSON.
 
 Measured on two cores that a dozen processes shared, so in CPU seconds (the least of 3 to 5 rounds; wall times there
 say little); moejax / peer, of which "outside" is moejax's without experts:
@@ -36,35 +36,44 @@ import numpy as np
 from absl import flags
 from jax.sharding import PartitionSpec as P
 
-from moejax import strict_json
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Experts, first_turn, get_dispatcher
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.moe import mixture_of_experts, route
 from moejax.presets import PRESETS, tiny
 
-_TOKENS = flags.DEFINE_list("tokens", ["64", "512", "4096"], "Tokens of a block, one measurement for each.")
-_SHAPE = flags.DEFINE_string(
-    "shape", "1024,2048,16,2", "d_model,d_ff,experts,experts a token; or a preset's name, for its shape."
+FLAGS = loading.Flags(__doc__)
+_TOKENS = flags.DEFINE_list(
+    "tokens", ["64", "512", "4096"], "Tokens of a block, one measurement for each.", flag_values=FLAGS
 )
-_DTYPE = flags.DEFINE_string("dtype", None, "Of weights and tokens; float32 on CPUs and bfloat16 elsewhere by default.")
-_PEER = flags.DEFINE_enum("peer", "transformers", ["transformers", "none"], "What to compare with, on CPUs.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that everything takes its turn.", lower_bound=1)
+_SHAPE = flags.DEFINE_string(
+    "shape",
+    "1024,2048,16,2",
+    "d_model,d_ff,experts,experts a token; or a preset's name, for its shape.",
+    flag_values=FLAGS,
+)
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "Of weights and tokens; float32 on CPUs and bfloat16 elsewhere by default.", flag_values=FLAGS
+)
+_PEER = flags.DEFINE_enum(
+    "peer", "transformers", ["transformers", "none"], "What to compare with, on CPUs.", flag_values=FLAGS
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that everything takes its turn.", lower_bound=1, flag_values=FLAGS)
 
 DISPATCH = DispatchConfig(strategy="ragged")
 Step = Callable[[], Any]  # runs to the end and returns what it computed
 
 
 def main(argv: list[str]) -> None:
-    flags.FLAGS(argv)
+    FLAGS.parse(argv)
     common.keep_freed_memory(1)  # before JAX has threads
     common.setup_jax(MeshConfig(hardware="cpu" if jax.default_backend() == "cpu" else "h100"))
     model = make_model(_SHAPE.value, _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     check_peer()
     p = make_weights(model)
     results = [measure(model, p, int(tokens)) for tokens in _TOKENS.value]
-    print(strict_json.dumps({"shape": _SHAPE.value, "dtype": model.dtype, "device": jax.devices()[0].device_kind,
-                      "rounds": _ROUNDS.value, "jax": jax.__version__, "results": results}))  # fmt: skip
+    loading.print_json({"shape": _SHAPE.value, "dtype": model.dtype, "device": jax.devices()[0].device_kind,
+                      "rounds": _ROUNDS.value, "jax": jax.__version__, "results": results})  # fmt: skip
 
 
 def make_model(shape: str, dtype: str) -> ModelConfig:
@@ -263,4 +272,4 @@ def report(
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

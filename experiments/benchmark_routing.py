@@ -7,7 +7,7 @@
 their gradient written. They over the time, as a share of the bandwidth of a copy of as many bytes measured in the same
 run, is "of copy". "plain" is `lax.top_k` and a cumulative sum of one-hot rows, differentiated by jax. Every figure is a
 median over rounds in which each program has its turn. The logits of a small case stay in a cache, for the copy as well.
-Ends with one line of JSON.
+In a pipe, ends with one line of JSON.
 
 Two CPU cores that others share heavily, jax 0.10.2, 8,192 tokens, fused against plain: 16 experts, top-2, forward 1.5
 against 2.2 ms, with the backward pass 2.2 against 2.7; 64 experts, top-2, 3.3 against 6.3 and 4.9 against 7.0. At 256
@@ -33,16 +33,22 @@ import numpy as np
 from absl import flags
 from jax import lax
 
-from moejax import strict_json
 from moejax.config import check
 from moejax.kernels.top_k_routing import routing_implementation, top_k_routing
 
-_TOKENS = flags.DEFINE_list("tokens", ["256", "8192", "65536"], "Tokens of a case.")
-_EXPERTS = flags.DEFINE_list("experts", ["16", "64", "256"], "Experts of a case.")
-_EXPERTS_PER_TOKEN = flags.DEFINE_list("experts_per_token", ["2", "8"], "Experts a token of a case.")
-_ROUNDS = flags.DEFINE_integer("rounds", 11, "Rounds of measurements, whose median counts.", lower_bound=1)
+FLAGS = loading.Flags(__doc__)
+_TOKENS = flags.DEFINE_list("tokens", ["256", "8192", "65536"], "Tokens of a case.", flag_values=FLAGS)
+_EXPERTS = flags.DEFINE_list("experts", ["16", "64", "256"], "Experts of a case.", flag_values=FLAGS)
+_EXPERTS_PER_TOKEN = flags.DEFINE_list("experts_per_token", ["2", "8"], "Experts a token of a case.", flag_values=FLAGS)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 11, "Rounds of measurements, whose median counts.", lower_bound=1, flag_values=FLAGS
+)
 _CALLS = flags.DEFINE_integer(
-    "calls", None, "Calls timed together, in one program; by default 1 on CPU and 50 elsewhere.", lower_bound=1
+    "calls",
+    None,
+    "Calls timed together, in one program; by default 1 on CPU and 50 elsewhere.",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
 
 Routed = tuple[jax.Array, ...]  # gates, experts, positions, counts, probabilities, z, entropy
@@ -145,7 +151,7 @@ def benchmark(T: int, E: int, K: int, calls: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> None:
-    flags.FLAGS(argv)
+    FLAGS.parse(argv)
     calls = _CALLS.value or (1 if jax.default_backend() == "cpu" else 50)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {routing_implementation()}, {calls} calls a measurement")
@@ -162,9 +168,8 @@ def main(argv: list[str]) -> None:
                         f"{row['plain_over_fused']:12.2f}",
                         flush=True,
                     )
-    figures = {"device": device, "implementation": routing_implementation(), "calls": calls, "cases": rows}
-    print(strict_json.dumps(figures))
+    loading.print_json({"device": device, "implementation": routing_implementation(), "calls": calls, "cases": rows})
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

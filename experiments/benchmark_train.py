@@ -4,7 +4,7 @@
     python experiments/benchmark_train.py --config=tiny --steps=20 --compilation_cache_dir=
 
 Tokens are random: routing is then nearly uniform, text is more skewed. The start is a cold one only with
-`--compilation_cache_dir=`. Ends with one line of JSON.
+`--compilation_cache_dir=`. In a pipe, ends with one line of JSON.
 
 Tried on the `peer` shape (two cores, CPU seconds a step): saving elementwise results for the backward pass 2.3, not
 saving them 1.7, skipping the pipeline's bubble 1.45, keeping the allocator's pages 0.93. Full rematerialisation is no
@@ -25,21 +25,19 @@ import loading  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
-from moejax import strict_json  # noqa: E402
-from moejax.config import check  # noqa: E402
 from moejax.mesh import build_mesh  # noqa: E402
 from moejax.model import Program  # noqa: E402
 from moejax.train.memory_guard import MemoryUse  # noqa: E402
 from moejax.train.step import make_train_step  # noqa: E402
 
-_STEPS = flags.DEFINE_integer("steps", 20, "Steps that are timed.", lower_bound=1)
-_WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before them that are not.", lower_bound=1)
+FLAGS = common.ConfigFlags(__doc__)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps that are timed.", lower_bound=1, flag_values=FLAGS)
+_WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before them that are not.", lower_bound=1, flag_values=FLAGS)
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
-    common.setup_jax(mesh_config)
+    config, mesh_config = FLAGS.parse_configs(argv)
+    FLAGS.setup_jax(mesh_config)
     times = {"import": time.perf_counter() - START}
     program = Program.from_config(config, build_mesh(mesh_config))
     train_step = make_train_step(program, config.optimizer, steps=config.steps, accumulate=config.accumulate)
@@ -78,7 +76,7 @@ def main(argv: list[str]) -> None:
         "hardware": mesh_config.hardware,
         "jax": jax.__version__,
     }
-    print(strict_json.dumps(figures))
+    loading.print_json(figures)
 
 
 def random_batch(batch_size: int, seq_len: int, vocab_size: int) -> dict[str, np.ndarray]:
@@ -88,4 +86,4 @@ def random_batch(batch_size: int, seq_len: int, vocab_size: int) -> dict[str, np
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

@@ -6,7 +6,8 @@
 
 Takes under a minute. Every figure is a median over runs after a first that is not counted. On virtual devices all of
 them work at once, for they share the cores. The all-to-all is over all devices: with several hosts its figures are the
-flat exchange's across them, with one they are those inside a host. Ends with one line of JSON, which is also the file.
+flat exchange's across them, with one they are those inside a host. In a pipe, ends with one
+line of JSON, which is also the file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
@@ -31,11 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax import strict_json
-from moejax.config import check
 from moejax.mesh import build_mesh, platform
 
-_OUT = flags.DEFINE_string("out", None, "Where to save the figures, for plan.py --calibration.")
-_SECONDS = flags.DEFINE_float("seconds", 1.0, "How long each size is repeated, at most.", lower_bound=0.01)
+FLAGS = common.ConfigFlags(__doc__)
+_OUT = FLAGS.define_output("out", "Where to save the figures, for plan.py --calibration.")
+_SECONDS = flags.DEFINE_float(
+    "seconds", 1.0, "How long each size is repeated, at most.", lower_bound=0.01, flag_values=FLAGS
+)
 
 DEVICES = "devices"  # the one axis that all devices are on here
 _SIZES = {  # (widths of square products, bytes of copies, bytes of a device's part of an exchange)
@@ -45,9 +47,8 @@ _SIZES = {  # (widths of square products, bytes of copies, bytes of a device's p
 
 
 def main(argv: list[str]) -> None:
-    _, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
-    common.setup_jax(mesh_config)
+    _, mesh_config = FLAGS.parse_configs(argv)
+    FLAGS.setup_jax(mesh_config)
     mesh = Mesh(build_mesh(mesh_config).devices.reshape(-1), (DEVICES,))
     products, copies, exchanges = _SIZES["cpu" if platform(mesh) == "cpu" else "accelerator"]
     dtype = jnp.float32 if platform(mesh) == "cpu" else jnp.bfloat16
@@ -71,8 +72,8 @@ def main(argv: list[str]) -> None:
         "curves_seconds": curves,
     }
     if _OUT.value and jax.process_index() == 0:
-        Path(_OUT.value).expanduser().write_text(strict_json.dumps(saved, indent=1) + "\n")
-    print(strict_json.dumps(saved))
+        _OUT.value.write_text(strict_json.dumps(saved, indent=1) + "\n")
+    loading.print_json(saved)
 
 
 def fit(curves: dict[str, dict[int, float]], launch_s: float, *, crosses_hosts: bool) -> dict[str, Any]:
@@ -158,4 +159,4 @@ def show(console: Console, curves: dict[str, dict[int, float]]) -> None:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

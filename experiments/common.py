@@ -2,13 +2,17 @@
 
 A script reads:
 
+    FLAGS = common.ConfigFlags(__doc__)
+
+
     def main(argv: list[str]) -> None:
-        config, mesh_config, _ = common.parse_configs(argv)
-        common.setup_jax(mesh_config)
+        config, mesh_config = FLAGS.parse_configs(argv)
+        FLAGS.setup_jax(mesh_config)
         ...
 
+
     if __name__ == "__main__":
-        loading.run(main)
+        loading.run(main, FLAGS)
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import TypeVar
 
 import jax
 from absl import flags
-from loading import MESH_CONFIGS, find, load_config, load_mesh_config
+from loading import MESH_CONFIGS, Flags, find, load_config, load_mesh_config
 
 from moejax.compiler import in_force
 from moejax.config import ConfigError, TrainConfig
@@ -34,88 +38,125 @@ from moejax.train.schedule import DECIDES, Bucket, load_buckets
 
 T = TypeVar("T")
 
-_CONFIG = flags.DEFINE_string(
-    "config", "tiny", "What to train: a name in experiments/configs, a preset, or a Python file with get_config()."
-)
-_MESH = flags.DEFINE_string(
-    "mesh", "cpu_16", "What to run on: a name in mesh_configs, or a Python file with get_config(), such as a plan."
-)
-_DATA = flags.DEFINE_string(
-    "data", None, "Files, globs or folders, separated by commas, to train on; short for --config.data.paths."
-)
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "bytes, bpe or the path of a tokenizer.json; short for --config.data.tokenizer."
-)
-_CACHE_DIR = flags.DEFINE_string(
-    "compilation_cache_dir",
-    None,
-    "Where compiled programs are kept for the next run; empty for nowhere. "
-    "Default: $JAX_COMPILATION_CACHE_DIR, else moejax/xla in $XDG_CACHE_HOME or ~/.cache.",
-)
-_HELP = flags.DEFINE_boolean("help", False, "Show this help and every field that --config.* and --mesh.* can set.")
+
+class ConfigFlags(Flags):
+    """The flags of a script that takes --config, --mesh and overrides of their fields, beside its own flags."""
+
+    def __init__(self, usage: str | None, *, config: str = "tiny") -> None:
+        """`config` is the default of --config."""
+        super().__init__(usage)
+        for name, default, meaning in (
+            (
+                "config",
+                config,
+                "What to train: a name in experiments/configs, a preset, or a Python file with get_config().",
+            ),
+            (
+                "mesh",
+                "cpu_16",
+                "What to run on: a name in mesh_configs, or a Python file with get_config(), such as a plan.",
+            ),
+            (
+                "data",
+                None,
+                "Files, globs or folders, separated by commas, to train on; short for --config.data.paths.",
+            ),
+            (
+                "tokenizer",
+                None,
+                "bytes, bpe or the path of a tokenizer.json; short for --config.data.tokenizer.",
+            ),
+            (
+                "compilation_cache_dir",
+                None,
+                "Where compiled programs are kept for the next run; empty for nowhere. "
+                "Default: $JAX_COMPILATION_CACHE_DIR, else moejax/xla in $XDG_CACHE_HOME or ~/.cache.",
+            ),
+        ):
+            flags.DEFINE_string(name, default, meaning, flag_values=self)
+
+    def parse_configs(self, argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig]:
+        """Reads the flags from `argv` and returns the two configurations.
+
+        `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name. If `--mesh` is a
+        plan, the configuration has what its first bucket decides, and no flag may change that: a plan holds as a whole.
+
+        Raises:
+          ConfigError: a flag, a name, a file or an override that is wrong.
+        """
+        config_overrides, remaining = split_overrides(argv, "config")
+        mesh_overrides, remaining = split_overrides(remaining, "mesh")
+        _, wants_help = self._read(remaining)
+        for flag, path in (("data", "data.paths"), ("tokenizer", "data.tokenizer")):
+            value = self[flag].value
+            if value is None:
+                continue
+            if path in config_overrides:
+                raise ConfigError(f"--{flag} and --config.{path} are the same field; give one of them")
+            config_overrides[path] = value
+
+        config = _apply("config", load_config(self.config), config_overrides)
+        mesh_config = _apply("mesh", load_mesh_config(self.mesh), mesh_overrides)
+        buckets = self.plan_buckets()
+        if buckets:
+            self._check_undecided(config_overrides, mesh_overrides)
+            config = buckets[0].applied(config)
+        if wants_help:
+            print(self._config_help(config, mesh_config))
+            sys.exit(0)
+        return config, mesh_config
+
+    def plan_buckets(self) -> tuple[Bucket, ...]:
+        """Returns the buckets of the plan that `--mesh` names, after the flags are read; none if it names a mesh."""
+        path = find(self.mesh, MESH_CONFIGS)
+        return load_buckets(path) if path is not None else ()
+
+    def mesh_of_target(self, target: str, mesh_config: MeshConfig) -> MeshConfig:
+        """Returns the mesh to compile for `target` with: that of --mesh if it was given, else the target's own."""
+        return mesh_config if self["mesh"].present else load_mesh_config(target)
+
+    def setup_jax(self, mesh_config: MeshConfig) -> None:
+        """Does what `setup_jax` does, with the cache that --compilation_cache_dir names."""
+        setup_jax(mesh_config, self.compilation_cache_dir)
+
+    def with_flag(self, message: str) -> str:
+        """Returns `message` with --config.path for the field's name that it begins with, if only one field has it."""
+        name, equals, _ = message.partition("=")
+        paths = [path for path in field_paths() if path.endswith(f".{name}")]
+        return f"{paths[0].removesuffix(name)}{message}" if equals and len(paths) == 1 else super().with_flag(message)
+
+    def _check_undecided(self, config_overrides: dict[str, str], mesh_overrides: dict[str, str]) -> None:
+        decided = [f"--mesh.{path}" for path in mesh_overrides]
+        decided += [f"--config.{path}" for path in config_overrides if path.startswith(DECIDES)]
+        if decided:
+            raise ConfigError(
+                f"{', '.join(decided)} cannot be changed: --mesh={self.mesh} is a plan, which decides it; "
+                "change the plan's file, or use a mesh without get_buckets()"
+            )
+
+    def _hint(self, name: str) -> str:
+        """Returns "did you mean ...? " for a field without its path, or for a flag or field that is nearly `name`."""
+        fields = field_paths()
+        matches = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
+        matches = matches or difflib.get_close_matches(f"--{name}", [*fields, *(f"--{flag}" for flag in self)], n=1)
+        return f"did you mean {' or '.join(matches)}? " if matches else ""
+
+    def _config_help(self, config: TrainConfig, mesh_config: MeshConfig) -> str:
+        options = in_force(mesh_config.platform, config.compiler_options)
+        parts = [
+            self._help(),
+            f"Fields, as --config={self.config} and --mesh={self.mesh} have them:",
+            "\n".join(_fields(config, "--config") + _fields(mesh_config, "--mesh")),
+            f"Options of XLA that a {mesh_config.platform} program is compiled with, with --config.compiler_options:",
+            "\n".join(f"  {o.name}={o.value}\n      {o.reason} ({o.source})" for o in options) or "  none",
+        ]
+        return "\n\n".join(parts)
 
 
-def parse_configs(argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig, list[str]]:
-    """Parses the flags and returns the two configurations, and `argv` without flags: its first item and positionals.
-
-    `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name. If `--mesh` is a plan,
-    the configuration has what its first bucket decides, and no flag may change that: a plan holds as a whole.
-
-    Raises:
-      ConfigError: a flag, a name, a file or an override that is wrong.
-    """
-    config_overrides, remaining = split_overrides(argv, "config")
-    mesh_overrides, remaining = split_overrides(remaining, "mesh")
-    try:
-        remaining = flags.FLAGS(remaining)
-    except flags.UnrecognizedFlagError as error:
-        raise ConfigError(f"--{error.flagname} does not exist; {_field_hint(error.flagname)}--help lists all") from None
-    except flags.Error as error:
-        raise ConfigError(f"{' '.join(str(error).split())}; --help lists all") from None
-
-    for flag, path in ((_DATA, "data.paths"), (_TOKENIZER, "data.tokenizer")):
-        if flag.value is None:
-            continue
-        if path in config_overrides:
-            raise ConfigError(f"--{flag.name} and --config.{path} are the same field; give one of them")
-        config_overrides[path] = flag.value
-
-    config = _apply("config", load_config(_CONFIG.value), config_overrides)
-    mesh_config = _apply("mesh", load_mesh_config(_MESH.value), mesh_overrides)
-    buckets = plan_buckets()
-    if buckets:
-        _check_undecided(config_overrides, mesh_overrides)
-    config = buckets[0].applied(config) if buckets else config
-    if _HELP.value:
-        print(_help(config, mesh_config))
-        sys.exit(0)
-    return config, mesh_config, remaining
-
-
-def plan_buckets() -> tuple[Bucket, ...]:
-    """The buckets of the plan that `--mesh` names; none if it is a mesh alone. For use after the flags are parsed."""
-    path = find(_MESH.value, MESH_CONFIGS)
-    return load_buckets(path) if path is not None else ()
-
-
-def _check_undecided(config_overrides: dict[str, str], mesh_overrides: dict[str, str]) -> None:
-    decided = [f"--mesh.{path}" for path in mesh_overrides]
-    decided += [f"--config.{path}" for path in config_overrides if path.startswith(DECIDES)]
-    if decided:
-        raise ConfigError(
-            f"{', '.join(decided)} cannot be changed: --mesh={_MESH.value} is a plan, which decides it; "
-            "change the plan's file, or use a mesh without get_buckets()"
-        )
-
-
-def _field_hint(name: str) -> str:
-    """ "did you mean ..." for a field that was written without its path, or for a flag that is nearly `name`."""
-    fields = [
-        line.split("=")[0].strip() for line in _fields(TrainConfig(), "--config") + _fields(MeshConfig(), "--mesh")
-    ]
-    matches = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
-    matches = matches or difflib.get_close_matches(f"--{name}", [*fields, *(f"--{flag}" for flag in flags.FLAGS)], n=1)
-    return f"did you mean {' or '.join(matches)}? " if matches else ""
+def field_paths() -> list[str]:
+    """Returns every field as the flag that sets it, such as --config.model.num_layers."""
+    lines = _fields(TrainConfig(), "--config") + _fields(MeshConfig(), "--mesh")
+    return [line.split("=")[0].strip() for line in lines]
 
 
 def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
@@ -123,25 +164,6 @@ def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
         return apply_overrides(config, overrides)
     except ConfigError as error:
         raise ConfigError(f"--{prefix}.{error}") from None
-
-
-def _help(config: TrainConfig, mesh_config: MeshConfig) -> str:
-    script = sys.modules["__main__"]
-    for flag in (_CONFIG, _MESH, _DATA, _TOKENIZER, _CACHE_DIR, _HELP):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    parts = [
-        (script.__doc__ or "").strip(),
-        f"Flags:\n{flags.FLAGS.main_module_help()}",
-        f"Fields, as --config={_CONFIG.value} and --mesh={_MESH.value} have them:",
-        "\n".join(_fields(config, "--config") + _fields(mesh_config, "--mesh")),
-        f"Options of XLA that a {mesh_config.platform} program is compiled with, --config.compiler_options included:",
-        "\n".join(
-            f"  {option.name}={option.value}\n      {option.reason} ({option.source})"
-            for option in in_force(mesh_config.platform, config.compiler_options)
-        )
-        or "  none",
-    ]
-    return "\n\n".join(parts)
 
 
 def _fields(config: object, prefix: str) -> list[str]:
@@ -157,14 +179,16 @@ def _fields(config: object, prefix: str) -> list[str]:
     return lines
 
 
-def setup_jax(mesh_config: MeshConfig) -> None:
-    """Sets what must be set before JAX starts: virtual devices or the other hosts, and the compilation cache."""
+def setup_jax(mesh_config: MeshConfig, cache_dir: str | None = None) -> None:
+    """Sets what must be set before JAX starts: virtual devices or the other hosts, and the compilation cache.
+
+    `cache_dir` is a folder, "" for none; None for JAX's own setting, else `default_cache_dir`.
+    """
     if mesh_config.hardware == "cpu":
         use_virtual_devices(mesh_config.num_devices)
         keep_freed_memory(mesh_config.num_devices)
     elif mesh_config.hosts > 1:
         jax.distributed.initialize()
-    cache_dir = _CACHE_DIR.value
     if cache_dir is None:
         cache_dir = jax.config.jax_compilation_cache_dir or default_cache_dir()
     jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir).expanduser()) if cache_dir else None)
@@ -172,7 +196,7 @@ def setup_jax(mesh_config: MeshConfig) -> None:
 
 
 def keep_freed_memory(num_devices: int) -> None:
-    """Has glibc's allocator keep what is freed, where there is one.
+    """Makes glibc's allocator keep what is freed, on Linux, where it is the allocator.
 
     XLA's CPU client allocates a step's temporaries anew each time; returned to the system in between, every page of
     them is mapped and zeroed again. For the benchmark's shape that is 208,000 page faults and a third of the CPU time
@@ -182,6 +206,8 @@ def keep_freed_memory(num_devices: int) -> None:
     threads share one arena (268 MB of a gradient: 37 against 138 ms of CPU time). The threads of 16 virtual devices
     would wait for each other there (15% of a step).
     """
+    if sys.platform != "linux":  # elsewhere there is no glibc; Windows does not even take a library without a name
+        return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h

@@ -8,14 +8,13 @@ and one round of buffers with room for the worst case, all of a sender's tokens 
 microbatch. Figures are the compiler's, for one device. A program's buffers do not depend on the routing, so one figure
 holds for every batch: on CPU one executable of the block is given a balanced batch and one whose tokens all pick the
 same experts, and what comes out is compared with the worst-case design's. Of `ragged`, CPU's figure for the block says
-nothing about accelerators: its exchange is a gather of all rows there. Ends with one line of JSON.
+nothing about accelerators: its exchange is a gather of all rows there. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import common
@@ -26,9 +25,9 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax import sharding, strict_json
+from moejax import sharding
 from moejax.compiler import program_options
-from moejax.config import DispatchConfig, ModelConfig, TrainConfig, check
+from moejax.config import DispatchConfig, ModelConfig, TrainConfig
 from moejax.dispatch import first_turn
 from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh, platform
 from moejax.model import Program
@@ -37,23 +36,23 @@ from moejax.topology import compile_only_devices
 from moejax.train.memory_guard import MemoryUse
 from moejax.train.step import make_train_step
 
+FLAGS = common.ConfigFlags(__doc__)
 _TARGET = flags.DEFINE_string(
-    "target", None, "What to compile for, see moejax.topology; by default CPUs that are there."
+    "target", None, "What to compile for, see moejax.topology; by default CPUs that are there.", flag_values=FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
+_OUT = FLAGS.define_output("out", "A Markdown file for the table.")
 
 TOKENS = P(EXPERT, TENSOR)  # [B, S, D]
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    config, mesh_config = FLAGS.parse_configs(argv)
     target = _TARGET.value
     if target is None:
-        common.setup_jax(mesh_config)
+        FLAGS.setup_jax(mesh_config)
         mesh = build_mesh(mesh_config)
     else:
-        mesh_config = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(target)
+        mesh_config = FLAGS.mesh_of_target(target, mesh_config)
         mesh = build_mesh(mesh_config, compile_only_devices(target))
     rows, results = [], {}
     for name, dispatch in designs(config).items():
@@ -67,11 +66,11 @@ def main(argv: list[str]) -> None:
             results = results or found
             rows[-1] |= {f"rounds_{batch}": rounds for batch, (rounds, _) in found.items()}
             rows[-1]["relative_error"] = max(error(found[batch][1], results[batch][1]) for batch in found)
-    report = "\n".join([f"{flags.FLAGS['config'].value}: {setting(config, mesh_config)}", "", *table(rows), ""])
+    report = "\n".join([f"{FLAGS.config}: {setting(config, mesh_config)}", "", *table(rows), ""])
     print(report)
     if _OUT.value:
-        Path(_OUT.value).write_text(report)
-    print(strict_json.dumps({"designs": rows, "mesh": dict(mesh_config.shape), "hardware": mesh_config.hardware}))
+        _OUT.value.write_text(report)
+    loading.print_json({"designs": rows, "mesh": dict(mesh_config.shape), "hardware": mesh_config.hardware})
 
 
 def error(actual: Any, expected: Any) -> float:
@@ -203,4 +202,4 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

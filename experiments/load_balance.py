@@ -3,8 +3,9 @@
     python experiments/load_balance.py --mesh=cpu_16_expert --out=experiments/results/load_balance
 
 Trains one model for every method (none, aux, aux+z, loss-free) at every capacity (fixed buffers that drop, and
-dropless), all from the same seed, on the same batches, for as many steps. Writes OUT.csv, OUT.md and OUT.png, and ends
-with one line of JSON. A run that has ended is not repeated when the script is started again with the same --workdir.
+dropless), all from the same seed, on the same batches, for as many steps. Writes OUT.csv, OUT.md and OUT.png; in a
+pipe, ends with one line of JSON. A run that has ended is not repeated when the script is started again with the same
+--workdir.
 
 Figures are over the window of the last steps (`balance.window`), so that sampling noise is small; its floor stands
 beside the CV. MaxVio is the busiest expert's load over the mean, less 1 (arXiv 2408.15664), averaged over layers.
@@ -25,22 +26,27 @@ from absl import flags
 from rich.console import Console
 
 from moejax import strict_json
-from moejax.config import BalanceConfig, TrainConfig, check, make_folder
+from moejax.config import BalanceConfig, TrainConfig, check
 from moejax.mesh import build_mesh
-from moejax.plots import pyplot
+from moejax.plots import installed, pyplot
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
 
 METHODS = ("none", "aux", "aux+z", "loss-free")
 CAPACITIES = ("1.0", "1.25", "1.5", "2.0", "dropless")
 
-_METHODS = flags.DEFINE_list("methods", list(METHODS), "Ways of balancing.")
-_CAPACITIES = flags.DEFINE_list("capacities", list(CAPACITIES), "Capacity factors, and dropless.")
-_AUX = flags.DEFINE_float("aux_weight", 0.01, "balance.aux_loss_weight of aux and aux+z.", lower_bound=0)
-_Z = flags.DEFINE_float("z_weight", 0.001, "balance.z_loss_weight of aux+z.", lower_bound=0)
-_RATE = flags.DEFINE_float("bias_rate", 0.01, "balance.bias_update_rate of loss-free.", lower_bound=0)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/load_balance", "One folder a run.")
-_OUT = flags.DEFINE_string("out", None, "Where the table goes, without suffix. Default: `table` in the workdir.")
+FLAGS = common.ConfigFlags(__doc__)
+_METHODS = flags.DEFINE_list("methods", list(METHODS), "Ways of balancing.", flag_values=FLAGS)
+_CAPACITIES = flags.DEFINE_list("capacities", list(CAPACITIES), "Capacity factors, and dropless.", flag_values=FLAGS)
+_AUX = flags.DEFINE_float(
+    "aux_weight", 0.01, "balance.aux_loss_weight of aux and aux+z.", lower_bound=0, flag_values=FLAGS
+)
+_Z = flags.DEFINE_float("z_weight", 0.001, "balance.z_loss_weight of aux+z.", lower_bound=0, flag_values=FLAGS)
+_RATE = flags.DEFINE_float(
+    "bias_rate", 0.01, "balance.bias_update_rate of loss-free.", lower_bound=0, flag_values=FLAGS
+)
+_WORKDIR = FLAGS.define_output("workdir", "A folder for the runs. Default: runs/load_balance.", folder=True)
+_OUT = FLAGS.define_output("out", "Where the table goes, without suffix. Default: `table` in the workdir.")
 
 COLUMNS = {
     "method": "method",
@@ -56,29 +62,29 @@ COLUMNS = {
 
 
 def main(argv: list[str]) -> None:
-    base, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    base, mesh_config = FLAGS.parse_configs(argv)
     for name, values, allowed in (
         ("methods", _METHODS.value, METHODS),
         ("capacities", _CAPACITIES.value, CAPACITIES),
     ):
         unknown = [value for value in values if value not in allowed]
         check(not unknown, f"--{name} has {', '.join(unknown)}; it takes {', '.join(allowed)}")
+    check(installed(), "the picture needs matplotlib, which is not installed; pip install 'moejax[plots]'")
     runs = [(method, capacity) for method in _METHODS.value for capacity in _CAPACITIES.value]
     configs = {run: variant(base, *run) for run in runs}
-    common.setup_jax(mesh_config)
+    FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     console = Console(stderr=True)
-    rows = []
+    folder, rows = _WORKDIR.value or Path("runs/load_balance"), []
     for number, (method, capacity) in enumerate(runs, start=1):
         console.rule(f"{number} of {len(runs)}: {method}, {capacity}")
-        workdir = Path(_WORKDIR.value).expanduser() / f"{method}-{capacity}"
+        workdir = folder / f"{method}-{capacity}"
         rows.append({"method": method, "capacity": capacity} | train(configs[method, capacity], mesh, workdir))
-    out = Path(_OUT.value or Path(_WORKDIR.value) / "table").expanduser()
+    out = _OUT.value or folder / "table"
     write(rows, base, dict(mesh_config.shape), out)
     plot(rows, out.with_suffix(".png"))
     console.print(f"written: {out}.csv, {out}.md, {out}.png", highlight=False)
-    print(strict_json.dumps({"steps": base.steps, "seed": base.seed, "mesh": dict(mesh_config.shape), "rows": rows}))
+    loading.print_json({"steps": base.steps, "seed": base.seed, "mesh": dict(mesh_config.shape), "rows": rows})
 
 
 def variant(base: TrainConfig, method: str, capacity: str) -> TrainConfig:
@@ -125,7 +131,6 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
 
 def write(rows: list[dict[str, Any]], base: TrainConfig, mesh: dict[str, int], out: Path) -> None:
     """OUT.csv for programs, OUT.md for people."""
-    make_folder("the folder of --out", out.parent)
     with out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(COLUMNS))
         writer.writeheader()
@@ -182,4 +187,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

@@ -1,24 +1,36 @@
-"""What every script shares: names in files and presets, flags, and errors of one line.
+"""What every script shares: its flags, names in files and presets, outputs, and errors of one line.
 
 A script that takes neither --config nor --mesh reads:
 
+    FLAGS = loading.Flags(__doc__)
+    _TOP = flags.DEFINE_integer("top", 20, "How many to list.", flag_values=FLAGS)
+    _OUT = FLAGS.define_output("out", "A Markdown file for the table.")
+
+
     def main(argv: list[str]) -> None:
-        loading.parse_flags(argv)
+        FLAGS.parse(argv)
         ...
 
+
     if __name__ == "__main__":
-        loading.run(main)
+        loading.run(main, FLAGS)
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
+from moejax import plots, strict_json
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, load_config_file
@@ -29,34 +41,160 @@ from moejax.train.checkpoint import CheckpointError
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "experiments" / "configs"
 MESH_CONFIGS = ROOT / "mesh_configs"
+HELP = ("-h", "--h", "-help", "--help", "-helpfull", "--helpfull", "-helpshort", "--helpshort", "--help=full")
 
 
-def parse_flags(argv: Sequence[str], *, positional: bool = False) -> list[str]:
-    """Parses the flags of a script that takes nothing else, but for `positional` arguments, which are returned.
+class OutputParser(flags.ArgumentParser[Path]):
+    """Reads the value of a flag for a file or folder to write, and refuses what could not be written in the end."""
+
+    def __init__(self, suffixes: tuple[str, ...], folder: bool) -> None:
+        self._suffixes, self._folder = suffixes, folder
+
+    def parse(self, argument: str) -> Path:
+        path = Path(os.path.expanduser(argument))
+        return check_folder(path) if self._folder else check_output(path, *self._suffixes)
+
+
+class Flags(flags.FlagValues):
+    """The flags of one script, apart from those of other scripts, so that one process can run any number of scripts.
+
+    Each `parse` starts from the defaults again. `usage` is the script's docstring, which --help shows first.
+    """
+
+    def __init__(self, usage: str | None) -> None:
+        super().__init__()
+        self.__dict__["_usage"] = (usage or "").strip()  # absl takes other attributes for flags
+
+    def define_output(
+        self, name: str, meaning: str, *suffixes: str, folder: bool = False
+    ) -> flags.FlagHolder[Path | None]:
+        """Defines a flag for a file that the script writes, or for a folder; `parse` refuses what cannot be written.
+
+        The file must have one of `suffixes`, if there are any. With those of `moejax.plots`, it is a picture.
+        """
+        return flags.DEFINE(OutputParser(suffixes, folder), name, None, meaning, flag_values=self)
+
+    def parse(self, argv: Sequence[str], *, positional: bool = False) -> list[str]:
+        """Reads the flags from `argv`, and returns the other arguments, which only `positional` allows.
+
+        Raises:
+          ConfigError: a flag that does not exist, a value that is wrong, an output that cannot be written, or an
+            argument that is not a flag.
+        """
+        rest, wants_help = self._read(argv, positional)
+        if wants_help:
+            print(self._help())
+            sys.exit(0)
+        return rest
+
+    def _read(self, argv: Sequence[str], positional: bool = False) -> tuple[list[str], bool]:
+        """Returns the arguments that are not flags, and whether help is wanted."""
+        wants_help = any(argument in HELP for argument in argv) or list(argv[1:2]) == ["help"]
+        words = ("help", *HELP) if wants_help else ()
+        self.unparse_flags()
+        try:
+            rest = self([argv[0], *(argument for argument in argv[1:] if argument not in words)])[1:]
+        except flags.UnrecognizedFlagError as error:
+            name = error.flagname
+            raise ConfigError(f"--{name} does not exist; {self._hint(name)}--help lists all") from None
+        except flags.IllegalFlagValueError as error:
+            raise ConfigError(self._wrong_value(error)) from None
+        except (flags.Error, ValueError) as error:
+            raise ConfigError(f"{' '.join(str(error).split())}; --help lists all") from None
+        check(positional or not rest, f"{' '.join(rest)} is no flag; flags start with --")
+        written: dict[Path, str] = {}
+        for name in self:
+            value = self[name].value
+            if isinstance(self[name].parser, OutputParser) and value is not None:
+                check(value not in written, f"--{written.get(value)} and --{name} are both {value}; give two files")
+                written[value] = name
+        return rest, wants_help
+
+    def with_flag(self, message: str) -> str:
+        """Returns `message` with --name for the name that it begins with, if this is a flag's."""
+        name, equals, _ = message.partition("=")
+        return f"--{message}" if equals and name in self else message
+
+    def _hint(self, name: str) -> str:
+        """Returns "did you mean ...? " for a flag that is nearly `name`."""
+        close = difflib.get_close_matches(name, list(self), n=1)
+        return f"did you mean --{close[0]}? " if close else ""
+
+    def _wrong_value(self, error: flags.IllegalFlagValueError) -> str:
+        """Returns what would be right, where absl says `flag --top=x: invalid literal for int() with base 10`."""
+        why = str(error.__context__)
+        given = str(error).removeprefix("flag ").removesuffix(f": {why}")
+        name = given[2:].partition("=")[0]
+        parser = self[name].parser
+        if isinstance(parser, OutputParser):
+            return f"--{name}={why}"
+        if isinstance(parser, flags.EnumParser):
+            return f"{given} must be one of {', '.join(parser.enum_values)}"
+        right = parser.syntactic_help or "true or false"
+        return f"{given} must be {'a ' * right.startswith('number')}{right}"
+
+    def _help(self) -> str:
+        return f"{self._usage}\n\nFlags:\n{self._flag_help(self)}"
+
+    def _flag_help(self, names: Iterable[str]) -> str:
+        """Returns a line `--name=default` per flag, with its meaning below."""
+        lines = []
+        for name in names:
+            flag = self[name]
+            default = f"={flag.default_as_str.strip(chr(39))}" if flag.default_as_str else ""
+            meaning = textwrap.wrap(flag.help, 114, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += [f"  --{name}{default}", *meaning]
+        return "\n".join(lines)
+
+
+def check_output(path: Path, *suffixes: str) -> Path:
+    """Refuses a file that could not be written at the end of the work; returns it, and leaves nothing behind.
 
     Raises:
-      ConfigError: a flag that does not exist, a value that is wrong, or a positional argument that is not taken.
+      ConfigError: it is a folder, its folder does not exist or takes no files, or its suffix is not one of `suffixes`;
+        or it is a picture, and matplotlib is missing.
+    """
+    check(not suffixes or path.suffix in suffixes, f"{path} must end in {', '.join(suffixes)}")
+    try:
+        check(not path.is_dir(), f"{path} is a folder; give a file")
+        check(path.parent.is_dir(), f"{path} is in a folder that does not exist; make {path.parent} first")
+        if not path.exists():
+            tempfile.TemporaryFile(dir=path.parent).close()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); give another file") from None
+    check(
+        suffixes != plots.SUFFIXES or plots.installed(),
+        f"{path} is a picture, which needs matplotlib; pip install 'moejax[plots]'",
+    )
+    return path
+
+
+def check_folder(path: Path) -> Path:
+    """Refuses a folder that could not be written into, or not be made; returns it, and leaves nothing behind.
+
+    Raises:
+      ConfigError: it is a file, or the nearest folder above it that exists takes no files.
     """
     try:
-        rest = flags.FLAGS([a for a in argv if a != "--help"])
-    except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
-        hint = f"did you mean --{close[0]}? " if close else ""
-        raise ConfigError(f"--{error.flagname} does not exist; {hint}--help lists all") from None
-    except flags.Error as error:
-        raise ConfigError(f"{' '.join(str(error).split())}; --help lists all") from None
-    if "--help" in argv:
-        script = sys.modules["__main__"]
-        print(f"{(script.__doc__ or '').strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
-        sys.exit(0)
-    if len(rest) > 1 and not positional:
-        raise ConfigError(f"{' '.join(rest[1:])} is no flag; flags start with --")
-    return rest[1:]
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        check(nearest.is_dir(), f"{path} cannot be a folder ({nearest} is a file); give another")
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be a folder ({error.strerror}); give another") from None
+    return path
 
 
-def load_model(name: str) -> ModelConfig:
-    """The model of a preset, or of what `load_config` finds."""
-    return PRESETS[name]() if name in PRESETS else load_config(name).model
+def print_json(data: Any) -> None:
+    """Prints the line of JSON that ends a script's output for other programs; people at a terminal see the tables."""
+    if not sys.stdout.isatty():
+        print(strict_json.dumps(data))
+
+
+def load_model(name: str, flag: str = "model") -> ModelConfig:
+    """Returns the model of a preset, or of what `load_config` finds; `flag` is what `name` was given with."""
+    return PRESETS[name]() if name in PRESETS else load_config(name, flag).model
 
 
 def load_cluster(name: str) -> Cluster:
@@ -72,15 +210,15 @@ def load_cluster(name: str) -> Cluster:
     return found or Cluster.of_mesh(path.stem, load_config_file(path, MeshConfig))
 
 
-def load_config(name: str) -> TrainConfig:
-    """The configuration of a file, of a name in experiments/configs, or the defaults around a preset's model."""
+def load_config(name: str, flag: str = "config") -> TrainConfig:
+    """Returns the configuration of a file or of a name in experiments/configs, or a preset's model with defaults."""
     path = find(name, CONFIGS)
     if path is not None:
         return load_config_file(path, TrainConfig)
     if name in PRESETS:
         model = PRESETS[name]()
         return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
-    raise ConfigError(_unknown("config", name, {*_names(CONFIGS), *PRESETS}))
+    raise ConfigError(_unknown(flag, name, {*_names(CONFIGS), *PRESETS}))
 
 
 def load_mesh_config(name: str) -> MeshConfig:
@@ -110,13 +248,16 @@ def _unknown(flag: str, name: str, names: set[str]) -> str:
     return f"--{flag}={name} does not exist; {hint}use one of {', '.join(sorted(names))}, or a path that ends in .py"
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(main: Callable[[list[str]], int | None], script_flags: Flags) -> None:
     """Runs `main(sys.argv)` and exits. What the user can mend is one line on stderr, without a traceback.
+
+    An error that begins with the name of a field of the configuration gets that of the flag which sets it, of
+    `script_flags`.
 
     The status is 2 for a `ConfigError`, 1 for checkpoints that cannot be used and for a loss that is not finite.
     """
     try:
         sys.exit(main(sys.argv))
     except (ConfigError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {script_flags.with_flag(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -4,7 +4,7 @@
     python experiments/overlap.py --config.compiler_options=xla_gpu_dot_merger_threshold_mb=default
 
 One row for each target, batch split and number of chunks, of the reference model on the mesh of the target's name; see
-`moejax.profiling.overlap` for what the figures mean. Needs the extra `aot`. Ends with one line of JSON.
+`moejax.profiling.overlap` for what the figures mean. Needs the extra `aot`. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from pathlib import Path
 from typing import Any
 
 import common
 import loading
 from absl import flags
 
-from moejax import hlo, strict_json
-from moejax.config import TrainConfig, check
+from moejax import hlo
+from moejax.config import TrainConfig, make_folder
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
 from moejax.profiling import overlap
 from moejax.topology import compile_only_devices
 from moejax.train.step import make_train_step
 
-_TARGET = flags.DEFINE_list("target", ["h100_2x8", "tpu_v5p_16"], "What to compile for, see moejax.topology.")
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens a sequence.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences a step.", lower_bound=1)
-_CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4"], "Values of dispatch.chunks.")
-_BATCH_SPLIT = flags.DEFINE_list("batch_split", ["1", "2"], "Values of parallel.batch_split.")
-_OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
-_TEXT = flags.DEFINE_string("text", None, "A folder for the compiled programs' texts.")
+FLAGS = common.ConfigFlags(__doc__, config="moe_16x10b")
+_TARGET = flags.DEFINE_list(
+    "target", ["h100_2x8", "tpu_v5p_16"], "What to compile for, see moejax.topology.", flag_values=FLAGS
+)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens a sequence.", lower_bound=1, flag_values=FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences a step.", lower_bound=1, flag_values=FLAGS)
+_CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4"], "Values of dispatch.chunks.", flag_values=FLAGS)
+_BATCH_SPLIT = flags.DEFINE_list("batch_split", ["1", "2"], "Values of parallel.batch_split.", flag_values=FLAGS)
+_OUT = FLAGS.define_output("out", "A Markdown file for the table.")
+_TEXT = FLAGS.define_output("text", "A folder for the compiled programs' texts.", folder=True)
 
 # Dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, both of them peaks of the data sheets.
 _PEAKS = {
@@ -51,9 +53,7 @@ HEADER = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
 
 
 def main(argv: list[str]) -> None:
-    flags.FLAGS.set_default("config", "moe_16x10b")
-    config, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
+    config, mesh_config = FLAGS.parse_configs(argv)
     print(HEADER)
     rows = []
     choices = itertools.product(_TARGET.value, map(int, _BATCH_SPLIT.value), map(int, _CHUNKS.value))
@@ -64,12 +64,12 @@ def main(argv: list[str]) -> None:
             dispatch=dataclasses.replace(config.dispatch, chunks=chunks),
             data=dataclasses.replace(config.data, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value),
         )
-        mesh = mesh_config if flags.FLAGS["mesh"].present else loading.load_mesh_config(target)
+        mesh = FLAGS.mesh_of_target(target, mesh_config)
         rows.append({"target": target, "batch_split": batch_split, "chunks": chunks} | measure(target, mesh, variant))
         print(line(rows[-1]), flush=True)
     if _OUT.value:
-        Path(_OUT.value).write_text("\n".join([HEADER, *map(line, rows)]) + "\n")
-    print(strict_json.dumps(rows))
+        _OUT.value.write_text("\n".join([HEADER, *map(line, rows)]) + "\n")
+    loading.print_json(rows)
 
 
 def measure(target: str, mesh_config: MeshConfig, config: TrainConfig) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def measure(target: str, mesh_config: MeshConfig, config: TrainConfig) -> dict[s
     compile_s = time.perf_counter() - began
     text = compiled.as_text()
     if _TEXT.value:
-        Path(_TEXT.value, f"{target}_{config.parallel.batch_split}_{config.dispatch.chunks}.txt").write_text(text)
+        name = f"{target}_{config.parallel.batch_split}_{config.dispatch.chunks}.txt"
+        (make_folder("--text", _TEXT.value) / name).write_text(text)
     flops_per_s, bytes_per_s = _PEAKS[mesh_config.hardware]
     module = hlo.parse(text, overlap.attention_flops(config.data.seq_len))
     found = overlap.measure(module, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)
@@ -108,4 +109,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

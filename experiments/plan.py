@@ -6,7 +6,7 @@
     python experiments/train.py --config=moe_16x10b --mesh=plan.py
 
 Nothing is run or compiled: the figures are closed forms, which experiments/audit.py holds against the compiler. Several
-lengths are planned one by one; --out writes them as one run of mixed lengths. Ends with one line of JSON.
+lengths are planned one by one; --out writes them as one run of mixed lengths. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,47 +19,64 @@ from absl import flags
 from rich.console import Console
 
 from moejax import strict_json
-from moejax.config import ConfigError, DispatchConfig
+from moejax.config import ConfigError, DispatchConfig, check
 from moejax.planner import report
 from moejax.planner.hardware import load_calibration
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan
+from moejax.plots import SUFFIXES
 from moejax.train.schedule import Bucket, write_plan_file
 
-_MODEL = flags.DEFINE_string("model", "moe_16x10b", "A preset, a name in experiments/configs, or a Python file.")
-_CLUSTER = flags.DEFINE_string("cluster", "a100_64gb_2x8", "A name in mesh_configs, or a Python file; see README.")
-_SEQ_LEN = flags.DEFINE_list("seq_len", ["128", "1024", "4096", "10240"], "Tokens of a sequence, one plan for each.")
+FLAGS = loading.Flags(__doc__)
+_MODEL = flags.DEFINE_string(
+    "model", "moe_16x10b", "A preset, a name in experiments/configs, or a Python file.", flag_values=FLAGS
+)
+_CLUSTER = flags.DEFINE_string(
+    "cluster", "a100_64gb_2x8", "A name in mesh_configs, or a Python file; see README.", flag_values=FLAGS
+)
+_SEQ_LEN = flags.DEFINE_list(
+    "seq_len", ["128", "1024", "4096", "10240"], "Tokens of a sequence, one plan for each.", flag_values=FLAGS
+)
 _BATCH_SIZE = flags.DEFINE_list(
     "batch_size", [], "Sequences of a step over all devices: one number, or one for each length. Default: fewer, the "
-    "longer they are (128 of 128 tokens to 32 of 10,240 on 16 devices).",
+    "longer they are (128 of 128 tokens to 32 of 10,240 on 16 devices).", flag_values=FLAGS,
 )  # fmt: skip
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "prefill", "decode"],
     "What is planned: a training step, the forward pass of a batch, or one token more for each sequence.",
+    flag_values=FLAGS,
 )  # fmt: skip
-_CALIBRATION = flags.DEFINE_string("calibration", None, "Figures of the device as experiments/calibrate.py wrote them.")
-_CAPACITY = flags.DEFINE_float("capacity_factor", 1.5, "Room of the dispatch's buffers over the balanced load.", 1e-3)
-_OUT = flags.DEFINE_string("out", None, "Where to write the plan as a mesh file that train.py --mesh takes.")
-_JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
-_PLOT = flags.DEFINE_string("plot", None, "Where to draw memory and time; needs the extra plots.")
+_CALIBRATION = flags.DEFINE_string(
+    "calibration", None, "Figures of the device as experiments/calibrate.py wrote them.", flag_values=FLAGS
+)
+_CAPACITY = flags.DEFINE_float(
+    "capacity_factor", 1.5, "Room of the dispatch's buffers over the balanced load.", 1e-3, flag_values=FLAGS
+)
+_OUT = FLAGS.define_output("out", "Where to write the plan as a mesh file that train.py --mesh takes.", ".py")
+_JSON = FLAGS.define_output("json", "Where to write the figures as JSON.")
+_PLOT = FLAGS.define_output("plot", "Where to draw memory and time; needs the extra plots.", *SUFFIXES)
 
 
 def main(argv: list[str]) -> None:
-    loading.parse_flags(argv)
+    FLAGS.parse(argv)
+    check(
+        _OUT.value is None or _MODE.value == "train",
+        f"--out={_OUT.value} is for train.py; use it with --mode=train, not {_MODE.value}",
+    )
     requests = make_requests()
     choices = {request.seq_len: find_plan(request) for request in requests}
     print(render(requests, choices))
     if _OUT.value:
-        write_plan(Path(_OUT.value).expanduser(), choices)
+        write_plan(_OUT.value, choices)
     data = {
         "model": _MODEL.value, "cluster": _CLUSTER.value, "mode": _MODE.value,
         "choices": {seq_len: report.as_data(choice) for seq_len, choice in choices.items()},
     }  # fmt: skip
     if _JSON.value:
-        Path(_JSON.value).expanduser().write_text(strict_json.dumps(data, indent=1) + "\n")
+        _JSON.value.write_text(strict_json.dumps(data, indent=1) + "\n")
     if _PLOT.value:
         title = f"{_MODEL.value} on {_CLUSTER.value}, {_MODE.value}, as planned"
-        report.figure(choices, requests[0].limit_bytes, title).savefig(Path(_PLOT.value).expanduser(), dpi=120)
-    print(strict_json.dumps(data))
+        report.figure(choices, requests[0].limit_bytes, title).savefig(_PLOT.value, dpi=120)
+    loading.print_json(data)
 
 
 def make_requests() -> list[Request]:
@@ -111,8 +128,6 @@ def render(requests: list[Request], choices: dict[int, Choice]) -> str:
 
 def write_plan(path: Path, choices: dict[int, Choice]) -> None:
     """The plans as a mesh file."""
-    if _MODE.value != "train":
-        raise ConfigError(f"--out={path} is for train.py; use it with --mode=train, not {_MODE.value}")
     plans = [choice.best.plan for choice in choices.values()]
     buckets = tuple(Bucket(p.seq_len, p.batch_size, p.mesh, p.parallel, p.dispatch, p.accumulate) for p in plans)
     write_plan_file(path, buckets, f"{_MODEL.value} on {_CLUSTER.value}, training")
@@ -120,4 +135,4 @@ def write_plan(path: Path, choices: dict[int, Choice]) -> None:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

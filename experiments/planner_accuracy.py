@@ -7,7 +7,7 @@ The table's columns are those of experiments/data/measured_runs.csv. A training 
 from tok_s_per_dev, or from tflops_per_dev; an inference run has "TTFT ..ms" and "TPOT ..ms" in any column, and its
 error is the mean of both. "<65" is a bound, and wrong only when it is exceeded. Runs that cannot be predicted are
 listed with the reason and lower the coverage. Nothing is calibrated on the table: see experiments/results for which
-runs were looked at while the planner's constants were chosen. Ends with one line of JSON.
+runs were looked at while the planner's constants were chosen. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from pathlib import Path
 import loading
 from absl import flags
 
-from moejax import strict_json
 from moejax.config import ConfigError, check
 from moejax.planner.layouts import Run, number, parse_run
 from moejax.planner.published import predict_training
 from moejax.planner.published_memory import training_memory
 from moejax.planner.published_serving import predict_serving
 
+FLAGS = loading.Flags(__doc__)
 _RUNS = flags.DEFINE_string(
-    "runs", str(loading.ROOT / "experiments" / "data" / "measured_runs.csv"), "A table of measured runs, CSV."
+    "runs",
+    str(loading.ROOT / "experiments" / "data" / "measured_runs.csv"),
+    "A table of measured runs, CSV.",
+    flag_values=FLAGS,
 )
-_OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
+_OUT = FLAGS.define_output("out", "A Markdown file for the table.")
 
 _NEEDED = ("model", "hardware", "layout")
 _COLUMNS = (
@@ -59,13 +62,13 @@ class Outcome:
 
 
 def main(argv: list[str]) -> None:
-    loading.parse_flags(argv)
+    FLAGS.parse(argv)
     outcomes = [predict(row) for row in read(_RUNS.value)]
     lines = [HEADER, *map(line, outcomes), *summary(outcomes)]
     print("\n".join(lines))
     if _OUT.value:
-        Path(_OUT.value).write_text("\n".join(lines) + "\n")
-    print(strict_json.dumps(figures(outcomes)))
+        _OUT.value.write_text("\n".join(lines) + "\n")
+    loading.print_json(figures(outcomes))
 
 
 def read(path: str) -> list[dict[str, str]]:
@@ -204,4 +207,4 @@ def summary(outcomes: list[Outcome]) -> list[str]:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

@@ -4,8 +4,8 @@
 
 The run may be going on. Left: the load of each expert over its layer's mean, over the last window. Right: the same by
 step. Below: the coefficient of variation with the floor that sampling sets, and the rounds of a dispatch, each with
-the bound beyond which the run warns. Needs matplotlib (extra `plots`). Prints a table of the last window by layer, and
-ends with one line of JSON.
+the bound beyond which the run warns. Needs matplotlib (extra `plots`). Prints a table of the last window by layer; in a
+pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,39 +17,35 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from moejax import strict_json
-from moejax.config import check, make_folder
-from moejax.plots import check_suffix
+from moejax.config import check
+from moejax.plots import SUFFIXES
 from moejax.profiling.loads import LoadHistory, figure
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
-_OUT = flags.DEFINE_string("out", None, "Where the picture goes: .png, .svg or .pdf. Default: load.png in the workdir.")
+FLAGS = loading.Flags(__doc__)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.", flag_values=FLAGS)
+_OUT = FLAGS.define_output(
+    "out", "Where the picture goes: .png, .svg or .pdf. Default: load.png in the workdir.", *SUFFIXES
+)
 
 
 def main(argv: list[str]) -> None:
-    loading.parse_flags(argv)
+    FLAGS.parse(argv)
     check(bool(_WORKDIR.value), "--workdir is missing; give the directory of a run")
     workdir = Path(_WORKDIR.value).expanduser()
-    out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "load.png"
-    check_suffix("--out", out)
-    check(not out.is_dir(), f"--out={out} is a folder; give a file")
     history = LoadHistory.read(workdir)
-    picture = figure(history)
-    make_folder("the folder of --out", out.parent)
-    picture.savefig(out, dpi=120)
+    out = _OUT.value or loading.check_output(workdir / "load.png", *SUFFIXES)
+    figure(history).savefig(out, dpi=120)
     console = Console()
     console.print(table(history))
     console.print(f"written: {out}", highlight=False, soft_wrap=True)
-    print(
-        strict_json.dumps(
-            {
-                "last_step": int(history.steps_N[-1]),
-                "window_steps": history.window_steps,
-                "window_tokens": history.window_tokens,
-                "load_cv_floor": history.window_cv_floor,
-                "layers": history.by_layer(),
-            }
-        )
+    loading.print_json(
+        {
+            "last_step": int(history.steps_N[-1]),
+            "window_steps": history.window_steps,
+            "window_tokens": history.window_tokens,
+            "load_cv_floor": history.window_cv_floor,
+            "layers": history.by_layer(),
+        }
     )
 
 
@@ -70,4 +66,4 @@ def table(history: LoadHistory) -> Table:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

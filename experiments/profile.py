@@ -1,13 +1,6 @@
-"""Reads a profiler trace: where the time of its steps went, by phase and device, beside the planner's prediction.
+"""Reads a profiler trace: `python experiments/profile.py TRACE`. What it does is in trace_report.py.
 
-    python experiments/train.py --profile_steps=10:13 --workdir=runs/a
-    python experiments/profile.py runs/a/profiles/step_000010
-    python experiments/profile.py runs/a/profiles/step_000010 --out=figures --nopicture
-    tensorboard --logdir=runs/a/profiles      # the same traces as pictures; needs tensorboard and xprof
-
-TRACE is a directory that train.py --profile_steps or moejax.profiling.capture wrote, or a run's, whose last trace is
-taken. Prints tables, writes them there with report.json and a picture of one step, timeline.png (extra `plots`), and
-ends with one line of JSON.
+This file's name is also that of a module of the standard library.
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ if __name__ == "__main__":
     import loading
     import trace_report
 
-    loading.run(trace_report.main)
+    loading.run(trace_report.main, trace_report.FLAGS)
 else:  # somebody imports the standard library's `profile`, as `cProfile` does, which this folder hides from scripts
     import importlib.util
     import sysconfig

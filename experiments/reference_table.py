@@ -4,17 +4,13 @@
 
 `moe_16x10b` on `a100_64gb_2x8` at 128, 1,024, 4,096 and 10,240 tokens: the best training plan of each length, and the
 prefill of the same batch for the time to the first token. Nothing was run; every figure is the planner's, with the
-inputs of its formula below it. Ends with one line of JSON.
+inputs of its formula below it. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import loading
-from absl import flags
 
-from moejax import strict_json
 from moejax.planner import report
 from moejax.planner.costs import Assumptions
 from moejax.planner.flops import ceilings, forward_flops
@@ -35,11 +31,12 @@ TARGETS = {  # figure: target, whether more is better
     "busy": (0.94, True),
 }
 
-_OUT = flags.DEFINE_string("out", None, "A Markdown file for the table.")
+FLAGS = loading.Flags(__doc__)
+_OUT = FLAGS.define_output("out", "A Markdown file for the table.")
 
 
 def main(argv: list[str]) -> None:
-    loading.parse_flags(argv)
+    FLAGS.parse(argv)
     model, cluster = loading.load_model(MODEL), loading.load_cluster(CLUSTER)
     train = {n: Request(model, cluster, n, default_batch_size(n)) for n in LENGTHS}
     prefill = {n: Request(model, cluster, n, default_batch_size(n), "prefill") for n in LENGTHS}
@@ -57,9 +54,9 @@ def main(argv: list[str]) -> None:
     ])  # fmt: skip
     print(text)
     if _OUT.value:
-        Path(_OUT.value).expanduser().write_text(text + "\n")
+        _OUT.value.write_text(text + "\n")
     figures = {n: figures_of(trained[n], prefilled[n], cluster) for n in LENGTHS}
-    print(strict_json.dumps({"model": MODEL, "cluster": CLUSTER, "figures": figures}))
+    loading.print_json({"model": MODEL, "cluster": CLUSTER, "figures": figures})
 
 
 def figures_of(trained: Choice, prefilled: Choice, cluster: Cluster) -> dict[str, float]:
@@ -124,4 +121,4 @@ def inputs(cluster: Cluster) -> str:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

@@ -1,33 +1,50 @@
-"""What experiments/profile.py does; a file of its own, for that one's name is a module of the standard library's."""
+"""Reads a profiler trace: where the time of its steps went, by phase and device, beside the planner's prediction.
+
+    python experiments/train.py --profile_steps=10:13 --workdir=runs/a
+    python experiments/profile.py runs/a/profiles/step_000010
+    python experiments/profile.py runs/a/profiles/step_000010 --out=figures --nopicture
+    tensorboard --logdir=runs/a/profiles      # the same traces as pictures; needs tensorboard and xprof
+
+TRACE is a directory that train.py --profile_steps or moejax.profiling.capture wrote, or a run's, whose last trace is
+taken. Prints tables, writes them there with report.json and a picture of one step, timeline.png (extra `plots`). In a
+pipe, ends with one line of JSON.
+
+experiments/profile.py runs this; a file of its own, for that one's name is a module of the standard library's.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import loading
 from absl import flags
 
 from moejax import strict_json
-from moejax.config import ConfigError, make_folder
+from moejax.config import check, make_folder
+from moejax.plots import installed
 from moejax.profiling import report, tables, timeline
 from moejax.profiling.capture import TRACES
 from moejax.profiling.trace import read_trace
 
-_OUT = flags.DEFINE_string(
-    "out", None, "The folder for report.md, report.json and timeline.png. Default: that of the trace."
+FLAGS = loading.Flags(__doc__)
+_OUT = FLAGS.define_output(
+    "out", "The folder for report.md, report.json and timeline.png. Default: that of the trace.", folder=True
 )
-_PICTURE = flags.DEFINE_boolean("picture", True, "Draw timeline.png, which needs matplotlib (extra plots).")
-for _flag in (_OUT, _PICTURE):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[_flag.name])  # for --help
+_PICTURE = flags.DEFINE_boolean(
+    "picture", True, "Draw timeline.png, which needs matplotlib (extra plots).", flag_values=FLAGS
+)
 
 
 def main(argv: list[str]) -> None:
-    rest = loading.parse_flags(argv, positional=True)
-    if len(rest) != 1:
-        raise ConfigError(
-            f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace, or of a run"
-        )
+    rest = FLAGS.parse(argv, positional=True)
+    check(
+        len(rest) == 1,
+        f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace, or of a run",
+    )
+    check(
+        installed() or not _PICTURE.value,
+        "timeline.png needs matplotlib; pip install 'moejax[plots]', or add --nopicture",
+    )
     folder = newest_trace(Path(rest[0]).expanduser())
     trace = read_trace(folder)
     out = make_folder("--out", _OUT.value or folder)
@@ -39,7 +56,7 @@ def main(argv: list[str]) -> None:
     if _PICTURE.value:
         timeline.figure(trace, found).savefig(out / "timeline.png", dpi=120)
     print(f"\nWritten: report.md, report.json{', timeline.png' * _PICTURE.value} in {out}")
-    print(strict_json.dumps(data))
+    loading.print_json(data)
 
 
 def newest_trace(folder: Path) -> Path:

@@ -23,8 +23,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from moejax import strict_json
-from moejax.config import TrainConfig, check
+from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.planner import DEVICES, Plan
 from moejax.planner.predict import check_fits
@@ -32,19 +31,24 @@ from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.train.loop import Summary, Trainer
 from moejax.train.schedule import Bucket
 
-_PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, first:end; 10:13 is 10, 11 and 12.")
+FLAGS = common.ConfigFlags(__doc__)
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "Steps to trace, first:end; 10:13 is 10, 11 and 12.", flag_values=FLAGS
+)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Checkpoints and metrics of the run; an existing one is resumed. Default: a new one under runs/."
+    "workdir",
+    None,
+    "Checkpoints and metrics of the run; an existing one is resumed. Default: a new one under runs/.",
+    flag_values=FLAGS,
 )
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config, rest = common.parse_configs(argv)
-    check(len(rest) == 1, f"{' '.join(rest[1:])} is no flag; flags start with --")
-    buckets = common.plan_buckets()
+    config, mesh_config = FLAGS.parse_configs(argv)
+    buckets = FLAGS.plan_buckets()
     refuse_what_cannot_fit(config, mesh_config, buckets)
     profiled = range(0) if _PROFILE_STEPS.value is None else parse_steps(_PROFILE_STEPS.value, config.steps)
-    common.setup_jax(mesh_config)
+    FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     console = Console(stderr=True)
@@ -53,7 +57,7 @@ def main(argv: list[str]) -> None:
     with StepCapture(workdir, meshes, profiled) as profiler:
         summary = Trainer(config, mesh, workdir, buckets, profiler.step).run()
     show(summary, config.steps, workdir, console)
-    print(strict_json.dumps(dataclasses.asdict(summary)))
+    loading.print_json(dataclasses.asdict(summary))
 
 
 def refuse_what_cannot_fit(config: TrainConfig, mesh: MeshConfig, buckets: Sequence[Bucket]) -> None:
@@ -116,4 +120,4 @@ def show(summary: Summary, steps: int, workdir: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    loading.run(main, FLAGS)

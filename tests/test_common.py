@@ -1,13 +1,14 @@
+import ctypes
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import common
 import jax
 import loading
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+from scripts import run_script
 
 from moejax.compiler import PROGRAM
 from moejax.config import ConfigError
@@ -15,21 +16,24 @@ from moejax.mesh import MeshConfig
 from moejax.presets import mixtral_8x7b, small, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(
+    {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"common", "loading", "audit_cases", "trace_report"}
+)
+FLAGS = common.ConfigFlags("What it does.")
 
 
 @pytest.fixture(autouse=True)
-def _flags_and_cache():
-    """Flags and the compilation cache are global; each test leaves them as they were."""
+def _cache():
+    """The compilation cache is global; each test leaves it as it was."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
-    with flagsaver.flagsaver():
-        yield
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
 
 
 def parse(*arguments):
-    return common.parse_configs(["script.py", *arguments])
+    return FLAGS.parse_configs(["script.py", *arguments])
 
 
 def error_of(*arguments):
@@ -40,19 +44,21 @@ def error_of(*arguments):
 
 
 def test_defaults():
-    config, mesh_config, remaining = parse()
+    config, mesh_config = parse()
     assert config == loading.load_config("tiny")
     assert config.model == tiny()
     assert mesh_config == MeshConfig(expert=4, pipeline=2, tensor=2)
-    assert remaining == ["script.py"]
 
 
-def test_names_overrides_and_positionals():
-    arguments = ["--config=small", "--config.steps=100", "--mesh=single", "--mesh.expert", "2", "positional"]
-    config, mesh_config, remaining = parse(*arguments)
+def test_names_and_overrides():
+    config, mesh_config = parse("--config=small", "--config.steps=100", "--mesh=single", "--mesh.expert", "2")
     assert (config.model, config.steps) == (small(), 100)
     assert mesh_config == MeshConfig(expert=2)
-    assert remaining == ["script.py", "positional"]
+
+
+def test_every_parse_starts_from_the_defaults():
+    assert parse("--config=small", "--data=a")[0] != parse()[0]
+    assert parse() == parse("--config=tiny", "--mesh=cpu_16")
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "mixed", "peer", "moe_16x10b", "mixtral_8x7b"])
@@ -63,8 +69,8 @@ def test_any_number_of_steps_can_be_asked_for_alone(name, steps):
 
 
 def test_a_plan_decides_what_its_buckets_say():
-    config, mesh_config, _ = parse("--config=mixed", "--mesh=cpu_16_mixed", "--config.steps=20", "--config.data.seed=3")
-    first, *_, last = buckets = common.plan_buckets()
+    config, mesh_config = parse("--config=mixed", "--mesh=cpu_16_mixed", "--config.steps=20", "--config.data.seed=3")
+    first, *_, last = buckets = FLAGS.plan_buckets()
     assert len(buckets) == 3
     assert mesh_config == first.mesh != last.mesh
     assert (config.data.seq_len, config.data.batch_size) == (first.seq_len, first.batch_size)
@@ -116,6 +122,7 @@ def test_data_shortcuts():
         (["--steps=3"], "--steps does not exist; did you mean --config.steps?"),
         (["--model.num_layers=3"], "did you mean --config.model.num_layers?"),
         (["--tokeniser=x"], "did you mean --tokenizer?"),
+        (["--config=tiny", "positional"], "positional is no flag; flags start with --"),
         (["--nothing_like_it=x"], "--nothing_like_it does not exist; --help lists all"),
         (["--data=a", "--config.data.paths=b"], "--data and --config.data.paths are the same field"),
     ],
@@ -124,9 +131,10 @@ def test_errors_are_one_line(arguments, expected):
     assert expected in error_of(*arguments)
 
 
-def test_help_lists_flags_and_fields(capsys):
+@pytest.mark.parametrize("flag", ["--help", "-help", "-h", "--helpfull", "--helpshort", "help"])
+def test_help_lists_flags_and_fields(flag, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help", "--config.steps=77")
+        parse(flag, "--config.steps=77")
     assert not stop.value.code
     printed = capsys.readouterr().out
     for part in ("--compilation_cache_dir", "--config.model.num_layers=4", "--config.steps=77", "--mesh.expert=4"):
@@ -145,21 +153,21 @@ def test_help_lists_the_compilers_options_in_force_with_their_reasons(capsys):
 
 def test_setup_keeps_compiled_programs(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _, mesh_config, _ = parse()
+    _, mesh_config = parse()
     jax.config.update("jax_compilation_cache_dir", None)
-    common.setup_jax(mesh_config)
+    FLAGS.setup_jax(mesh_config)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "moejax" / "xla")
 
     jax.config.update("jax_compilation_cache_dir", "/from/the/environment")
-    common.setup_jax(mesh_config)
+    FLAGS.setup_jax(mesh_config)
     assert jax.config.jax_compilation_cache_dir == "/from/the/environment"
 
     parse(f"--compilation_cache_dir={tmp_path}")
-    common.setup_jax(mesh_config)
+    FLAGS.setup_jax(mesh_config)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
     parse("--compilation_cache_dir=")
-    common.setup_jax(mesh_config)
+    FLAGS.setup_jax(mesh_config)
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -167,6 +175,16 @@ def test_a_preset_cache_folder_defaults_to_the_home(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert common.default_cache_dir() == str(tmp_path / ".cache" / "moejax" / "xla")
+
+
+@pytest.mark.parametrize(("platform", "settings"), [("linux", [-3, -1, -8]), ("win32", []), ("darwin", [])])
+def test_only_glibcs_allocator_is_set(platform, settings, monkeypatch):
+    libc = types.SimpleNamespace(set=[])
+    libc.mallopt = lambda name, value: libc.set.append(name)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
+    common.keep_freed_memory(num_devices=1)
+    assert libc.set == settings
 
 
 @pytest.mark.parametrize(
@@ -178,7 +196,7 @@ def test_run_turns_a_config_error_into_one_line(raised, status, capsys):
             raise raised
 
     with pytest.raises(SystemExit) as stop:
-        loading.run(main)
+        loading.run(main, FLAGS)
     assert (stop.value.code or 0) == status
     assert capsys.readouterr().err == ("error: a=1 must be 2\n" if raised else "")
 
@@ -188,21 +206,38 @@ def test_a_script_runs_on_virtual_devices(tmp_path):
     script.write_text(
         f'"""What it does."""\nimport sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "experiments")!r}]\n'
         "import common, jax, loading, moejax\n"
+        "FLAGS = common.ConfigFlags(__doc__)\n"
         "def main(argv):\n"
-        "    config, mesh_config, _ = common.parse_configs(argv)\n"
-        "    common.setup_jax(mesh_config)\n"
+        "    config, mesh_config = FLAGS.parse_configs(argv)\n"
+        "    FLAGS.setup_jax(mesh_config)\n"
         "    print(moejax.build_mesh(mesh_config).size)\n"
-        "loading.run(main)\n"
+        "loading.run(main, FLAGS)\n"
     )
-    command = [sys.executable, str(script), f"--compilation_cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run([*command, "--mesh.expert=3"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    command = [sys.executable, str(script), f"--compilation_cache_dir={tmp_path / 'cache'}", "--mesh.expert=3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split() == ["12"]
-    wrong = subprocess.run([*command, "--mesh.expert=x"], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert wrong.returncode == 2
-    assert wrong.stderr == "error: --mesh.expert='x' must be a whole number (int)\n"
-    usage = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert usage.stdout.startswith("What it does.")
 
 
-def test_every_flag_is_known():
-    assert {"config", "mesh", "data", "tokenizer", "compilation_cache_dir", "help"} <= set(flags.FLAGS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_can_be_asked_for_help(script):
+    done = run_script(script, "--help")
+    assert "    python experiments/" in done.stdout
+    assert not done.stderr
+
+
+def test_a_script_works_from_any_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "plot_load.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.startswith("Draws how evenly")
+
+
+def test_flags_of_scripts_are_apart():
+    run_script("overlap", "--help")
+    run_script("train", "--help")
+    import overlap
+    import train
+
+    assert "chunks" in overlap.FLAGS
+    assert "chunks" not in train.FLAGS
+    assert overlap.FLAGS.config == "moe_16x10b"
+    assert train.FLAGS.config == "tiny"

@@ -2,12 +2,10 @@
 
 import csv
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 from moejax.config import ConfigError
 from moejax.planner.architecture import Architecture
@@ -221,15 +219,8 @@ def test_serving_times():
     assert base.decode > weights / parse_device("H100").memory_bytes_per_s
 
 
-def accuracy(*arguments):
-    command = [sys.executable, "experiments/planner_accuracy.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_the_script_on_the_projects_table():
-    done = accuracy()
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_script("planner_accuracy").figures
     assert found["coverage"] == 1.0
     assert found["mean_step_time_error"] < 0.25
     assert found["mean_memory_error"] < 0.10
@@ -246,9 +237,8 @@ def test_the_script_lists_what_it_cannot_do(tmp_path):
         writer.writerow(ROW | {"id": "strange", "model": "Foo-9000", "step_s": "1"})
         writer.writerow(ROW | {"id": "empty"})
         writer.writerow(ROW | {"id": "odd", "hardware": "abacus", "step_s": "1"})
-    done = accuracy(f"--runs={path}", f"--out={tmp_path / 'table.md'}")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    done = run_script("planner_accuracy", f"--runs={path}", f"--out={tmp_path / 'table.md'}")
+    found = done.figures
     assert found["coverage"] == 0.25
     assert found["mean_memory_error"] == 0.0  # the bound holds
     assert "Foo-9000" in done.stdout
@@ -260,10 +250,7 @@ def test_the_script_refuses_bad_input_in_one_line(tmp_path):
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
     for path, message in ((wrong, "lacks the columns model"), (tmp_path / "none.csv", "cannot be read")):
-        done = accuracy(f"--runs={path}")
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        assert message in run_script("planner_accuracy", f"--runs={path}", status=2).error
 
 
 def test_the_tables_name_their_sources():

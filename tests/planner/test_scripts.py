@@ -1,35 +1,20 @@
-"""The planner's scripts, each in a process of its own, for their flags do not go together."""
+"""The planner's scripts."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 from moejax.mesh import MeshConfig
 from moejax.overrides import load_config_file
 from moejax.planner.hardware import get_device, load_calibration
 from moejax.train.schedule import load_buckets
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(script, *arguments, status=0):
-    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr[-2000:]
-    return done
-
-
-def figures_of(done):
-    return json.loads(done.stdout.splitlines()[-1])
-
 
 def test_a_plan_is_written_as_a_mesh_that_trains(tmp_path):
     out, saved = tmp_path / "plan.py", tmp_path / "plan.json"
-    done = run("plan", "--seq_len=1024,4096", f"--out={out}", f"--json={saved}")
-    figures = figures_of(done)
+    done = run_script("plan", "--seq_len=1024,4096", f"--out={out}", f"--json={saved}")
+    figures = done.figures
     assert json.loads(saved.read_text()) == figures
     assert list(figures["choices"]) == ["1024", "4096"]
     buckets = load_buckets(out)
@@ -48,17 +33,15 @@ def test_a_plan_is_written_as_a_mesh_that_trains(tmp_path):
         (["--seq_len=12x"], "--seq_len=12x: '12x' must be a positive whole number"),
         (["--batch_size=1,2"], "--batch_size=1,2 has 2 numbers for 4 lengths"),
         (["--cluster=h100"], "--cluster=h100 does not exist; did you mean h100_8?"),
-        (["--model=moe"], "--config=moe does not exist"),
-        (["--mode=serve"], "flag --mode=serve"),
+        (["--model=moe"], "--model=moe does not exist"),
+        (["--mode=serve"], "--mode=serve must be one of train, prefill, decode"),
         (["--seqlen=5"], "--seqlen does not exist; did you mean --seq_len?"),
         (["--seq_len=10240", "--batch_size=65536"], "do not fit on a100_64gb_2x8"),
     ],
 )
 def test_wrong_requests_are_one_line(arguments, message, tmp_path):
     out = tmp_path / "plan.py"
-    done = run("plan", f"--out={out}", *arguments, status=2)
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert message in run_script("plan", f"--out={out}", *arguments, status=2).error
     assert not out.exists()
 
 
@@ -71,7 +54,7 @@ def test_a_cluster_of_ones_own(tmp_path):
         "    memory = Constant(40e9, 'datasheet', 'mine')\n"
         "    return Cluster('mine', dataclasses.replace(get_device('h100'), name='mine', memory_bytes=memory), 1, 8)\n"
     )
-    figures = figures_of(run("plan", f"--cluster={path}", "--seq_len=1024", "--mode=decode"))
+    figures = run_script("plan", f"--cluster={path}", "--seq_len=1024", "--mode=decode").figures
     plan = figures["choices"]["1024"]["plan"]
     assert plan["mesh"]["hardware"] == "custom"
     assert figures["choices"]["1024"]["peak_bytes"] < 40e9
@@ -79,19 +62,18 @@ def test_a_cluster_of_ones_own(tmp_path):
 
 def test_calibration_measures_this_machine_and_the_planner_takes_it(tmp_path):
     path = tmp_path / "calibration.json"
-    figures = figures_of(run("calibrate", "--seconds=0.01", "--mesh.expert=2", f"--out={path}"))["figures"]
+    figures = run_script("calibrate", "--seconds=0.01", f"--out={path}").figures["figures"]
     device = load_calibration(path, get_device("cpu"))
     assert device.matmul_flops == figures["matmul_flops"] > 0
     assert device.inside.bytes_per_s == figures["inside"]["bytes_per_s"] > 0
-    run("plan", "--model=tiny", "--cluster=cpu_16", "--seq_len=64", f"--calibration={path}")
+    run_script("plan", "--model=tiny", "--cluster=cpu_16", "--seq_len=64", f"--calibration={path}")
 
 
 def test_training_that_cannot_fit_is_refused_before_it_starts(tmp_path):
     workdir = tmp_path / "run"
     batch = ["--config.data.seq_len=10240", "--config.data.batch_size=256"]
     arguments = ["--config=moe_16x10b", "--mesh=h100_2x8", f"--workdir={workdir}", *batch]
-    done = run("train", *arguments, "--config.memory_limit_bytes=14000000000", status=2)
-    assert "full rematerialization and the smallest microbatches, but a device has 14 GB; the largest " in done.stderr
-    assert "would fit" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    error = run_script("train", *arguments, "--config.memory_limit_bytes=14000000000", status=2).error
+    assert "full rematerialization and the smallest microbatches, but a device has 14 GB; the largest " in error
+    assert "would fit" in error
     assert not workdir.exists()

@@ -1,14 +1,12 @@
 """Figures of recorded loads by hand, and a picture in which everything can be read."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import check_labels
+from scripts import run_script
 
 from moejax.balance import load_cv_floor
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig
@@ -104,14 +102,12 @@ def test_the_scale_of_the_cv_has_labels_where_no_power_of_ten_is_in_sight(tmp_pa
 
 def test_the_script_draws_and_tells(tmp_path):
     record(tmp_path, random_loads(9, 2, 16))
-    out = tmp_path / "there" / "load.png"
-    command = [sys.executable, ROOT / "experiments/plot_load.py", f"--workdir={tmp_path}", f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    figures = json.loads(done.stdout.splitlines()[-1])
+    out = tmp_path / "out.png"
+    arguments = ["plot_load", f"--workdir={tmp_path}", f"--out={out}"]
+    figures = run_script(*arguments).figures
     assert (figures["last_step"], figures["window_steps"]) == (9, 9)
     assert [layer["idle_experts"] for layer in figures["layers"]] == [1, 0]
     assert out.read_bytes().startswith(b"\x89PNG")
     out.unlink()
     out.mkdir()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: --out={out} is a folder; give a file\n")
+    assert run_script(*arguments, status=2).error == f"--out={out} is a folder; give a file"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from scripts import run_script
 
 from moejax import hlo
 from moejax.config import ConfigError
@@ -258,17 +259,11 @@ def test_a_trace_that_lacks_a_part_is_one_line(tmp_path):
         read_trace(folder)
 
 
-def run_script(name, *arguments):
-    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_script_ends_with_the_figures(tmp_path):
     """80 ns of NCCL, of which 30 run behind 100 ns of products; 10 ns of a kernel without a name; a step of 300 ns."""
     out = tmp_path / "out"
     done = run_script("profile", gpu_trace(tmp_path / "trace"), f"--out={out}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = done.figures
     assert json.loads((out / "report.json").read_text()) == figures
     assert (out / "report.md").read_text() in done.stdout
     assert (out / "timeline.png").stat().st_size > 10_000
@@ -289,8 +284,7 @@ def test_the_script_takes_the_last_trace_of_a_run(tmp_path):
         files = gpu_trace(tmp_path / "profiles" / f"step_{step}") / "plugins" / "profile"
         (files / "now").rename(files / made)
     (tmp_path / "profiles" / "step_9").mkdir()  # a trace that was never written
-    done = run_script("profile", tmp_path, "--nopicture")
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_script("profile", tmp_path, "--nopicture")
     assert {path.parent.name for path in tmp_path.rglob("report.json")} == {"step_7"}
     assert not list(tmp_path.rglob("timeline.png"))
 
@@ -306,10 +300,7 @@ def test_the_script_takes_the_last_trace_of_a_run(tmp_path):
     ],
 )
 def test_wrong_requests_are_one_line(name, arguments, message):
-    done = run_script(name, *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
+    assert run_script(name, *arguments, status=2).error.startswith(message)
 
 
 def test_scripts_can_import_the_standard_librarys_profile():

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import check_labels
+from scripts import run_script
 
 from moejax.config import ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig, build_mesh
@@ -253,10 +254,7 @@ def test_every_label_of_the_picture_can_be_read(step_memory, limit_over_peak):
 
 
 def test_bad_input_is_one_line():
-    command = [sys.executable, ROOT / "experiments/memory.py", "--out=memory.txt"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "error: --out=memory.txt must end in .png, .svg, .pdf\n"
+    assert run_script("memory", "--out=memory.txt", status=2).error == "--out=memory.txt must end in .png, .svg, .pdf"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import jax
 import loading
 import numpy as np
 import pytest
+from scripts import run_script
 
 from moejax.config import ConfigError
 from moejax.data import load_corpus
@@ -242,10 +243,14 @@ def test_router_logits_that_are_not_finite_are_named(config, tmp_path):
 # The script, as a user starts it.
 
 
-def start(workdir, corpus, *more, python=(sys.executable,)):
+def arguments(workdir, corpus):
     flags = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
+    return [f"--workdir={workdir}", f"--data={corpus}", *flags]
+
+
+def start(workdir, corpus, *more, python=(sys.executable,)):
     return subprocess.Popen(
-        [*python, ROOT / "experiments/train.py", f"--workdir={workdir}", f"--data={corpus}", *flags, *more],
+        [*python, ROOT / "experiments/train.py", *arguments(workdir, corpus), *more],
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -315,9 +320,9 @@ def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
 
 def test_a_wrong_flag_is_one_line_and_nothing_is_written(corpus, tmp_path):
     workdir = tmp_path / "run"
-    process = start(workdir, corpus, "--config.data.batch_size=12")
-    stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 2
-    assert stdout == ""
-    assert stderr.splitlines()[-1].startswith("error: batch_size=12 must be a multiple of 8 = expert 4")
+    done = run_script("train", *arguments(workdir, corpus), "--config.data.batch_size=12", status=2)
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: --config.data.batch_size=12 must be a multiple of 8 = expert 4"
+    )
     assert not workdir.exists()

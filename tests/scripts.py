@@ -1,0 +1,59 @@
+"""Runs the scripts of experiments/ in this process: each has flags of its own, and JAX has started once already."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import sys
+from unittest import mock
+
+import common
+import jax
+import loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A script that has ended: its exit status and what it printed."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def figures(self):
+        """The line of JSON that ends standard output."""
+        return json.loads(self.stdout.splitlines()[-1])
+
+    @property
+    def error(self):
+        """The one line on standard error, without "error: "."""
+        (line,) = self.stderr.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+
+def run_script(name, *arguments, status=0):
+    """Runs a script of experiments/ as `python experiments/name.py *arguments`; it must end with `status`.
+
+    Where programs are cached stays as it is, and so does the allocator: both are settings of the whole process.
+    """
+    module = importlib.import_module({"profile": "trace_report"}.get(name, name))  # that name is the standard library's
+    cached = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with (
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+            mock.patch.object(sys, "argv", [f"experiments/{name}.py", *map(str, arguments)]),
+            mock.patch.object(common, "keep_freed_memory"),
+        ):
+            loading.run(module.main, module.FLAGS)
+    except SystemExit as stop:
+        done = Done(stop.code or 0, stdout.getvalue(), stderr.getvalue())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cached[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", cached[1])
+    assert done.status == status, done.stderr[-2000:]
+    return done
