@@ -18,22 +18,22 @@ A script reads:
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 from absl import flags
-from loading import MESH_CONFIGS, Flags, find, load_config, load_mesh_config
+from loading import FULL_HELP, MESH_CONFIGS, Flags, config_names, find, load_config, load_mesh_config, mesh_names
 
 from moejax.compiler import in_force
 from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig, use_virtual_devices
-from moejax.overrides import apply_overrides, split_overrides
+from moejax.overrides import FieldInfo, apply_overrides, describe, split_overrides
 from moejax.train.schedule import DECIDES, Bucket, load_buckets
 
 T = TypeVar("T")
@@ -42,37 +42,20 @@ T = TypeVar("T")
 class ConfigFlags(Flags):
     """The flags of a script that takes --config, --mesh and overrides of their fields, beside its own flags."""
 
-    def __init__(self, usage: str | None, *, config: str = "tiny") -> None:
-        """`config` is the default of --config."""
+    def __init__(self, usage: str | None, *, config: str = "tiny", first: Mapping[str, str] | None = None) -> None:
+        """`config` is the default of --config. `first` has the flags and fields that help begins with, and examples."""
         super().__init__(usage)
+        self.__dict__["_first"] = first or {}
         for name, default, meaning in (
+            ("config", config, "What to train: one of the configs below, or a Python file with get_config()."),
+            ("mesh", "cpu_16", "What to run on: one of the meshes below, or a Python file such as plan.py writes."),
+            ("data", None, "Files, globs or folders to train on, with commas between. Default: Python's own library."),
+            ("tokenizer", None, "bytes, bpe (trained on the data) or the path of a tokenizer.json or its folder. Default: bytes."),
             (
-                "config",
-                config,
-                "What to train: a name in experiments/configs, a preset, or a Python file with get_config().",
-            ),
-            (
-                "mesh",
-                "cpu_16",
-                "What to run on: a name in mesh_configs, or a Python file with get_config(), such as a plan.",
-            ),
-            (
-                "data",
-                None,
-                "Files, globs or folders, separated by commas, to train on; short for --config.data.paths.",
-            ),
-            (
-                "tokenizer",
-                None,
-                "bytes, bpe or the path of a tokenizer.json; short for --config.data.tokenizer.",
-            ),
-            (
-                "compilation_cache_dir",
-                None,
-                "Where compiled programs are kept for the next run; empty for nowhere. "
+                "compilation_cache_dir", None, "Where compiled programs are kept for the next run; empty for nowhere. "
                 "Default: $JAX_COMPILATION_CACHE_DIR, else moejax/xla in $XDG_CACHE_HOME or ~/.cache.",
             ),
-        ):
+        ):  # fmt: skip
             flags.DEFINE_string(name, default, meaning, flag_values=self)
 
     def parse_configs(self, argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig]:
@@ -102,7 +85,7 @@ class ConfigFlags(Flags):
             self._check_undecided(config_overrides, mesh_overrides)
             config = buckets[0].applied(config)
         if wants_help:
-            print(self._config_help(config, mesh_config))
+            print(self._config_help(config, mesh_config, wants_help in FULL_HELP))
             sys.exit(0)
         return config, mesh_config
 
@@ -141,22 +124,49 @@ class ConfigFlags(Flags):
         matches = matches or difflib.get_close_matches(f"--{name}", [*fields, *(f"--{flag}" for flag in self)], n=1)
         return f"did you mean {' or '.join(matches)}? " if matches else ""
 
-    def _config_help(self, config: TrainConfig, mesh_config: MeshConfig) -> str:
-        options = in_force(mesh_config.platform, config.compiler_options)
+    def _config_help(self, config: TrainConfig, mesh_config: MeshConfig, with_options: bool) -> str:
+        """Returns the flags that a run needs first, with an example each; then names, the other flags and fields."""
+        fields = describe(config, "config.") + describe(mesh_config, "mesh.")
+        summary, _, details = self._usage.partition("\n")
+        meanings = {name: self[name].help for name in self} | {
+            field.path: f"{field.meaning.capitalize()}." for field in fields
+        }
+        first = [_columns(f"--{name}={example}", meanings[name], 20) for name, example in self._first.items()]
+        rest = [name for name in self if name not in self._first]
         parts = [
-            self._help(),
-            f"Fields, as --config={self.config} and --mesh={self.mesh} have them:",
-            "\n".join(_fields(config, "--config") + _fields(mesh_config, "--mesh")),
-            f"Options of XLA that a {mesh_config.platform} program is compiled with, with --config.compiler_options:",
-            "\n".join(f"  {o.name}={o.value}\n      {o.reason} ({o.source})" for o in options) or "  none",
+            summary,
+            *(["The flags that a run needs most, with an example each:\n" + "\n".join(first)] if first else []),
+            f"Configs: {', '.join(config_names())}.\nMeshes: {', '.join(mesh_names())}.",
+            details.strip("\n"),
+            f"{'Other flags' if first else 'Flags'}:\n{self._flag_help(rest)}",
+            f"Fields, as --config={self.config} and --mesh={self.mesh} have them:\n"
+            + "\n".join(map(_field_help, fields)),
         ]
+        if with_options:
+            options = in_force(mesh_config.platform, config.compiler_options)
+            lines = [f"  {o.name}={o.value}\n      {o.reason} ({o.source})" for o in options]
+            parts += [
+                f"Options that XLA compiles a {mesh_config.platform} program with, --config.compiler_options included:"
+            ]
+            parts[-1] += "\n" + ("\n".join(lines) or "  none")
+        else:
+            parts.append("--help=full also lists the options that XLA compiles with.")
         return "\n\n".join(parts)
 
 
 def field_paths() -> list[str]:
     """Returns every field as the flag that sets it, such as --config.model.num_layers."""
-    lines = _fields(TrainConfig(), "--config") + _fields(MeshConfig(), "--mesh")
-    return [line.split("=")[0].strip() for line in lines]
+    return [f"--{field.path}" for field in describe(TrainConfig(), "config.") + describe(MeshConfig(), "mesh.")]
+
+
+def _field_help(field: FieldInfo) -> str:
+    choices = f" ({' | '.join(field.choices)})" if field.choices else ""
+    return _columns(f"--{field.path}={field.text}", f"{field.meaning}{choices}", 46)
+
+
+def _columns(flag: str, meaning: str, width: int) -> str:
+    """Returns `flag` with its meaning beside it, in a column that starts after `width`."""
+    return textwrap.fill(meaning, 120, initial_indent=f"  {flag:{width}}  ", subsequent_indent=" " * (width + 4))
 
 
 def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
@@ -164,19 +174,6 @@ def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
         return apply_overrides(config, overrides)
     except ConfigError as error:
         raise ConfigError(f"--{prefix}.{error}") from None
-
-
-def _fields(config: object, prefix: str) -> list[str]:
-    """One line `  --config.model.num_layers=4` a field."""
-    lines: list[str] = []
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, path = getattr(config, field.name), f"{prefix}.{field.name}"
-        if dataclasses.is_dataclass(value):
-            lines += _fields(value, path)
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            lines.append(f"  {path}={text}")
-    return lines
 
 
 def setup_jax(mesh_config: MeshConfig, cache_dir: str | None = None) -> None:

@@ -41,7 +41,8 @@ from moejax.train.checkpoint import CheckpointError
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "experiments" / "configs"
 MESH_CONFIGS = ROOT / "mesh_configs"
-HELP = ("-h", "--h", "-help", "--help", "-helpfull", "--helpfull", "-helpshort", "--helpshort", "--help=full")
+FULL_HELP = ("--help=full", "-help=full", "--helpfull", "-helpfull")
+HELP = ("-h", "--h", "-help", "--help", "-helpshort", "--helpshort", *FULL_HELP)
 
 
 class OutputParser(flags.ArgumentParser[Path]):
@@ -87,13 +88,13 @@ class Flags(flags.FlagValues):
             sys.exit(0)
         return rest
 
-    def _read(self, argv: Sequence[str], positional: bool = False) -> tuple[list[str], bool]:
-        """Returns the arguments that are not flags, and whether help is wanted."""
-        wants_help = any(argument in HELP for argument in argv) or list(argv[1:2]) == ["help"]
-        words = ("help", *HELP) if wants_help else ()
+    def _read(self, argv: Sequence[str], positional: bool = False) -> tuple[list[str], str]:
+        """Returns the arguments that are not flags, and the one that asks for help, "" without one."""
+        arguments = ["--help" if i == 0 and text == "help" else text for i, text in enumerate(argv[1:])]
+        wants_help = next((argument for argument in arguments if argument in HELP), "")
         self.unparse_flags()
         try:
-            rest = self([argv[0], *(argument for argument in argv[1:] if argument not in words)])[1:]
+            rest = self([argv[0], *(argument for argument in arguments if argument not in HELP)])[1:]
         except flags.UnrecognizedFlagError as error:
             name = error.flagname
             raise ConfigError(f"--{name} does not exist; {self._hint(name)}--help lists all") from None
@@ -201,7 +202,7 @@ def load_cluster(name: str) -> Cluster:
     """The cluster of a name in mesh_configs or of a file: its `get_cluster()`, else the devices that its mesh takes."""
     path = find(name, MESH_CONFIGS)
     if path is None:
-        raise ConfigError(_unknown("cluster", name, _names(MESH_CONFIGS)))
+        raise ConfigError(_unknown("cluster", name, mesh_names()))
     found = call_in_file(path, "get_cluster", "Cluster")
     check(
         found is None or isinstance(found, Cluster),
@@ -218,14 +219,14 @@ def load_config(name: str, flag: str = "config") -> TrainConfig:
     if name in PRESETS:
         model = PRESETS[name]()
         return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
-    raise ConfigError(_unknown(flag, name, {*_names(CONFIGS), *PRESETS}))
+    raise ConfigError(_unknown(flag, name, config_names()))
 
 
 def load_mesh_config(name: str) -> MeshConfig:
     """The mesh of a file, or of a name in mesh_configs."""
     path = find(name, MESH_CONFIGS)
     if path is None:
-        raise ConfigError(_unknown("mesh", name, _names(MESH_CONFIGS)))
+        raise ConfigError(_unknown("mesh", name, mesh_names()))
     return load_config_file(path, MeshConfig)
 
 
@@ -238,14 +239,24 @@ def find(name: str, folder: Path) -> Path | None:
     return path if path.exists() else None
 
 
+def config_names() -> list[str]:
+    """Returns what --config takes beside files."""
+    return sorted({*_names(CONFIGS), *PRESETS})
+
+
+def mesh_names() -> list[str]:
+    """Returns what --mesh and --cluster take beside files."""
+    return sorted(_names(MESH_CONFIGS))
+
+
 def _names(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
 
 
-def _unknown(flag: str, name: str, names: set[str]) -> str:
+def _unknown(flag: str, name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"--{flag}={name} does not exist; {hint}use one of {', '.join(sorted(names))}, or a path that ends in .py"
+    return f"--{flag}={name} does not exist; {hint}use one of {', '.join(names)}, or a path that ends in .py"
 
 
 def run(main: Callable[[list[str]], int | None], script_flags: Flags) -> None:

@@ -31,14 +31,17 @@ from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.train.loop import Summary, Trainer
 from moejax.train.schedule import Bucket
 
-FLAGS = common.ConfigFlags(__doc__)
+FLAGS = common.ConfigFlags(
+    __doc__,
+    first={"workdir": "runs/a", "config": "small", "mesh": "single", "data": "~/texts", "config.steps": "1000"},
+)
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Steps to trace, first:end; 10:13 is 10, 11 and 12.", flag_values=FLAGS
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Checkpoints and metrics of the run; an existing one is resumed. Default: a new one under runs/.",
+    "Where checkpoints and metrics go; an existing run is resumed. Default: a new folder in runs/.",
     flag_values=FLAGS,
 )
 

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, checked when they are made.
+"""Configuration: frozen dataclasses, checked when they are made. The comment beside a field is its meaning in --help.
 
 A wrong value raises `ConfigError` with one line that names the field, its value and what would be right. A variant of
 a configuration is a function that calls `dataclasses.replace`. What depends on the mesh as well (divisibility of
@@ -75,25 +75,25 @@ class ModelConfig:
     loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate` or, at a rate of 0, left as it is.
     """
 
-    num_layers: int = 4
-    d_model: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    d_ff: int = 256
-    num_experts: int = 16
-    experts_per_token: int = 2
-    router_score: RouterScore = "softmax"
-    router_renormalize: bool = True
-    router_bias: bool = False
-    shared_d_ff: int = 0
-    num_dense_layers: int = 0
-    dense_d_ff: int = 0
-    vocab_size: int = 256
-    tie_embeddings: bool = False
-    max_seq_len: int = 10_240
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    num_layers: int = 4  # layers in all, the dense ones included
+    d_model: int = 128  # width of the residual stream
+    num_heads: int = 4  # attention heads, of queries
+    num_kv_heads: int = 2  # attention heads of keys and values; divides num_heads
+    head_dim: int = 32  # width of a head; even
+    d_ff: int = 256  # hidden width of an expert
+    num_experts: int = 16  # experts per layer
+    experts_per_token: int = 2  # experts that each token visits
+    router_score: RouterScore = "softmax"  # how the router scores experts: against each other, or one by one
+    router_renormalize: bool = True  # divide a token's gates by their sum
+    router_bias: bool = False  # a selection bias per expert, moved by balance.bias_update_rate
+    shared_d_ff: int = 0  # hidden width of an expert that every token visits; 0 for none
+    num_dense_layers: int = 0  # leading layers with a plain feed-forward instead of experts
+    dense_d_ff: int = 0  # hidden width of those layers
+    vocab_size: int = 256  # tokens that the model knows
+    tie_embeddings: bool = False  # use the embedding as the output layer, too
+    max_seq_len: int = 10_240  # longest sequence, in tokens
+    rope_theta: float = 10_000.0  # base of the rotary position embedding
+    norm_eps: float = 1e-6  # what RMSNorm adds to the mean square
     dtype: Dtype = "bfloat16"  # of activations and of the weights' compute copies; masters are always float32
 
     def __post_init__(self) -> None:
@@ -137,9 +137,10 @@ class DispatchConfig:
     """How tokens reach their experts.
 
     `strategy` is "dropless": every assignment arrives, in as many rounds of bounded buffers as that takes; "ragged":
-    the same, but only the rows that are assigned travel; or "capacity": an expert takes `capacity_factor` times its
-    balanced load, the assignments of the highest gates among all senders', and drops the others. In all a sender's
-    buffer has room for `capacity_factor` times the balanced load of each expert.
+    the same, but only the rows that are needed travel, and experts work on no empty row; or "capacity": an expert takes
+    `capacity_factor` times its balanced load, the assignments of the highest gates among all senders', and drops the
+    others. A buffer has room for `capacity_factor` times the balanced load: of each expert from a sender in "dropless"
+    and "capacity", of a receiver's experts together in "ragged".
 
     `expert_axes` are the mesh axes that the experts are spread over: `("expert",)` splits each expert's width over
     `tensor`; `("expert", "tensor")` (folded) keeps experts whole. With `hosts` > 1, tokens travel in two hops, inside
@@ -152,12 +153,12 @@ class DispatchConfig:
     Where one device has all experts, no token travels: buffers, `chunks`, `payload` and `expert_axes` change nothing.
     """
 
-    strategy: Strategy = "dropless"
-    capacity_factor: float = 1.5
-    expert_axes: tuple[ExpertAxis, ...] = ("expert", "tensor")
-    hosts: int = 1
-    chunks: int = 1
-    payload: Payload = "full"
+    strategy: Strategy = "dropless"  # what happens to more tokens than a buffer holds; only capacity drops them
+    capacity_factor: float = 1.5  # room in a buffer, over the balanced load of an expert
+    expert_axes: tuple[ExpertAxis, ...] = ("expert", "tensor")  # the experts' axes: expert or expert,tensor
+    hosts: int = 1  # hosts that those axes span; more than 1: tokens travel inside the host, then across
+    chunks: int = 1  # parts of a buffer whose exchange can overlap with the others' matrix products
+    payload: Payload = "full"  # how tokens travel to their experts
 
     def __post_init__(self) -> None:
         _check_choice(self, "strategy", Strategy)
@@ -196,17 +197,17 @@ class BalanceConfig:
     that got nothing.
     """
 
-    aux_loss_weight: float = 0.01
-    sequence_loss_weight: float = 0.0
-    z_loss_weight: float = 0.001
-    bias_update_rate: float = 0.0
-    window: int = 32
-    headroom: float = 1.5
-    capacity_factors: tuple[float, ...] = (1.25, 1.5, 1.75, 2.0, 3.0, 4.0)
-    max_load_cv: float = 0.5
-    max_dropped_fraction: float = 0.05
-    max_rounds: float = 2.0
-    max_idle_experts: int = 0
+    aux_loss_weight: float = 0.01  # of the load-balance loss over the global batch; 0: off
+    sequence_loss_weight: float = 0.0  # of the load-balance loss inside each sequence; 0: off
+    z_loss_weight: float = 0.001  # of the router's z loss; 0: off
+    bias_update_rate: float = 0.0  # step of the selection bias; needs model.router_bias
+    window: int = 32  # optimizer steps that loads are watched over
+    headroom: float = 1.5  # how far above the busiest expert's load the buffers are sized
+    capacity_factors: tuple[float, ...] = (1.25, 1.5, 1.75, 2.0, 3.0, 4.0)  # sizes that the buffers may take, ascending
+    max_load_cv: float = 0.5  # warn above this coefficient of variation over experts
+    max_dropped_fraction: float = 0.05  # warn above this part of assignments dropped
+    max_rounds: float = 2.0  # warn above this mean number of rounds per dispatch
+    max_idle_experts: int = 0  # warn above this number of experts that got nothing
 
     def __post_init__(self) -> None:
         _check_positive(self, "window")
@@ -254,12 +255,12 @@ class ParallelConfig:
     and where it divides the sequences, otherwise 1 (see `parts`).
     """
 
-    num_microbatches: int = 2
-    repeats: int = 1
-    gather: Gather = "step"
-    remat: Remat = "auto"
-    bubble: Bubble = "auto"
-    batch_split: int = 0
+    num_microbatches: int = 2  # parts of a batch shard, for the pipeline
+    repeats: int = 1  # chunks of layers per pipeline stage; 1 is GPipe, more is interleaved
+    gather: Gather = "step"  # when dense weights are gathered, as in ZeRO-1 or as in FSDP
+    remat: Remat = "auto"  # what the backward pass recomputes; auto: nothing up to 2,048 tokens, then all
+    bubble: Bubble = "auto"  # what a pipeline stage without work does; auto: skip on CPUs, else compute
+    batch_split: int = 0  # parts of a microbatch that a layer works on side by side; 0: auto
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_microbatches", "repeats")
@@ -289,14 +290,14 @@ class OptimizerConfig:
     `warmup_steps=None` warms up for a tenth of the run, at most 500 steps.
     """
 
-    learning_rate: float = 3e-3
-    warmup_steps: int | None = None
-    final_learning_rate_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    learning_rate: float = 3e-3  # at its peak, after the warm-up
+    warmup_steps: int | None = None  # steps of linear warm-up; fewer than steps
+    final_learning_rate_fraction: float = 0.1  # of the peak, at the end of the cosine
+    b1: float = 0.9  # decay of AdamW's first moment
+    b2: float = 0.95  # decay of AdamW's second moment
+    eps: float = 1e-8  # what AdamW adds to the root of the second moment
+    weight_decay: float = 0.1  # of matrices; norm scales and biases have none
+    clip_norm: float = 1.0  # largest norm of the gradient
 
     def __post_init__(self) -> None:
         _check_positive(self, "learning_rate", "eps", "clip_norm")
@@ -334,15 +335,15 @@ class DataConfig:
     `block_steps` steps on the same mesh follow one another, because a change of mesh moves the whole state.
     """
 
-    paths: tuple[str, ...] = ()
-    tokenizer: str = "bytes"
-    tokenizer_vocab_size: int = 4096
-    separator: str = ""
-    seq_len: int = 256
-    batch_size: int = 32
-    eval_fraction: float = 0.05
-    seed: int = 0
-    block_steps: int = 16
+    paths: tuple[str, ...] = ()  # files, globs or folders, separated by commas; none: Python's own library
+    tokenizer: str = "bytes"  # bytes, bpe (trained on the data) or the path of a tokenizer.json or its folder
+    tokenizer_vocab_size: int = 4096  # tokens that bpe is trained to; more than 256
+    separator: str = ""  # token of tokenizer.json that leads each document; empty: its BOS, else its EOS
+    seq_len: int = 256  # tokens per sequence
+    batch_size: int = 32  # sequences per optimizer step, over the whole mesh
+    eval_fraction: float = 0.05  # part of the files that is held out
+    seed: int = 0  # of the order of the data
+    block_steps: int = 16  # steps in a row on one mesh, where a plan has several
 
     def __post_init__(self) -> None:
         _check_positive(self, "seq_len", "batch_size", "block_steps")
@@ -361,8 +362,8 @@ class DataConfig:
 class CheckpointConfig:
     """A checkpoint every `every` steps and at the end, of which the newest `keep` stay."""
 
-    every: int = 100
-    keep: int = 3
+    every: int = 100  # steps between checkpoints
+    keep: int = 3  # how many of the newest stay
 
     def __post_init__(self) -> None:
         _check_positive(self, "every", "keep")
@@ -383,14 +384,14 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    steps: int = 300
+    steps: int = 300  # optimizer steps of the whole run
     accumulate: int = 1  # forward-backward passes per optimizer step
-    eval_every: int = 100
-    eval_batches: int = 8
+    eval_every: int = 100  # steps between evaluations on held-out text
+    eval_batches: int = 8  # batches per evaluation
     sample_tokens: int = 128  # generated at the end of a run; 0 for none
     memory_limit_bytes: int = 0  # of a device, which a step is made to fit in; 0: what the device's runtime says
-    compiler_options: tuple[str, ...] = ()
-    seed: int = 0
+    compiler_options: tuple[str, ...] = ()  # of XLA, name=value, separated by commas
+    seed: int = 0  # of the parameters
 
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "accumulate", "eval_every", "eval_batches")

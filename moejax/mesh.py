@@ -60,13 +60,13 @@ class MeshConfig:
     other accelerator.
     """
 
-    expert: int = 1
-    pipeline: int = 1
-    tensor: int = 1
-    replica: int = 1
-    hardware: Hardware = "cpu"
-    hosts: int = 1
-    host_axis: HostAxis = "expert"
+    expert: int = 1  # size of the axis for the batch and the experts
+    pipeline: int = 1  # size of the axis for consecutive layers
+    tensor: int = 1  # size of the axis for heads and the sequence between attention blocks
+    replica: int = 1  # whole copies of such a mesh
+    hardware: Hardware = "cpu"  # kind of device
+    hosts: int = 1  # hosts that the devices are in
+    host_axis: HostAxis = "expert"  # the axis whose neighbors may be in different hosts
 
     def __post_init__(self) -> None:
         for name in (EXPERT, PIPELINE, TENSOR, REPLICA, "hosts"):

@@ -6,10 +6,15 @@ applied in one `dataclasses.replace`, so fields that must change together are va
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
+import io
 import math
+import textwrap
+import tokenize
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +61,41 @@ def _replace(config: Any, overrides: Mapping[str, str], parent: str) -> Any:
         return dataclasses.replace(config, **values)
     except ConfigError as error:
         raise ConfigError(f"{parent}{error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldInfo:
+    """A field of a nested configuration: its dotted path, its value as an override writes it, and what it means."""
+
+    path: str
+    text: str
+    meaning: str
+    choices: tuple[str, ...]  # of a Literal
+
+
+def describe(config: Any, parent: str = "") -> list[FieldInfo]:
+    """Returns all fields of a dataclass, those of nested ones in place of these; `parent` ("model.") begins paths."""
+    hints, meanings, found = get_type_hints(type(config)), _meanings(type(config)), []
+    for name in _field_names(config):
+        value, path = getattr(config, name), f"{parent}{name}"
+        if dataclasses.is_dataclass(value):
+            found += describe(value, f"{path}.")
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        found.append(FieldInfo(path, text, meanings[name], tuple(map(str, choices))))
+    return found
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """Returns the comment beside each field of a dataclass, "" without one, by the field's name."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.end[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    (body,) = ast.parse(source).body
+    assert isinstance(body, ast.ClassDef)
+    fields = (node for node in body.body if isinstance(node, ast.AnnAssign))
+    return {ast.unparse(field.target): comments.get(field.end_lineno or 0, "") for field in fields}
 
 
 def _field_names(config: Any) -> list[str]:

@@ -1,4 +1,5 @@
 import ctypes
+import re
 import subprocess
 import sys
 import types
@@ -11,8 +12,9 @@ import pytest
 from scripts import run_script
 
 from moejax.compiler import PROGRAM
-from moejax.config import ConfigError
+from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig
+from moejax.overrides import describe
 from moejax.presets import mixtral_8x7b, small, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,11 +141,37 @@ def test_help_lists_flags_and_fields(flag, capsys):
     printed = capsys.readouterr().out
     for part in ("--compilation_cache_dir", "--config.model.num_layers=4", "--config.steps=77", "--mesh.expert=4"):
         assert part in printed
+    for part in (
+        "num_layers=4 +layers in all",
+        r"gather=step +when dense [^=]*\(step\s+\|\s+layer\)",
+        "Meshes: .*single",
+    ):
+        assert re.search(part, printed)
+
+
+def test_help_of_training_begins_with_the_flags_that_people_need():
+    lines = run_script("train", "--help").stdout.splitlines()
+    assert lines[0].startswith("Trains a sparse Mixture-of-Experts model")
+    flags = ["--workdir=runs/a", "--config=small", "--mesh=single", "--data=~/texts", "--config.steps=1000"]
+    assert [line.split()[0] for line in lines[3:8]] == flags
+    assert all(len(line) > 40 for line in lines[3:8])
+    assert "Configs: " in lines[9]
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), MeshConfig()], ids=["config", "mesh"])
+def test_every_field_has_a_meaning(config):
+    fields = describe(config)
+    assert len(fields) >= 7
+    assert [field.path for field in fields if len(field.meaning) < 8] == []
 
 
 def test_help_lists_the_compilers_options_in_force_with_their_reasons(capsys):
     with pytest.raises(SystemExit):
-        parse("--help", "--mesh=h100_2x8", "--config.compiler_options=xla_gpu_dot_merger_threshold_mb=8,xla_gpu_x=a+b")
+        parse(
+            "--help=full",
+            "--mesh=h100_2x8",
+            "--config.compiler_options=xla_gpu_dot_merger_threshold_mb=8,xla_gpu_x=a+b",
+        )
     printed = capsys.readouterr().out
     for option in PROGRAM["gpu"][:1]:
         assert f"  {option.name}={option.value}\n      {option.reason} ({option.source})" in printed
