@@ -21,15 +21,16 @@ import common
 import loading
 from absl import flags, logging
 from rich.console import Console
-from rich.table import Table
 
 from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.planner import DEVICES, Plan
 from moejax.planner.predict import check_fits
 from moejax.profiling.capture import StepCapture, parse_steps
-from moejax.train.loop import Summary, Trainer
+from moejax.train.loop import Trainer
+from moejax.train.progress import make_console, show_logs
 from moejax.train.schedule import Bucket
+from moejax.train.summary import Summary, describe
 
 FLAGS = common.ConfigFlags(
     __doc__,
@@ -47,6 +48,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
+    show_logs()
     config, mesh_config = FLAGS.parse_configs(argv)
     buckets = FLAGS.plan_buckets()
     refuse_what_cannot_fit(config, mesh_config, buckets)
@@ -54,12 +56,12 @@ def main(argv: list[str]) -> None:
     FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
-    console = Console(stderr=True)
-    console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}", highlight=False)
+    console = make_console()
+    console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}")
     meshes = [bucket.mesh for bucket in buckets] or [mesh_config]
     with StepCapture(workdir, meshes, profiled) as profiler:
         summary = Trainer(config, mesh, workdir, buckets, profiler.step).run()
-    show(summary, config.steps, workdir, console)
+    show(summary, config.steps, workdir, mesh_config, console)
     loading.print_json(dataclasses.asdict(summary))
 
 
@@ -83,41 +85,23 @@ def refuse_what_cannot_fit(config: TrainConfig, mesh: MeshConfig, buckets: Seque
             )  # fmt: skip
 
 
-def show(summary: Summary, steps: int, workdir: Path, console: Console) -> None:
-    """The summary for people; the JSON line on standard output is for programs."""
-    table = Table(title=f"step {summary.step} of {steps}", show_header=False)
-    rows = {
-        "held-out bits per byte": f"{summary.eval_bits_per_byte:.3f}",
-        "loss": f"{summary.loss:.3f}",
-        "tokens/s": f"{summary.tokens_per_second:,.0f}",
-        "step": f"{summary.step_seconds:.3f} s",
-        "first step after": f"{summary.first_step_seconds:.1f} s",
-        "in all": f"{summary.total_seconds:.0f} s",
-        "load CV": f"{summary.window_load_cv:.3f} over {summary.window_tokens:,.0f} tokens "
-        f"(sampling floor {summary.window_load_cv_floor:.3f})",
-        "busiest expert": f"{summary.window_load_max_over_mean_worst:.2f} × mean",
-        "dropped": f"{summary.window_dropped_fraction:.2%} of assignments",
-        "rounds": f"{summary.window_rounds:.2f} of capacity {summary.capacity_factor:g}, "
-        f"{summary.capacity_switches} switches waited {summary.capacity_seconds_waited:.1f} s",
-        "memory per device": f"{summary.device_memory_bytes / 2**20:.0f} MiB, as compiled",
-    }
-    if len(summary.buckets) > 1:
-        rows["moves between meshes"] = f"{summary.reshards} in {summary.reshard_seconds:.1f} s"
-    for bucket in summary.buckets if len(summary.buckets) > 1 else ():
-        mesh = " × ".join(f"{axis} {size}" for axis, size in bucket.mesh.items())
-        rows[f"{bucket.batch_size} × {bucket.seq_len:,} tokens"] = (
-            f"{bucket.steps} steps of {bucket.step_seconds:.2f} s, {bucket.tokens_per_second:,.0f} tokens/s, "
-            f"{mesh}, remat {bucket.remat}, {bucket.device_memory_bytes / 2**20:.0f} MiB"
+def show(summary: Summary, steps: int, workdir: Path, mesh: MeshConfig, console: Console) -> None:
+    """Prints the summary for people; the JSON line on standard output is for programs."""
+    console.print(f"\nstep {summary.step} of {steps}")
+    rows = describe(summary)
+    columns = max(map(len, rows))
+    for label, figures in rows.items():
+        console.print(f"  {label:<{columns}}  {figures}")
+    if mesh.hardware == "cpu" and mesh.num_devices > 1:
+        console.print(
+            f"{mesh.num_devices} virtual devices share this machine's cores, to show the sharded program; "
+            "--mesh=single trains about twice as fast here"
         )
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
     if summary.sample is not None:
-        console.rule("sample")
-        console.print(summary.sample, markup=False, highlight=False)
-        console.rule()
+        console.print(f"\nsample, the prompt (held-out text):\n{summary.sample.prompt}", style="dim")
+        console.print(f"\nsample, how the model continues it:\n{summary.sample.continuation}\n")
     if summary.interrupted:
-        console.print(f"stopped and saved; go on with --workdir={workdir}", highlight=False)
+        console.print(f"stopped and saved; go on with --workdir={workdir}")
     elif summary.resumed_from >= steps:
         console.print(f"{workdir} was trained already; for more, raise --config.steps or use another --workdir")
 

@@ -192,9 +192,9 @@ class BalanceConfig:
     sizes, and where the strategy is "capacity", the size is `dispatch.capacity_factor` throughout; otherwise that is
     where it starts.
 
-    A warning names the layer when a figure of the window leaves its bound: `max_load_cv`, the coefficient of variation
-    over experts; `max_dropped_fraction` of assignments; `max_rounds`, mean, of a dispatch; `max_idle_experts`, those
-    that got nothing.
+    A warning names the layer when a figure of the window stays out of its bound for `window` steps: `max_load_cv`, the
+    coefficient of variation over experts; `max_dropped_fraction` of assignments; `max_rounds`, mean, of a dispatch;
+    `max_idle_experts`, those that got nothing. The first three windows of a run are let pass (`moejax.balance.bounds`).
     """
 
     aux_loss_weight: float = 0.01  # of the load-balance loss over the global batch; 0: off

@@ -1,5 +1,7 @@
 """The balancer: biases, the window and what is decided from it, against the same by hand."""
 
+import dataclasses
+import math
 import re
 
 import jax
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax.balance import ExpertLoadBalancer, LayerStats, load_cv_floor
+from moejax.balance import BoundWatch, ExpertLoadBalancer, Figure, LayerStats, load_cv_floor
 from moejax.balance.balancer import every_layer
-from moejax.config import BalanceConfig, DispatchConfig, ModelConfig
+from moejax.balance.bounds import FRESH_WINDOWS
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, OptimizerConfig
 from moejax.mesh import MeshConfig, build_mesh
 
 MODEL = ModelConfig(num_layers=3, num_experts=8, experts_per_token=2, dtype="float32")
@@ -156,23 +159,98 @@ def test_the_size_starts_nearest_to_the_dispatchs_and_stays_where_there_is_no_ch
         assert sizes(fixed, run(fixed, [stats(loads(4.0), rounds=3.0)] * 4)) == [1.1] * 5
 
 
-def test_breaches_name_layer_figure_bound_and_remedy():
+def test_figures_are_of_the_worst_layer_beside_their_bound():
     balancer = make_balancer(max_load_cv=0.2, max_rounds=2.0, max_dropped_fraction=0.1, max_idle_experts=0)
     idle = loads(1.0)
     idle[1, 0] = 0
-    for step, expected in (
+    for step, out in (
         (stats(loads(1.1)), {}),
-        (stats(loads(2.0, layer=2)), {"max_load_cv": r"layer 2: load CV 0\.37\d over 4 steps is more than"}),
-        (stats(loads(1.0), rounds=2.5), {"max_rounds": "layer 0: rounds a dispatch 2.5 .* balance.max_rounds=2.0"}),
-        (stats(loads(1.0), dropped=400.0), {"max_dropped_fraction": "dropped fraction 0.195"}),
-        (stats(idle), {"max_idle_experts": "layer 1: experts without a token 1", "max_load_cv": "layer 1"}),
+        (stats(loads(2.0, layer=2)), {"max_load_cv": (2, 0.378, 0.2)}),
+        (stats(loads(1.0), rounds=2.5), {"max_rounds": (0, 2.5, 2.0)}),
+        (stats(loads(1.0), dropped=400.0), {"max_dropped_fraction": (0, 0.195, 0.1)}),
+        (stats(idle), {"max_idle_experts": (1, 1, 0), "max_load_cv": (1, 0.378, 0.2)}),
     ):
         states = run(balancer, [step] * 4)
-        found = balancer.breaches(jax.device_get(balancer.report(states[-1])))
-        assert found.keys() == expected.keys()
-        for name, text in expected.items():
-            assert re.search(text, found[name]), found[name]
-        assert balancer.breaches(jax.device_get(balancer.report(states[-2]))) == {}, "the window is not full yet"
+        figures = balancer.figures(jax.device_get(balancer.report(states[-1])))
+        assert figures.keys() == {"max_load_cv", "max_dropped_fraction", "max_rounds", "max_idle_experts"}
+        assert {name for name, figure in figures.items() if figure.value > figure.bound} == out.keys()
+        for name, (layer, value, bound) in out.items():
+            assert (figures[name].layer, figures[name].bound) == (layer, bound)
+            assert figures[name].value == pytest.approx(value, abs=1e-3)
+        assert balancer.figures(jax.device_get(balancer.report(states[-2]))) == {}, "the window is not full yet"
+
+
+WINDOW, BOUND = 4, 2.0
+FRESH = FRESH_WINDOWS * WINDOW
+
+
+def said(values, *, first=FRESH + 1):
+    """The steps of `values` at which a line is printed, and whether it is a warning, for one figure from `first` on."""
+    watch, found = BoundWatch(WINDOW), []
+    for step, value in enumerate(values, start=first):
+        for line in watch.update(step, {"max_rounds": Figure("rounds", 3, value, BOUND, "more room")}):
+            found.append((step - first + 1, "again" not in line))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2.5] * 3 + [1.5] + [2.5] * 3, []),  # never for a whole window on end
+        ([2.5] * 4, [(4, True)]),
+        ([2.5] * 100, [(4, True)]),
+        ([2.02, 1.98] * 50, []),  # at its bound
+        ([2.5] * 4 + [1.9, 2.1] * 20, [(4, True)]),  # neither clearly inside nor said again
+        ([2.5] * 6 + [1.9, 1.7, 1.0], [(4, True), (8, False)]),
+        ([2.5] * 4 + [1.0] + [2.5] * 15, [(4, True), (5, False)]),  # too soon after the last warning
+        ([2.5] * 4 + [1.0] + [2.5] * 16, [(4, True), (5, False), (21, True)]),
+        ([math.nan] * 20, []),
+    ],
+)
+def test_a_warning_is_for_a_figure_that_stays_out_and_a_return_for_one_that_is_clearly_back(values, expected):
+    assert said(values) == expected
+
+
+def test_nothing_is_said_while_the_router_is_fresh():
+    assert said([9.0] * FRESH, first=1) == []
+    assert said([9.0] * (FRESH + WINDOW), first=1) == [(FRESH + WINDOW, True)]
+    assert said([9.0] * WINDOW, first=1000) == [(WINDOW, True)], "a run that goes on has no fresh router"
+
+
+def test_bounds_are_watched_apart_and_lines_say_all_that_is_needed():
+    watch, lines = BoundWatch(WINDOW), []
+    idle = Figure("the number of experts without a token", 1, 2, 0, "more warm-up")
+    fine = Figure("load CV", 0, 0.1, 0.5, "nothing")
+    for step in range(FRESH + 1, FRESH + 10):
+        now = idle if step < FRESH + 6 else idle._replace(value=0)
+        lines += watch.update(step, {"max_idle_experts": now, "max_load_cv": fine})
+    assert lines == [
+        "step 16, layer 1: the number of experts without a token is 2, more than balance.max_idle_experts=0, "
+        "and has been for 4 steps; try more warm-up",
+        "step 18: every layer is within balance.max_idle_experts=0 again",
+    ]
+
+
+@pytest.mark.parametrize("router_bias", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+@pytest.mark.parametrize("strategy", ["dropless", "capacity"])
+@pytest.mark.parametrize("sizes", [(), SIZES])
+def test_what_is_recommended_is_not_in_force_already(router_bias, rate, weight, strategy, sizes):
+    balance = BalanceConfig(aux_loss_weight=weight, bias_update_rate=rate, capacity_factors=sizes, window=1)
+    model = dataclasses.replace(MODEL, router_bias=router_bias)
+    configs = {"model": model, "balance": balance, "dispatch": DispatchConfig(strategy=strategy)}
+    configs["optimizer"] = OptimizerConfig()
+    balancer = ExpertLoadBalancer(model, balance, configs["dispatch"])
+    [_, state] = run(balancer, [stats(loads(2.0))])
+    for figure in balancer.figures(jax.device_get(balancer.report(state))).values():
+        recommended = re.findall(r"([a-z]+)\.([a-z_]+)(=\S+)?( than [\d.]+)?", figure.remedy.replace(",", ""))
+        assert recommended
+        for part, field, value, now in recommended:
+            current = getattr(configs[part], field)
+            assert not value or value[1:].lower() != str(current).lower()
+            largest = current[-1] if isinstance(current, tuple) else current
+            assert not now or float(now.split()[1]) == largest > 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 2)])

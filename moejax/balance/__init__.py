@@ -1,6 +1,7 @@
 """Even loads: the router's losses, the balancer that watches and corrects, and where experts stand when serving."""
 
 from moejax.balance.balancer import BalanceReport, BalanceState, ExpertLoadBalancer
+from moejax.balance.bounds import BoundWatch, Figure
 from moejax.balance.losses import (
     LayerStats,
     load_balance_loss,
@@ -14,7 +15,9 @@ from moejax.balance.losses import (
 __all__ = [
     "BalanceReport",
     "BalanceState",
+    "BoundWatch",
     "ExpertLoadBalancer",
+    "Figure",
     "LayerStats",
     "load_balance_loss",
     "load_cv_floor",

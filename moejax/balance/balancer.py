@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moejax.balance.bounds import Figure, evener, roomier
 from moejax.balance.losses import LayerStats, load_cv_floor
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig
 from moejax.mesh import PIPELINE
@@ -79,7 +80,7 @@ class ExpertLoadBalancer:
     - moves the selection biases (`move_bias`), where the model has them;
     - adds the step to the window (`update`), and at the end of each window chooses the size of the dispatch's buffers
       for the next (`capacity_index`), out of the few in `capacity_factors`;
-    - tells the figures of the window (`report`) and which of them are out of bounds (`breaches`).
+    - gives the figures of the window (`report`), and those that have bounds (`figures`).
 
     The losses of the router are part of the model's loss (`moejax.model.Program.loss`).
     """
@@ -200,30 +201,25 @@ class ExpertLoadBalancer:
             sizes_for_rounds=jnp.where(due, for_rounds, state.sizes_for_rounds),
         )
 
-    def breaches(self, report: BalanceReport) -> dict[str, str]:
-        """What is out of its bound, by the name of the bound: layer, figure and what to try, in a line.
+    def figures(self, report: BalanceReport) -> dict[str, Figure]:
+        """Returns the figures that have bounds, of the worst layer, by the name of their bound.
 
-        Nothing before the window is full. The report must be on the host (`jax.device_get`).
+        They are for a `moejax.balance.BoundWatch`. There are none before the window is full. The report must be on the
+        host (`jax.device_get`).
         """
         if report.num_steps < self.balance.window:
             return {}
-        even = "a larger balance.aux_loss_weight, or model.router_bias with balance.bias_update_rate=0.01"
-        roomy = "a larger dispatch.capacity_factor or more balance.capacity_factors"
+        even, roomy = evener(self.model, self.balance), roomier(self.balance, self.dispatch)
         figures = {
             "max_load_cv": ("load CV", report.cv_L, even),
             "max_dropped_fraction": ("dropped fraction", report.dropped_fraction_L, f"{roomy}, or {even}"),
-            "max_rounds": ("rounds a dispatch", report.rounds_L, f"{roomy}, or {even}"),
-            "max_idle_experts": ("experts without a token", report.idle_experts_L, even),
+            "max_rounds": ("the number of rounds per dispatch", report.rounds_L, f"{roomy}, or {even}"),
+            "max_idle_experts": ("the number of experts without a token", report.idle_experts_L, even),
         }
-        found = {}
-        for name, (what, figure_L, remedy) in figures.items():
-            layer, bound = int(np.argmax(figure_L)), getattr(self.balance, name)
-            if figure_L[layer] > bound:
-                found[name] = (
-                    f"layer {layer}: {what} {figure_L[layer]:.3g} over {report.num_steps} steps "
-                    f"is more than balance.{name}={bound}; try {remedy}"
-                )
-        return found
+        return {
+            name: Figure(what, layer := int(np.argmax(figure_L)), figure_L[layer], getattr(self.balance, name), remedy)
+            for name, (what, figure_L, remedy) in figures.items()
+        }
 
 
 def every_layer(stats: LayerStats) -> LayerStats:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import NamedSharding
 
 from moejax import hlo, strict_json
@@ -34,6 +34,7 @@ from moejax.profiling.trace import FACTS, STEP, trace_files
 from moejax.profiling.viewer import show_phases
 from moejax.train.memory_guard import FittedStep
 
+_log = logging.getLogger(__name__)
 TRIGGER = "profile"
 TRACES = "profiles"  # the folder of a run's traces in its work directory
 TRIGGERED_STEPS = 3
@@ -166,7 +167,7 @@ class StepCapture:
     def __exit__(self, *_: object) -> None:
         self._close()
         if self._wanted and not self._seen:
-            logging.warning(
+            _log.warning(
                 "--profile_steps=%d:%d: the run had no such step to do.", self._wanted.start, self._wanted.stop
             )
 
@@ -201,7 +202,7 @@ class StepCapture:
         text = trigger.read_text(errors="replace").strip()
         trigger.unlink()
         if text and not (text.isdecimal() and int(text) > 0):
-            logging.warning("%s=%.20r must be a number of steps, or empty for %d.", trigger, text, TRIGGERED_STEPS)
+            _log.warning("%s=%.20r must be a number of steps, or empty for %d.", trigger, text, TRIGGERED_STEPS)
             return 0
         return int(text or TRIGGERED_STEPS)
 
@@ -209,7 +210,7 @@ class StepCapture:
         if self._recording is not None:
             directory, self._recording = self._recording.directory, None
             self._open.close()
-            logging.warning("Traced %s; experiments/profile.py %s reads it.", directory, directory)  # info is hidden
+            _log.info("traced %s; experiments/profile.py %s reads it", directory, directory)
 
     def _plan(self, fitted: FittedStep, batch_size: int, seq_len: int) -> Plan:
         step, program = fitted.step, fitted.step.program

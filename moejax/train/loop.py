@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
-from moejax.balance import BalanceReport
+from moejax.balance import BalanceReport, BoundWatch
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import Data, load_data, make_loader
 from moejax.model import counted_targets
@@ -28,13 +25,15 @@ from moejax.train.memory_guard import device_limit, memory_in_use
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
 from moejax.train.record import append_start, describe_start
-from moejax.train.sample import generate
+from moejax.train.sample import Sample, sample_text
 from moejax.train.schedule import Bucket, Schedule
+from moejax.train.signals import Signals
 from moejax.train.sizes import StepSizes
 from moejax.train.step import TrainState
 from moejax.train.summary import FROM_METRICS, Summary, Timing
 
-PROMPT_TOKENS = 32
+SAVING = "saving a checkpoint"
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -64,32 +63,67 @@ class Trainer:
         self.config = config = self.schedule.configs[-1]
         self.train_step = self.schedule.train_steps[-1]
         self.program = self.train_step.program
-        self.data: Data = load_data(config.data)
+        self._progress = Progress(config.steps)
+        with self._progress as progress, Signals(progress.say), progress.waiting("reading the text and its tokenizer"):
+            self.data: Data = load_data(config.data)
         check(
             self.data.tokenizer.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
             f"{self.data.tokenizer.vocab_size}",
         )
         self._around_step = around_step
-        self._stop = False
-        self._outside: dict[str, str] = {}  # figures of the balance that are out of their bounds
+        self._watch = BoundWatch(config.balance.window)
         self._start = time.perf_counter()
 
     def run(self) -> Summary:
-        """Trains to `config.steps`, or to a SIGTERM or SIGINT, which save and end the run after the step in hand."""
+        """Trains to `config.steps`, or until a SIGTERM or SIGINT, after which it saves and returns.
+
+        Before the first step has ended, a signal ends the process; so does a second SIGINT at any time. See
+        `moejax.train.signals.Signals`.
+        """
+        config, progress = self.config, self._progress
         batches = self.schedule.make_loader(self.data)
-        checkpoint = self.config.checkpoint
+        limit = config.memory_limit_bytes or device_limit(self.mesh)
+        directory = self.workdir / "checkpoints"
         with (
-            Checkpointer(self.workdir / "checkpoints", keep=checkpoint.keep, every=checkpoint.every) as checkpointer,
-            _Signals(self._request_stop),
+            progress,
+            Checkpointer(directory, keep=config.checkpoint.keep, every=config.checkpoint.every) as checkpointer,
+            self._take_signals(checkpointer) as self._signals,
+            StepSizes(self.schedule.train_steps, self.schedule.shapes, limit) as sizes,
         ):
-            state, first = self._restore_or_init(checkpointer, batches)
+            with progress.waiting("restoring the checkpoint" if checkpointer.steps() else "making the parameters"):
+                state, first = self._restore_or_init(checkpointer, batches)
+            progress.begin(first)
             with self._open_writer(first) as writer:
-                state, last, timing = self._steps(state, first, batches, checkpointer, writer)
+                state, last, timing = self._steps(state, first, batches, checkpointer, writer, sizes)
             step = int(state.step)
             if step > first:
-                checkpointer.save(step, state, batches, metadata=self._metadata())
-        return self._summarise(state, first, last, timing)
+                with progress.waiting(SAVING):
+                    checkpointer.save(step, state, batches, metadata=self._metadata())
+                    checkpointer.wait()
+            if self._signals.stop:
+                with progress.waiting("ending the compilation in the background"):
+                    sizes.close()
+            return self._summarise(state, first, last, timing)
+
+    def _take_signals(self, checkpointer: Checkpointer) -> Signals:
+        progress = self._progress
+
+        def saved() -> int:
+            return max(checkpointer.steps(), default=0)
+
+        def awaited() -> str | None:
+            if not progress.trained:
+                return None
+            is_safe = progress.awaited == SAVING or saved() == progress.done
+            return progress.awaited + ("" if is_safe else " and saving")
+
+        def lost() -> str:
+            if not progress.trained or saved() == progress.done:
+                return "nothing is lost"
+            return f"steps after checkpoint {saved()} are not saved" if saved() else "no step is saved"
+
+        return Signals(progress.say, awaited, lost)
 
     def _open_writer(self, first: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
         """The writer of metrics.jsonl, with this start in run.json beside it; None in all processes but the first."""
@@ -101,9 +135,6 @@ class Trainer:
         )
         append_start(self.workdir, start)
         return writer
-
-    def _request_stop(self) -> None:
-        self._stop = True
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -143,65 +174,82 @@ class Trainer:
                 f"the training text or tokenizer is not the one that the run in {self.workdir} was started with; "
                 "give the same data.paths and data.tokenizer, or use another workdir"
             )
-        logging.info("Resumed %s at step %d.", self.workdir, step)
+        _log.info("resumed %s at step %d", self.workdir, step)
         return state, step
 
     def _steps(
-        self, state: TrainState, first: int, batches: Any, checkpointer: Checkpointer, writer: MetricsWriter | None
-    ) -> tuple[TrainState, dict[str, float], Timing]:
+        self,
+        state: TrainState,
+        first: int,
+        batches: Any,
+        checkpointer: Checkpointer,
+        writer: MetricsWriter | None,
+        sizes: StepSizes,
+    ) -> tuple[TrainState, dict[str, Any], Timing]:
         """Runs the steps after `first`; returns the state, the last step's line of metrics and the times taken."""
-        config = self.config
+        config, progress = self.config, self._progress
         line: dict[str, Any] = {}
         evaluate = self._make_evaluate()
-        limit = config.memory_limit_bytes or device_limit(self.mesh)
-        sizes = StepSizes(self.schedule.train_steps, self.schedule.shapes, limit)
         timing = Timing(sizes, self.schedule)
-        with Progress(config.steps, first) as progress, sizes:
-            progress.message("compiling the train step")
-            index = int(self.program.balancer.wanted_index(state.balance))
-            if limit:
+        index = int(self.program.balancer.wanted_index(state.balance))
+        if sizes.memory_limit_bytes:
+            with progress.waiting("compiling the train step"):
                 sizes.prepare(index)
-            for step in range(first + 1, config.steps + 1):
-                began = time.perf_counter()
-                batch = next(batches)
-                data_seconds = time.perf_counter() - began
-                bucket = int(batch.get("bucket", 0))
-                fitted = sizes.use(bucket, index, last=self._last_window(step))
-                state, reshard_seconds = self.schedule.move(state, bucket)
-                with self._around_step(step, fitted, batch["tokens"]):
-                    began = time.perf_counter()
-                    ran, (state, metrics) = sizes.run(state, self.schedule.at.put_batch(batch))
-                    line = self._line(metrics, batch)
-                    seconds = data_seconds + time.perf_counter() - began
-                index = int(line.pop("next_capacity_index"))
-                timing.add(bucket, seconds, since=self._start)
-                seq_len = batch["tokens"].shape[1]
-                line |= {
-                    "step_seconds": seconds,
-                    "tokens_per_second": batch["tokens"].size / seconds,
-                    "bucket_seq_len": seq_len,
-                    "remat": ran.step.program.parallel.remat_policy(seq_len),
-                    "reshard_seconds": reshard_seconds,
-                    "device_memory_bytes": memory_in_use(self.mesh) or ran.memory.total,
-                }
-                if step % config.eval_every == 0 or step == config.steps:
-                    line |= evaluate(state.params)
-                report = jax.device_get(metrics["balance"])
-                if writer is not None:
-                    writer.write(step, line, self.program.balancer.last_load(state.balance))
-                    if "eval_loss" in line:
-                        figures = {"window_load_cv": report.cv_L, "window_rounds": report.rounds_L}
-                        writer.write_by_layer(step, figures, report.load_LE)
-                progress.step(step, line)
-                self._check_finite(step, line, checkpointer)
-                self._warn(step, report)
-                if checkpointer.due(step):
-                    checkpointer.save(step, state, batches, metadata=self._metadata())
-                if self._stop:
-                    break
-            if "eval_loss" not in line and not self._stop:  # resumed where it had ended
+        for step in range(first + 1, config.steps + 1):
+            state, metrics, line = self._step(state, step, batches, sizes, index, timing)
+            index = int(line.pop("next_capacity_index"))
+            progress.done = step
+            if step % config.eval_every == 0 or step == config.steps:
                 line |= evaluate(state.params)
+            report = jax.device_get(metrics["balance"])
+            if writer is not None:
+                writer.write(step, line, self.program.balancer.last_load(state.balance))
+                if "eval_loss" in line:
+                    figures = {"window_load_cv": report.cv_L, "window_rounds": report.rounds_L}
+                    writer.write_by_layer(step, figures, report.load_LE)
+            progress.step(step, line)
+            self._check_finite(step, line, checkpointer)
+            self._warn(step, report)
+            if checkpointer.due(step):
+                with progress.waiting(SAVING):
+                    checkpointer.save(step, state, batches, metadata=self._metadata())
+            if self._signals.stop:
+                break
+        if "eval_loss" not in line and not self._signals.stop:  # resumed where it had ended
+            line |= evaluate(state.params)
         return state, line, timing
+
+    def _step(
+        self, state: TrainState, step: int, batches: Iterator[Any], sizes: StepSizes, index: int, timing: Timing
+    ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+        """Runs one step with the buffers of size `index`; returns the state, its metrics and its line of metrics."""
+        began = time.perf_counter()
+        batch = next(batches)
+        data_seconds = time.perf_counter() - began
+        bucket = int(batch.get("bucket", 0))
+        with (
+            self._progress.waiting("compiling the train step")
+            if not sizes.ready(bucket, index)
+            else contextlib.nullcontext()
+        ):
+            fitted = sizes.use(bucket, index, last=self._last_window(step))
+        state, reshard_seconds = self.schedule.move(state, bucket)
+        with self._around_step(step, fitted, batch["tokens"]):
+            began = time.perf_counter()
+            ran, (state, metrics) = sizes.run(state, self.schedule.at.put_batch(batch))
+            line = self._line(metrics, batch)
+            seconds = data_seconds + time.perf_counter() - began
+        timing.add(bucket, seconds, since=self._start)
+        seq_len = batch["tokens"].shape[1]
+        line |= {
+            "step_seconds": seconds,
+            "tokens_per_second": batch["tokens"].size / seconds,
+            "bucket_seq_len": seq_len,
+            "remat": ran.step.program.parallel.remat_policy(seq_len),
+            "reshard_seconds": reshard_seconds,
+            "device_memory_bytes": memory_in_use(self.mesh) or ran.memory.total,
+        }
+        return state, metrics, line
 
     def _last_window(self, step: int) -> bool:
         """Whether no window of the balancer ends between `step` and the last step: no further size is wanted then."""
@@ -218,22 +266,18 @@ class Trainer:
         )
 
     def _warn(self, step: int, report: BalanceReport) -> None:
-        """Says which figures of the balance have left their bounds since the last step, and which have returned."""
-        outside = self.program.balancer.breaches(report)
-        for name in outside.keys() - self._outside.keys():
-            logging.warning("Step %d, %s.", step, outside[name])
-        for name in self._outside.keys() - outside.keys():
-            logging.warning("Step %d: every layer is within balance.%s again.", step, name)
-        self._outside = outside
+        """Says which figures of the balance have been out of their bounds for long, and which are back."""
+        for line in self._watch.update(step, self.program.balancer.figures(report)):
+            _log.warning("%s", line)
 
     def _line(self, metrics: dict[str, Any], batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """One line of metrics.jsonl, but for the time it took; waits for the step to end."""
         scalars = {k: v for k, v in metrics.items() if isinstance(v, jax.Array) and v.ndim == 0}
         line = {k: float(v) for k, v in jax.device_get(scalars).items()}
         num_tokens = batch["targets"].size
-        bits = line["cross_entropy"] * line["num_targets"] / math.log(2)
         num_bytes = self.data.tokenizer.num_bytes(counted_targets(batch))
-        return line | {"bits_per_byte": bits / num_bytes, "load_cv_window_tokens": num_tokens}
+        bits = bits_per_byte(line["cross_entropy"] * line["num_targets"], num_bytes)
+        return line | {"bits_per_byte": bits, "load_cv_window_tokens": num_tokens}
 
     def _make_evaluate(self) -> Callable[[Any], dict[str, float]]:
         """A function from parameters to held-out figures, over the same batches every time."""
@@ -245,32 +289,33 @@ class Trainer:
         last = len(self.schedule.train_steps) - 1
 
         def evaluate(params: Any) -> dict[str, float]:
-            params = self.schedule.params_for(params, last)
-            batches = map(self.train_step.put_batch, held_out)
-            metrics = (self.train_step.evaluate(params, batch) for batch in batches)
-            nats = sum(float(m["cross_entropy"]) * int(m["num_targets"]) for m in metrics)
-            return {"eval_loss": nats / num_targets, "eval_bits_per_byte": nats / math.log(2) / num_bytes}
+            with self._progress.waiting("evaluating on held-out text"):
+                params = self.schedule.params_for(params, last)
+                batches = map(self.train_step.put_batch, held_out)
+                metrics = (self.train_step.evaluate(params, batch) for batch in batches)
+                nats = sum(float(m["cross_entropy"]) * int(m["num_targets"]) for m in metrics)
+            return {"eval_loss": nats / num_targets, "eval_bits_per_byte": bits_per_byte(nats, num_bytes)}
 
         return evaluate
 
-    def _sample(self, state: TrainState) -> str | None:
-        """The beginning of a held-out document, and how the model goes on."""
-        if not self.config.sample_tokens:
+    def _sample(self, state: TrainState) -> Sample | None:
+        """Returns how the model continues a held-out document; None, with a warning, if that fails."""
+        if self._signals.stop or not self.config.sample_tokens:
             return None
-        tokenizer = self.data.tokenizer
-        text_ids = tokenizer.encode(self.data.eval_documents[0].text[: 8 * PROMPT_TOKENS])
-        prompt = np.asarray([tokenizer.separator, *text_ids[: PROMPT_TOKENS - 1]], np.int32)
-        tokens_BS = generate(
-            self.schedule.at.program, state.params, prompt, self.config.sample_tokens, vocab_size=tokenizer.vocab_size
-        )
-        return tokenizer.decode(tokens_BS[0])
+        text, num_tokens = self.data.eval_documents[0].text, self.config.sample_tokens
+        try:
+            with self._progress.waiting("writing a sample"):
+                return sample_text(self.schedule.at.program, state.params, self.data.tokenizer, text, num_tokens)
+        except Exception as error:  # the run has ended well and is saved; its summary must come
+            _log.warning("the run has no sample: %s", " ".join(str(error).split()))
+            return None
 
     def _summarise(self, state: TrainState, first: int, line: dict[str, float], timing: Timing) -> Summary:
         figures = line | jax.device_get(self.program.balancer.report(state.balance).scalars())
         return Summary(
             step=int(state.step),
             resumed_from=first,
-            interrupted=self._stop,
+            interrupted=int(state.step) < self.config.steps,
             tokens_per_second=timing.tokens_per_second,
             step_seconds=timing.step_seconds,
             first_step_seconds=timing.first_step,
@@ -280,28 +325,17 @@ class Trainer:
             reshards=self.schedule.reshards,
             reshard_seconds=self.schedule.reshard_seconds,
             buckets=timing.buckets(),
-            sample=None if self._stop else self._sample(state),
+            sample=self._sample(state),
             total_seconds=time.perf_counter() - self._start,
             **{name: float(figures.get(name, math.nan)) for name in FROM_METRICS},
         )
 
 
-class _Signals:
-    """Turns SIGTERM and the first SIGINT into a call, for as long as it is entered; a second SIGINT interrupts."""
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Returns a loss over a text in bits per byte of it; NaN for a text without a byte, such as a batch of separators.
 
-    def __init__(self, request_stop: Callable[[], None]) -> None:
-        self._request_stop = request_stop
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self._request_stop()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    Args:
+        nats: summed over the text's tokens.
+        num_bytes: of the text.
+    """
+    return nats / math.log(2) / num_bytes if num_bytes else math.nan

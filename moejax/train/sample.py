@@ -7,6 +7,7 @@ Dimensions: B samples, S window.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,9 +19,50 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import check
+from moejax.data import Tokenizer
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.model import Program
 from moejax.sharding import VOCAB_AXES
+
+PROMPT_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt, and the text with which the model goes on."""
+
+    prompt: str
+    continuation: str
+
+
+def sample_text(program: Program, params: Any, tokenizer: Tokenizer, text: str, num_tokens: int) -> Sample:
+    """Continues the beginning of a text.
+
+    Args:
+        program: see `generate`.
+        params: the parameters, as stored.
+        tokenizer: of the model.
+        text: its first `PROMPT_TOKENS` tokens are the prompt, or half of the tokens that fit, if that is less.
+        num_tokens: tokens to add; fewer if they do not fit.
+
+    Raises:
+        ConfigError: no prompt of one token fits with one token to add.
+    """
+    room = longest(program)
+    check(room > 1, f"max_seq_len={program.model.max_seq_len} has no room for a sample on this mesh")
+    ids = [tokenizer.separator, *tokenizer.encode(text[: 8 * PROMPT_TOKENS])]
+    prompt = np.asarray(ids[: min(PROMPT_TOKENS, room // 2)], np.int32)
+    num_tokens = min(num_tokens, room - len(prompt))
+    tokens_BS = generate(program, params, prompt, num_tokens, vocab_size=tokenizer.vocab_size)
+    # Decoded as a whole, for a decoder may drop a space at the beginning, and a letter may be torn in two.
+    prompt_text = tokenizer.decode(prompt).rstrip("\ufffd")
+    return Sample(prompt_text, tokenizer.decode(tokens_BS[0]).removeprefix(prompt_text))
+
+
+def longest(program: Program) -> int:
+    """Returns how many tokens a prompt and its continuation may have together."""
+    tensor = program.mesh.shape[TENSOR]
+    return program.model.max_seq_len // tensor * tensor
 
 
 def generate(
@@ -49,12 +91,13 @@ def generate(
     """
     check(len(prompt) > 0, "prompt=[] must have at least one token")
     length = len(prompt) + num_tokens
+    check(
+        length <= longest(program),
+        f"prompt and num_tokens={num_tokens} make {length} tokens; at most {longest(program)} fit, for "
+        f"max_seq_len={program.model.max_seq_len}",
+    )
     tensor = program.mesh.shape[TENSOR]
     window = math.ceil(length / tensor) * tensor
-    check(
-        window <= program.model.max_seq_len,
-        f"prompt and num_tokens={num_tokens} make {window} tokens; at most max_seq_len={program.model.max_seq_len} fit",
-    )
     program = program.without_drops()
     next_logits = program.sharded(
         program.next_token_logits, (program.param_specs, program.batch_spec, P()), P(program.batch_axes, VOCAB_AXES)

@@ -37,7 +37,7 @@ class StepSizes:
     def __init__(
         self, train_steps: Sequence[TrainStep], shapes: Sequence[BucketShape], memory_limit_bytes: int = 0
     ) -> None:
-        self._train_steps, self._limit = tuple(train_steps), memory_limit_bytes
+        self._train_steps, self.memory_limit_bytes = tuple(train_steps), memory_limit_bytes
         self._shapes = [(shape.batch_size, shape.seq_len) for shape in shapes]
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
         self._steps: dict[Key, Future[FittedStep]] = {}
@@ -50,6 +50,12 @@ class StepSizes:
     def device_memory_bytes(self) -> int:
         """That of the largest step used."""
         return max((step.memory.total for step in self.used.values()), default=0)
+
+    def ready(self, bucket: int, index: int) -> bool:
+        """Whether `use` returns at once."""
+        key = self._clamped(bucket, index)
+        key = self._instead.get(key, key)
+        return key == self._current or (key in self._steps and self._steps[key].done())
 
     def use(self, bucket: int, index: int, *, last: bool = False) -> FittedStep:
         """The compiled step of a bucket and size; waits until there is one.
@@ -88,7 +94,7 @@ class StepSizes:
                 if not is_out_of_memory(error) or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                     raise
             shape = self._shapes[self._current[0]]
-            self.used[self._current] = fit(step.step, *shape, self._limit, refused=True)
+            self.used[self._current] = fit(step.step, *shape, self.memory_limit_bytes, refused=True)
 
     def prepare(self, index: int) -> None:
         """Compiles every bucket at a size, so that what cannot fit is known before anything is trained.
@@ -106,6 +112,10 @@ class StepSizes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the compilation in hand, which cannot be interrupted, and leaves out the rest."""
         self._pool.shutdown(cancel_futures=True)
 
     def _sizes(self, bucket: int) -> tuple[float, ...]:
@@ -140,7 +150,7 @@ class StepSizes:
         if key not in self._steps:
             bucket, index = key
             step = self._train_steps[bucket].with_capacity(self._sizes(bucket)[index])
-            self._steps[key] = self._pool.submit(fit, step, *self._shapes[bucket], self._limit)
+            self._steps[key] = self._pool.submit(fit, step, *self._shapes[bucket], self.memory_limit_bytes)
         return self._steps[key]
 
     def _cancel_others(self, key: Key) -> None:

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 
+from moejax.train.sample import Sample
 from moejax.train.schedule import Schedule
 from moejax.train.sizes import StepSizes
 
@@ -69,7 +70,38 @@ class Summary:
     reshards: int
     reshard_seconds: float
     buckets: tuple[BucketSummary, ...]
-    sample: str | None
+    sample: Sample | None
+
+
+def describe(summary: Summary) -> dict[str, str]:
+    """Returns the rows of a summary for people: a label in plain words, and the figures.
+
+    Left out is what the run has no figure for, such as the held-out loss of a run that was stopped early.
+    """
+    waits = f", {summary.capacity_switches} changes of size took {summary.capacity_seconds_waited:.1f} s"
+    rows = {
+        "held-out loss": f"{summary.eval_bits_per_byte:.3f} bits per byte of text (lower is better)",
+        "training loss": f"{summary.loss:.3f} nats per token, in the last step",
+        "speed": f"{summary.tokens_per_second:,.0f} tokens/s, {summary.step_seconds:.3f} s per step",
+        "time to first step": f"{summary.first_step_seconds:.1f} s",
+        "total time": f"{summary.total_seconds:.0f} s",
+        "unevenness of experts' load": f"CV {summary.window_load_cv:.3f} over {summary.window_tokens:,.0f} tokens "
+        f"(random routing: {summary.window_load_cv_floor:.3f})",
+        "busiest expert's load": f"{summary.window_load_max_over_mean_worst:.2f} times the mean",
+        "work dropped by full experts": f"{summary.window_dropped_fraction:.2%}",
+        "rounds to deliver all tokens": f"{summary.window_rounds:.2f} on average (1 is best)",
+        "expert buffers": f"{summary.capacity_factor:g} times the mean load{waits}",
+        "memory per device": f"{summary.device_memory_bytes / 2**20:.0f} MiB, as compiled",
+    }
+    if len(summary.buckets) > 1:
+        rows["moves between meshes"] = f"{summary.reshards} in {summary.reshard_seconds:.1f} s"
+    for bucket in summary.buckets if len(summary.buckets) > 1 else ():
+        mesh = " × ".join(f"{axis} {size}" for axis, size in bucket.mesh.items())
+        rows[f"{bucket.batch_size} × {bucket.seq_len:,} tokens"] = (
+            f"{bucket.steps} steps of {bucket.step_seconds:.2f} s, {bucket.tokens_per_second:,.0f} tokens/s, "
+            f"{mesh}, remat {bucket.remat}, {bucket.device_memory_bytes / 2**20:.0f} MiB"
+        )
+    return {label: figures for label, figures in rows.items() if "nan" not in figures}
 
 
 class Timing:

@@ -2,29 +2,38 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import loading
 import numpy as np
 import pytest
 from scripts import run_script
 
+from moejax.balance import Figure
 from moejax.config import ConfigError
 from moejax.data import load_corpus
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import apply_overrides
+from moejax.train import loop
 from moejax.train.checkpoint import Checkpointer, CheckpointError
-from moejax.train.loop import Trainer
+from moejax.train.loop import Trainer, bits_per_byte
 from moejax.train.metrics import read_loads, read_metrics
 from moejax.train.record import read_starts
+from moejax.train.signals import Signals
+from moejax.train.sizes import StepSizes
 from moejax.train.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +148,100 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(config, finished, t
     assert not (tmp_path / "config.json").exists(), "run.json holds it"
 
 
+@pytest.fixture(scope="module")
+def short(config):
+    """Two steps, the first with an evaluation, in a model with room for no more tokens than the training text has."""
+    model = dataclasses.replace(config.model, max_seq_len=config.data.seq_len)
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=1)
+    return dataclasses.replace(config, model=model, optimizer=optimizer, steps=2, eval_every=1, sample_tokens=128)
+
+
+class Interrupted:
+    """Sends Ctrl-C at chosen places of a run in this process, which a second one does not end: it is only noted."""
+
+    def __init__(self, monkeypatch, capfd):
+        self._monkeypatch, self._capfd, self._read = monkeypatch, capfd, ""
+        self._answered = threading.Semaphore(0)
+        monkeypatch.setattr("moejax.train.signals.os._exit", self._end)
+        answer = Signals._answer
+
+        def answered(*args):
+            answer(*args)
+            self._answered.release()
+
+        monkeypatch.setattr(Signals, "_answer", answered)
+        self.lines = []
+
+    def at(self, target, name):
+        """Sends Ctrl-C when `target.name` is called for the first time."""
+        original, sent = getattr(target, name), []
+
+        def interrupted(*args, **kwargs):
+            if not sent:
+                sent.append(os.kill(os.getpid(), signal.SIGINT))
+                assert self._answered.acquire(timeout=60)
+                self.lines += [line for line in self._capfd.readouterr().err.splitlines() if line.startswith("stop")]
+            return original(*args, **kwargs)
+
+        self._monkeypatch.setattr(target, name, interrupted)
+
+    def _end(self, status):
+        os.write(2, f"stop {status}\n".encode())
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch, capfd):
+    return Interrupted(monkeypatch, capfd)
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once(short, ctrl_c, tmp_path):
+    ctrl_c.at(loop, "load_data")
+    trainer = Trainer(short, mesh(1, 1, 1), tmp_path)
+    assert ctrl_c.lines == ["stopped at once; nothing is lost", "stop 130"]
+    ctrl_c.at(StepSizes, "use")
+    trainer.run()
+    assert ctrl_c.lines[2:] == ["stopped at once; nothing is lost", "stop 130"]
+
+
+def test_ctrl_c_is_answered_with_what_is_awaited_and_with_what_is_lost(short, ctrl_c, tmp_path):
+    ctrl_c.at(TrainStep, "evaluate")
+    ctrl_c.at(Checkpointer, "save")
+    ctrl_c.at(StepSizes, "close")
+    summary = Trainer(short, mesh(1, 1, 1), tmp_path).run()
+    assert ctrl_c.lines == [
+        "stopping after evaluating on held-out text and saving; Ctrl-C again to stop at once",
+        *("stopped at once; no step is saved", "stop 130"),
+        *("stopped at once; nothing is lost", "stop 130"),
+    ]
+    assert summary.interrupted
+    assert summary.step == 1
+    assert summary.sample is None
+    assert Checkpointer(tmp_path / "checkpoints", keep=1, every=1).steps() == [1]
+
+
+def test_a_sample_is_cut_to_what_fits_and_ctrl_c_there_loses_nothing(short, ctrl_c, tmp_path):
+    ctrl_c.at(loop, "sample_text")
+    trainer = Trainer(short, mesh(1, 1, 1), tmp_path)
+    summary = trainer.run()
+    assert ctrl_c.lines == ["stopping after writing a sample; Ctrl-C again to stop at once"]
+    assert not summary.interrupted
+    text = trainer.data.eval_documents[0].text
+    assert summary.sample.prompt == text[: short.model.max_seq_len // 2 - 1], "a token is a byte, the first a separator"
+    assert 0 < len(summary.sample.continuation) <= short.model.max_seq_len // 2
+
+
+@pytest.mark.parametrize("error", [ConfigError("no room"), RuntimeError("out of\nmemory")])
+def test_a_sample_that_fails_costs_a_run_nothing_else(short, tmp_path, monkeypatch, caplog, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "sample_text", fail)
+    trainer = Trainer(short, mesh(1, 1, 1), tmp_path)
+    monkeypatch.setattr(trainer, "_signals", SimpleNamespace(stop=False), raising=False)
+    assert trainer._sample(SimpleNamespace(params=None)) is None
+    assert caplog.messages == [f"the run has no sample: {' '.join(str(error).split())}"]
+
+
 @pytest.mark.parametrize("shape", [(16, 1, 1), (2, 4, 2), (1, 1, 1)])
 def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
     workdir, summary = finished
@@ -219,16 +322,23 @@ def test_buffers_change_size_without_compiling_again_and_without_changing_the_lo
         assert other["dropped_fraction"] == 0
 
 
-def test_leaving_a_bound_and_returning_are_each_told_once(config, tmp_path, monkeypatch, caplog):
+def test_a_bound_that_is_left_for_long_is_told_once(config, tmp_path, monkeypatch, caplog):
     trainer = Trainer(config, mesh(1, 1, 1), tmp_path)
-    reports = iter([{}, {"max_load_cv": "layer 3: load CV 0.9"}, {"max_load_cv": "layer 3: load CV 0.8"}, {}, {}])
-    monkeypatch.setattr(type(trainer.program.balancer), "breaches", lambda *_: next(reports))
-    for step in range(5):
+    figure = Figure("load CV", 3, 0.9, 0.5, "less")
+    monkeypatch.setattr(type(trainer.program.balancer), "figures", lambda *_: {"max_load_cv": figure})
+    window = config.balance.window
+    for step in range(1, 5 * window):
         trainer._warn(step, None)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Step 1, layer 3: load CV 0.9.",
-        "Step 3: every layer is within balance.max_load_cv again.",
-    ]
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"step {4 * window}, layer 3: load CV is 0.9, more than balance.max_load_cv=0.5")
+
+
+def test_a_text_without_a_byte_has_no_bits_per_byte(config, tmp_path):
+    trainer = Trainer(config, mesh(1, 1, 1), tmp_path)
+    separators = np.full((2, 4), trainer.data.tokenizer.separator, np.int32)
+    line = trainer._line({"cross_entropy": jnp.float32(1.0), "num_targets": jnp.float32(8)}, {"targets": separators})
+    assert math.isnan(line["bits_per_byte"])
+    assert bits_per_byte(3 * math.log(2), 2) == pytest.approx(1.5)
 
 
 def test_router_logits_that_are_not_finite_are_named(config, tmp_path):
@@ -303,7 +413,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(cor
     np.testing.assert_array_equal(read_loads(tmp_path)[1], read_loads(finished[0])[1])
     summary = json.loads(stdout.splitlines()[-1])
     assert 0 < summary["resumed_from"] < 8
-    assert summary["sample"] == finished[1].sample
+    assert summary["sample"] == dataclasses.asdict(finished[1].sample)
 
 
 def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
@@ -316,6 +426,21 @@ def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
     assert summary["interrupted"]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == [str(summary["step"])]
     assert f"go on with --workdir={tmp_path}" in stderr.replace("\n", "")
+
+
+def test_a_second_ctrl_c_ends_at_once_with_one_line(corpus, tmp_path):
+    process = start(tmp_path, corpus, python=(sys.executable, "-c", textwrap.dedent(HELD)))
+    wait_for_step(process, tmp_path, int(OVERRIDES["steps"]) - 1)
+    wait_for_checkpoint(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    said = ""
+    while "stopping after this step and saving; Ctrl-C again to stop at once\n" not in said:
+        said += process.stderr.readline()
+    process.send_signal(signal.SIGINT)  # the step never ends
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert re.fullmatch(r"stopped at once; steps after checkpoint [246] are not saved\n", stderr)
+    assert stdout == ""
 
 
 def test_a_wrong_flag_is_one_line_and_nothing_is_written(corpus, tmp_path):
