@@ -103,11 +103,13 @@ class Progress:
         now = self._clock()
         self.done, self._step_end, self._figures = step, now, describe(line)
         first, self._first_end = self._first_end is None, self._first_end or (step, now)
-        worth_keeping = "eval_loss" in line
         paced = first or step == self._steps or now - self._printed >= STEP_SECONDS
-        if worth_keeping or (paced and not self._console.is_interactive):
-            left = [f"{self._left()} left"] if step < self._steps and not first else []
-            self.say("  ".join([f"step {step}/{self._steps}", *self._figures, *left]))
+        head = f"step {step}/{self._steps}"
+        if self._console.is_interactive:
+            if "eval_loss" in line:
+                self.say(fit(self._console.width, head, self._figures, self._left()))
+        elif paced or "eval_loss" in line:
+            self.say("  ".join(filter(None, (head, *self._figures, self._left()))))
 
     def beat(self) -> float:
         """Prints what is awaited if nothing was printed for `SILENT_SECONDS`; returns the seconds to the next such."""
@@ -122,11 +124,11 @@ class Progress:
             pass
 
     def _left(self) -> str:
-        """Returns the time to the last step, at the pace since the first one ended."""
-        if self._first_end is None or self.done <= self._first_end[0]:
-            return "-:--:--"
+        """Returns the time to the last step at the pace since the first one ended; "" where there is none to tell."""
+        if self._first_end is None or not self._first_end[0] < self.done < self._steps:
+            return ""
         step, end = self._first_end
-        return _hours((self._step_end - end) / (self.done - step) * (self._steps - self.done))
+        return f"{_hours((self._step_end - end) / (self.done - step) * (self._steps - self.done))} left"
 
     def _live_line(self) -> Text:
         now, plain = self._clock(), self._console.options.ascii_only
@@ -137,10 +139,9 @@ class Progress:
         figures, times = self._figures or ["first step"], _hours(now - self._start)
         for what, since in self._waits[-1:]:  # a copy: this runs in a thread of its own
             figures, times = [what], _hours(now - since)
-        if self._figures:
-            times += f"  {self._left()} left"
         done = self.done / self._steps if self._figures else None
-        line = fit(self._console.width, " ".join(head), figures, times, done, "#-" if plain else "━─")
+        tail = "  ".join(filter(None, (times, self._left())))
+        line = fit(self._console.width, " ".join(head), figures, tail, done, "#-" if plain else "━─")
         return Text(line, no_wrap=True, overflow="crop")
 
 

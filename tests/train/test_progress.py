@@ -97,9 +97,9 @@ def test_the_live_line_is_drawn_and_wiped_and_evaluations_stay():
     run = Run(terminal=True)
     with run.progress as progress:
         progress.step(1, LINE)
-        progress.step(2, EVALUATED)
+        progress.step(2, EVALUATED)  # a line of its own, cut to the terminal's width
     text = run.written.getvalue()
-    assert "step 2/100  loss 2.346  held out 1.75 bits/byte" in text
+    assert "step 2/100  loss 2.346  held out 1.75 bits/byte  123,457 tokens/s  0:00:00 left\n" in text
     assert "step 1/100" not in text
     assert text.endswith("\x1b[2K"), "wiped"
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is back"
