@@ -20,7 +20,6 @@ from pathlib import Path
 import common
 import loading
 from absl import flags, logging
-from rich.console import Console
 
 from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig, build_mesh
@@ -30,7 +29,7 @@ from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.train.loop import Trainer
 from moejax.train.progress import make_console, show_logs
 from moejax.train.schedule import Bucket
-from moejax.train.summary import Summary, describe
+from moejax.train.summary import report
 
 FLAGS = common.ConfigFlags(
     __doc__,
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
     meshes = [bucket.mesh for bucket in buckets] or [mesh_config]
     with StepCapture(workdir, meshes, profiled) as profiler:
         summary = Trainer(config, mesh, workdir, buckets, profiler.step).run()
-    show(summary, config.steps, workdir, mesh_config, console)
+    console.print("\n".join(report(summary, config.steps, workdir, mesh_config)))
     loading.print_json(dataclasses.asdict(summary))
 
 
@@ -83,27 +82,6 @@ def refuse_what_cannot_fit(config: TrainConfig, mesh: MeshConfig, buckets: Seque
                 "%d sequences of %d tokens are predicted not to fit in %.1f GB as they are; the memory guard will step "
                 "down. experiments/plan.py finds a plan that fits.", b.batch_size, b.seq_len, limit / 1e9,
             )  # fmt: skip
-
-
-def show(summary: Summary, steps: int, workdir: Path, mesh: MeshConfig, console: Console) -> None:
-    """Prints the summary for people; the JSON line on standard output is for programs."""
-    console.print(f"\nstep {summary.step} of {steps}")
-    rows = describe(summary)
-    columns = max(map(len, rows))
-    for label, figures in rows.items():
-        console.print(f"  {label:<{columns}}  {figures}")
-    if mesh.hardware == "cpu" and mesh.num_devices > 1:
-        console.print(
-            f"{mesh.num_devices} virtual devices share this machine's cores, to show the sharded program; "
-            "--mesh=single trains about twice as fast here"
-        )
-    if summary.sample is not None:
-        console.print(f"\nsample, the prompt (held-out text):\n{summary.sample.prompt}", style="dim")
-        console.print(f"\nsample, how the model continues it:\n{summary.sample.continuation}\n")
-    if summary.interrupted:
-        console.print(f"stopped and saved; go on with --workdir={workdir}")
-    elif summary.resumed_from >= steps:
-        console.print(f"{workdir} was trained already; for more, raise --config.steps or use another --workdir")
 
 
 if __name__ == "__main__":
