@@ -211,6 +211,30 @@ def find_architecture(name: str) -> Architecture:
     raise ConfigError(f"model={name!r} has no preset; use one of {', '.join(sorted(architectures()))}")
 
 
+def what_is_missing(model: Architecture) -> list[str]:
+    """Names the parts of a model that moejax has no layer for, so that it can neither train nor plan it."""
+    layers = [layer for _, layer in model]
+    mixers = [layer.mixer for layer in layers]
+    attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+    experts = [layer.ffn for layer in layers if isinstance(layer.ffn, Experts)]
+    ffns = [layer.ffn for layer in layers if layer.ffn is not None]
+    missing = {
+        "multi-head latent attention (MLA)": any(isinstance(mixer, LatentAttention) for mixer in mixers),
+        "state-space layers (Mamba)": any(isinstance(mixer, StateSpace) for mixer in mixers),
+        "sliding-window attention": any(mixer.window for mixer in attention),
+        "normalized queries and keys": any(mixer.qk_norm for mixer in attention),
+        "attention sinks": any(mixer.sinks for mixer in attention),
+        "biases": any(mixer.qkv_bias or mixer.out_bias for mixer in attention) or any(ffn.bias for ffn in ffns),
+        "models without experts": not experts,
+        "feed-forward layers without a gate": any(not ffn.gated for ffn in ffns),
+        "experts on a projection of the token": any(ffn.latent for ffn in experts),
+        "multi-token prediction": model.predicted > 0,
+        "LayerNorm": model.layer_norm,
+        "learned positions": model.positions > 0,
+    }
+    return [name for name, applies in missing.items() if applies]
+
+
 def _number(text: str, pattern: str) -> int | None:
     found = re.search(rf"(?<![a-z0-9]){pattern}\s*=?\s*(\d+)(k?)(?![a-z0-9])", text)
     return int(found[1]) * (1024 if found[2] else 1) if found else None

@@ -12,10 +12,10 @@ from moejax.planner.architecture import Architecture
 from moejax.planner.layouts import number, parse_cluster, parse_device, parse_run
 from moejax.planner.published import distinct, predict_training, training_step, training_work
 from moejax.planner.published_memory import stage_memory, training_memory
-from moejax.planner.published_models import architectures, find_architecture
+from moejax.planner.published_models import architectures, find_architecture, what_is_missing
 from moejax.planner.published_serving import predict_serving
 from moejax.planner.work import Product
-from moejax.presets import mixtral_8x7b
+from moejax.presets import PRESETS, mixtral_8x7b
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "experiments" / "data"
@@ -47,6 +47,28 @@ def test_parameters_are_the_published_ones(name):
     total, active = SIZES[name]
     assert model.parameters / 1e9 == pytest.approx(total, rel=0.01)
     assert model.active_parameters / 1e9 == pytest.approx(active, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("DeepSeek-V3", ["multi-head latent attention (MLA)", "multi-token prediction"]),
+        ("Kimi-K2", ["multi-head latent attention (MLA)"]),
+        ("Qwen3-30B-A3B", ["normalized queries and keys"]),
+        ("gpt-oss-120b", ["sliding-window attention", "attention sinks", "biases"]),
+        ("Llama-3.1-8B", ["models without experts"]),
+        ("Mixtral-8x22B", []),
+        ("GPT-3 175B", ["biases", "models without experts", "feed-forward layers without a gate", "LayerNorm",
+                        "learned positions"]),
+    ],
+)  # fmt: skip
+def test_what_moejax_has_no_layer_for_is_named(name, missing):
+    assert what_is_missing(find_architecture(name)) == missing
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_nothing_is_missing_of_what_moejax_trains(name):
+    assert not what_is_missing(Architecture.from_config(PRESETS[name]()))
 
 
 def test_every_name_finds_itself_and_flops_are_near_twice_the_active_parameters():
