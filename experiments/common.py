@@ -18,7 +18,9 @@ A script reads:
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import difflib
+import math
 import os
 import sys
 import textwrap
@@ -28,13 +30,24 @@ from typing import TypeVar
 
 import jax
 from absl import flags
-from loading import FULL_HELP, MESH_CONFIGS, Flags, config_names, find, load_config, load_mesh_config, mesh_names
+from loading import (
+    FULL_HELP,
+    MESH_CONFIGS,
+    Flags,
+    config_names,
+    find,
+    load_config,
+    load_mesh_config,
+    load_model,
+    mesh_names,
+)
 
 from moejax.compiler import in_force
-from moejax.config import ConfigError, TrainConfig
+from moejax.config import ConfigError, TrainConfig, check
+from moejax.data import tokenizer_vocab_size
 from moejax.mesh import MeshConfig, use_virtual_devices
 from moejax.overrides import FieldInfo, apply_overrides, describe, split_overrides
-from moejax.train.schedule import DECIDES, Bucket, load_buckets
+from moejax.train.schedule import DECIDES, Bucket, load_buckets, load_plan_model
 
 T = TypeVar("T")
 
@@ -62,7 +75,9 @@ class ConfigFlags(Flags):
         """Reads the flags from `argv` and returns the two configurations.
 
         `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name. If `--mesh` is a
-        plan, the configuration has what its first bucket decides, and no flag may change that: a plan holds as a whole.
+        plan, `--config` is by default what it was made for, the configuration has what its first bucket decides, and no
+        flag may change that: a plan holds as a whole. A tokenizer that a flag chooses also sets the model's vocabulary,
+        unless a flag sets that.
 
         Raises:
           ConfigError: a flag, a name, a file or an override that is wrong.
@@ -78,14 +93,20 @@ class ConfigFlags(Flags):
                 raise ConfigError(f"--{flag} and --config.{path} are the same field; give one of them")
             config_overrides[path] = value
 
-        config = _apply("config", load_config(self.config), config_overrides)
         mesh_config = _apply("mesh", load_mesh_config(self.mesh), mesh_overrides)
+        plan_model = self._plan_model()
+        name = self.config if self["config"].present or plan_model is None else plan_model
+        config = _apply("config", load_config(name), config_overrides)
         buckets = self.plan_buckets()
         if buckets:
             self._check_undecided(config_overrides, mesh_overrides)
             config = buckets[0].applied(config)
+        if plan_model is not None:
+            self._check_model(config, plan_model)
+        if "model.vocab_size" not in config_overrides and config_overrides.keys() & _OF_THE_TOKENIZER:
+            config = _with_tokenizers_vocabulary(config, [bucket.mesh for bucket in buckets] or [mesh_config])
         if wants_help:
-            print(self._config_help(config, mesh_config, wants_help in FULL_HELP))
+            print(self._config_help(name, config, mesh_config, wants_help in FULL_HELP))
             sys.exit(0)
         return config, mesh_config
 
@@ -117,6 +138,22 @@ class ConfigFlags(Flags):
                 "change the plan's file, or use a mesh without get_buckets()"
             )
 
+    def _plan_model(self) -> str | None:
+        """Returns what the plan that `--mesh` names was made for, as `--config` takes it; None if it does not say."""
+        path = find(self.mesh, MESH_CONFIGS)
+        return None if path is None else load_plan_model(path)
+
+    def _check_model(self, config: TrainConfig, name: str) -> None:
+        """Refuses a model that the plan was not made for, but for its vocabulary, which the tokenizer decides."""
+        planned = load_model(name, "config")
+        for field in dataclasses.fields(planned):
+            ours, theirs = getattr(config.model, field.name), getattr(planned, field.name)
+            check(
+                ours == theirs or field.name == "vocab_size",
+                f"--mesh={self.mesh} is a plan for --config={name}, with model.{field.name}={theirs}, not {ours}; "
+                "leave out the flag that changes it, or plan the other model with experiments/plan.py",
+            )
+
     def _hint(self, name: str) -> str:
         """Returns "did you mean ...? " for a field without its path, or for a flag or field that is nearly `name`."""
         fields = field_paths()
@@ -124,7 +161,7 @@ class ConfigFlags(Flags):
         matches = matches or difflib.get_close_matches(f"--{name}", [*fields, *(f"--{flag}" for flag in self)], n=1)
         return f"did you mean {' or '.join(matches)}? " if matches else ""
 
-    def _config_help(self, config: TrainConfig, mesh_config: MeshConfig, with_options: bool) -> str:
+    def _config_help(self, name: str, config: TrainConfig, mesh_config: MeshConfig, with_options: bool) -> str:
         """Returns the flags that a run needs first, with an example each; then names, the other flags and fields."""
         fields = describe(config, "config.") + describe(mesh_config, "mesh.")
         summary, _, details = self._usage.partition("\n")
@@ -139,8 +176,7 @@ class ConfigFlags(Flags):
             f"Configs: {', '.join(config_names())}.\nMeshes: {', '.join(mesh_names())}.",
             details.strip("\n"),
             f"{'Other flags' if first else 'Flags'}:\n{self._flag_help(rest)}",
-            f"Fields, as --config={self.config} and --mesh={self.mesh} have them:\n"
-            + "\n".join(map(_field_help, fields)),
+            f"Fields, as --config={name} and --mesh={self.mesh} have them:\n" + "\n".join(map(_field_help, fields)),
         ]
         if with_options:
             options = in_force(mesh_config.platform, config.compiler_options)
@@ -176,6 +212,19 @@ def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
         raise ConfigError(f"--{prefix}.{error}") from None
 
 
+_OF_THE_TOKENIZER = {"data.tokenizer", "data.tokenizer_vocab_size"}
+
+
+def _with_tokenizers_vocabulary(config: TrainConfig, meshes: Sequence[MeshConfig]) -> TrainConfig:
+    """Returns `config` with room for every id of its tokenizer, in a vocabulary that divides over the meshes."""
+    divisor = math.lcm(*(mesh.pipeline * mesh.tensor for mesh in meshes))
+    size = math.ceil(tokenizer_vocab_size(config.data) / divisor) * divisor
+    if size == config.model.vocab_size:
+        return config
+    print(f"--config.model.vocab_size={size} follows --tokenizer={config.data.tokenizer}", file=sys.stderr)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
 def setup_jax(mesh_config: MeshConfig, cache_dir: str | None = None) -> None:
     """Sets what must be set before JAX starts: virtual devices or the other hosts, and the compilation cache.
 
@@ -184,12 +233,27 @@ def setup_jax(mesh_config: MeshConfig, cache_dir: str | None = None) -> None:
     if mesh_config.hardware == "cpu":
         use_virtual_devices(mesh_config.num_devices)
         keep_freed_memory(mesh_config.num_devices)
-    elif mesh_config.hosts > 1:
-        jax.distributed.initialize()
+    elif mesh_config.hosts > 1 and not jax.distributed.is_initialized():
+        _join_hosts(mesh_config)
     if cache_dir is None:
         cache_dir = jax.config.jax_compilation_cache_dir or default_cache_dir()
     jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir).expanduser()) if cache_dir else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _join_hosts(mesh_config: MeshConfig) -> None:
+    """Connects this process to those of the other hosts, which a launcher has started beside it."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # JAX does not know how many processes there are
+        hosts, have = mesh_config.hosts, jax.local_devices()
+        why = str(error).rstrip(".")
+        raise ConfigError(
+            f"mesh.hosts={hosts} needs {mesh_config.num_devices} devices in {hosts} processes, one per host, but there "
+            f"is 1 process with {len(have)} {have[0].platform} device{'s' * (len(have) > 1)}, which no launcher "
+            f"started ({why}); start one process per host with Slurm, Open MPI, Kubernetes or on a Cloud "
+            "TPU slice, where JAX finds the others by itself, or use --mesh=local"
+        ) from None
 
 
 def keep_freed_memory(num_devices: int) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -35,6 +36,7 @@ from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, 
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, load_config_file
 from moejax.planner.hardware import Cluster
+from moejax.planner.published_models import find_architecture, what_is_missing
 from moejax.presets import PRESETS
 from moejax.train.checkpoint import CheckpointError
 
@@ -194,8 +196,8 @@ def print_json(data: Any) -> None:
 
 
 def load_model(name: str, flag: str = "model") -> ModelConfig:
-    """Returns the model of a preset, or of what `load_config` finds; `flag` is what `name` was given with."""
-    return PRESETS[name]() if name in PRESETS else load_config(name, flag).model
+    """Returns the model of what `load_config` finds; `flag` is what `name` was given with."""
+    return load_config(name, flag).model
 
 
 def load_cluster(name: str) -> Cluster:
@@ -219,7 +221,20 @@ def load_config(name: str, flag: str = "config") -> TrainConfig:
     if name in PRESETS:
         model = PRESETS[name]()
         return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
-    raise ConfigError(_unknown(flag, name, config_names()))
+    published = _why_not(name)
+    unknown = _unknown(flag, name, config_names())
+    raise ConfigError(unknown.replace("does not exist", published, 1) if published else unknown)
+
+
+def _why_not(name: str) -> str | None:
+    """Says why a published model cannot be trained or planned; None if `name` is none."""
+    try:
+        model = find_architecture(name)
+    except ConfigError:
+        return None
+    missing = what_is_missing(model)
+    why = f"moejax lacks {', '.join(missing)}" if missing else "write a Python file with its get_config()"
+    return f"is known from published runs ({model.name}), but cannot be trained or planned yet: {why}"
 
 
 def load_mesh_config(name: str) -> MeshConfig:
@@ -257,6 +272,13 @@ def _unknown(flag: str, name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"--{flag}={name} does not exist; {hint}use one of {', '.join(names)}, or a path that ends in .py"
+
+
+def command(script: str, *arguments: str) -> str:
+    """Returns the command that runs a script of this folder, as it can be typed where this process was started."""
+    path = Path(__file__).with_name(f"{script}.py")
+    here = Path.cwd()
+    return shlex.join(["python", str(path.relative_to(here) if path.is_relative_to(here) else path), *arguments])
 
 
 def run(main: Callable[[list[str]], int | None], script_flags: Flags) -> None:

@@ -3,7 +3,7 @@
     python experiments/plan.py --model=moe_16x10b --cluster=a100_64gb_2x8 --seq_len=128,1024,4096,10240
     python experiments/plan.py --cluster=h100_2x8 --mode=decode --seq_len=4096 --batch_size=256
     python experiments/plan.py --cluster=h100_2x8 --seq_len=1024 --out=plan.py
-    python experiments/train.py --config=moe_16x10b --mesh=plan.py
+    python experiments/train.py --mesh=plan.py
 
 Nothing is run or compiled: the figures are closed forms, which experiments/audit.py holds against the compiler. Several
 lengths are planned one by one; --out writes them as one run of mixed lengths. In a pipe, ends with one line of JSON.
@@ -12,11 +12,11 @@ lengths are planned one by one; --out writes them as one run of mixed lengths. I
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import loading
 from absl import flags
-from rich.console import Console
 
 from moejax import strict_json
 from moejax.config import ConfigError, DispatchConfig, check
@@ -120,18 +120,21 @@ def render(requests: list[Request], choices: dict[int, Choice]) -> str:
         report.memory_table(choices),
         report.time_table(choices),
         *(report.why(request, choices[request.seq_len]) for request in requests),
-        "Ceilings at 55% of the achievable rate:",
+        "The most that arithmetic allows, with matrix products at 55% of the achievable rate:",
         "\n".join(f"{request.seq_len:,}: {report.ceiling_lines(request)}" for request in requests),
     ]
     return "\n\n".join(parts)
 
 
 def write_plan(path: Path, choices: dict[int, Choice]) -> None:
-    """The plans as a mesh file."""
+    """Writes the plans as a mesh file, and prints the command that follows it."""
     plans = [choice.best.plan for choice in choices.values()]
     buckets = tuple(Bucket(p.seq_len, p.batch_size, p.mesh, p.parallel, p.dispatch, p.accumulate) for p in plans)
-    write_plan_file(path, buckets, f"{_MODEL.value} on {_CLUSTER.value}, training")
-    Console(stderr=True).print(f"wrote {path}; run it with python experiments/train.py --mesh={path}", highlight=False)
+    model, cluster = _MODEL.value, _CLUSTER.value
+    if model.endswith(".py"):  # found from any folder
+        model = str(loading.find(model, loading.CONFIGS).resolve())
+    write_plan_file(path, buckets, model, f"{Path(model).stem} on {Path(cluster).stem}, training")
+    print(f"wrote {path}; run it with {loading.command('train', f'--mesh={path}')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

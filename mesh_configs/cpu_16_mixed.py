@@ -80,5 +80,9 @@ def get_buckets() -> tuple[Bucket, ...]:
     )
 
 
+def get_model() -> str:
+    return "mixed"
+
+
 def get_config() -> MeshConfig:
     return get_buckets()[0].mesh

@@ -200,7 +200,7 @@ def _check_hardware(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
         else:
             have += f" ({device.device_kind})"
             fix = f"use --mesh.hardware={name or 'custom'}, or --mesh=local for the devices of this machine"
-        raise ConfigError(f"mesh.hardware={config.hardware} is not what JAX found, {have}; {fix}")
+        raise ConfigError(f"hardware={config.hardware} is not what JAX found, {have}; {fix}")
 
 
 def _device_count_message(config: MeshConfig, devices: Sequence[jax.Device]) -> str:

@@ -16,6 +16,7 @@ from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig
 from moejax.overrides import describe
 from moejax.presets import mixtral_8x7b, small, tiny
+from moejax.sharding import check_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -89,6 +90,96 @@ def test_what_a_plan_decides_cannot_be_changed(flag):
         f"{name} cannot be changed: --mesh=cpu_16_mixed is a plan, which decides it; "
         "change the plan's file, or use a mesh without get_buckets()"
     )
+
+
+def test_a_plan_brings_its_model():
+    assert parse("--mesh=cpu_16_mixed")[0] == parse("--mesh=cpu_16_mixed", "--config=mixed")[0]
+    assert parse("--mesh=cpu_16_mixed", "--tokenizer=bpe")[0].model.vocab_size == 4096
+
+
+@pytest.mark.parametrize("flag", ["--config=small", "--config.model.num_layers=6", "--config.model.dtype=bfloat16"])
+def test_another_model_than_the_plans_is_refused(flag):
+    message = error_of("--mesh=cpu_16_mixed", flag)
+    field = "dtype=float32, not bfloat16" if "dtype" in flag else "num_layers=2, not 6"
+    assert message.startswith(f"--mesh=cpu_16_mixed is a plan for --config=mixed, with model.{field}; leave out the ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "vocab_size"),
+    [
+        ([], 256),
+        (["--tokenizer=bytes"], 256),
+        (["--tokenizer=bpe"], 4096),
+        (["--config.data.tokenizer=bpe"], 4096),
+        (["--tokenizer=bpe", "--config.data.tokenizer_vocab_size=1001"], 1004),  # over pipeline × tensor = 4
+        (["--tokenizer=bpe", "--config.data.tokenizer_vocab_size=1001", "--mesh=single"], 1001),
+        (["--tokenizer=bpe", "--config.model.vocab_size=5000"], 5000),
+        (["--tokenizer=bpe", "--config.model.vocab_size=512"], 512),  # a corpus may yield few
+        (["--config=moe_16x10b"], 32_000),
+        (["--config=moe_16x10b", "--tokenizer=bpe"], 32_000),
+        (["--config=moe_16x10b", "--config.data.tokenizer_vocab_size=50000"], 50_000),
+        (["--config=small", "--data=~/texts", "--tokenizer=bpe"], 4096),
+    ],
+)
+def test_the_vocabulary_follows_the_tokenizer(arguments, vocab_size, capsys):
+    config, mesh_config = parse(*arguments)
+    assert config.model.vocab_size == vocab_size
+    check_layout(config.model, config.dispatch, config.parallel, mesh_config)
+    changed = vocab_size not in (256, 32_000, 5000, 512)
+    said = f"--config.model.vocab_size={vocab_size} follows --tokenizer={config.data.tokenizer}\n"
+    assert capsys.readouterr().err == (said if changed else "")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_the_flags():
+    assert "tokenizer='none.json' cannot be read" in error_of("--tokenizer=none.json")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "DeepSeek-V3", "deepseek-ai/DeepSeek-V3"])
+def test_a_published_model_that_cannot_be_trained_says_why(name):
+    message = error_of(f"--config={name}")
+    assert message.startswith(f"--config={name} is known from published runs (deepseek-v3), but cannot be trained or ")
+    assert "planned yet: moejax lacks multi-head latent attention (MLA), multi-token prediction; " in message
+    assert "mixtral_8x7b, moe_16x10b, olmoe_7b" in message
+    assert run_script("plan", f"--model={name}", status=2).error == message.replace("--config=", "--model=", 1)
+
+
+def test_a_published_model_without_a_preset_says_so():
+    assert "planned yet: write a Python file with its get_config(); " in error_of("--config=mixtral_8x22b")
+
+
+def test_hosts_without_a_launcher_are_one_line(monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")  # as JAX does outside a launcher
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    error = run_script("train", "--mesh=h100_2x8", "--config.data.batch_size=64", status=2).error
+    assert error == (
+        "mesh.hosts=2 needs 16 devices in 2 processes, one per host, but there is 1 process with 16 cpu devices, "
+        "which no launcher started (coordinator_address should be defined); start one process per host with Slurm, "
+        "Open MPI, Kubernetes or on a Cloud TPU slice, where JAX finds the others by itself, or use --mesh=local"
+    )
+
+
+@pytest.mark.parametrize("script", ["train", "calibrate", "benchmark_train", "memory", "load_balance"])
+def test_hardware_that_is_not_there_is_one_line_in_every_script(script, tmp_path):
+    arguments = ["--mesh=h100_8", *([f"--out={tmp_path / 'x.json'}"] if script == "calibrate" else [])]
+    error = run_script(script, *arguments, status=2).error
+    assert error.startswith(
+        "--mesh.hardware=h100 is not what JAX found, 16 cpu devices; install JAX for it (pip install"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_local_mesh_is_what_there_is():
+    assert parse("--mesh=local")[1] == MeshConfig(expert=16)
+    assert parse("--mesh=local", "--mesh.expert=4", "--mesh.tensor=4")[1] == MeshConfig(expert=4, tensor=4)
+
+
+def test_commands_are_quoted_and_found_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert loading.command("train", "--mesh=a b.py") == "python experiments/train.py '--mesh=a b.py'"
+    monkeypatch.chdir(tmp_path)
+    assert loading.command("train") == f"python {ROOT / 'experiments' / 'train.py'}"
 
 
 def test_a_preset_without_a_file_is_a_config():

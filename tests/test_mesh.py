@@ -199,13 +199,13 @@ def test_hardware_that_is_not_there_is_refused(hardware, described, expected, fa
     with pytest.raises(ConfigError) as error:
         build_mesh(MeshConfig(expert=8, hardware=hardware), fake_devices(1, 8, *described))
     message = str(error.value)
-    assert message.startswith(f"mesh.hardware={hardware} is not what JAX found, 8 ")
+    assert message.startswith(f"hardware={hardware} is not what JAX found, 8 ")
     assert expected in message
     assert "\n" not in message
 
 
 def test_the_real_devices_are_compared_too():
-    with pytest.raises(ConfigError, match=r"mesh\.hardware=h100 is not what JAX found, 16 cpu devices; install"):
+    with pytest.raises(ConfigError, match=r"hardware=h100 is not what JAX found, 16 cpu devices; install"):
         build_mesh(MeshConfig(expert=16, hardware="h100"))
 
 

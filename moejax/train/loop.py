@@ -69,7 +69,7 @@ class Trainer:
         check(
             self.data.tokenizer.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
-            f"{self.data.tokenizer.vocab_size}",
+            f"{self.data.tokenizer.vocab_size}; set it to that or more",
         )
         self._around_step = around_step
         self._watch = BoundWatch(config.balance.window)

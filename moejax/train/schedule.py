@@ -1,8 +1,9 @@
-"""What a plan decides for training, bucket by bucket; and a run's train steps, one for each bucket.
+"""What a plan decides for training, bucket by bucket; and a run's train steps, one per bucket.
 
-A plan is a Python file that `experiments/train.py --mesh=` takes. Beside `get_config`, which any mesh file has, it has
+A plan is a Python file that `experiments/train.py --mesh=` takes. Besides `get_config`, which any mesh file has, it has
 `get_buckets() -> tuple[Bucket, ...]`: one for a run of one length, several for mixed lengths. Each has its own batch,
-mesh, rematerialisation and dispatch, and so a step of its own; where their meshes differ the state moves between them.
+mesh, rematerialization and dispatch, and so a step of its own; where their meshes differ the state moves between them.
+`get_model() -> str` names the model that the plan was made for, as `--config` takes it.
 """
 
 from __future__ import annotations
@@ -80,14 +81,27 @@ def load_buckets(path: str | Path) -> tuple[Bucket, ...]:
     return buckets
 
 
-def write_plan_file(path: str | Path, buckets: Sequence[Bucket], title: str) -> None:
-    """Writes a mesh file that has `buckets`; `load_buckets` reads them back. The same arguments give the same text.
+def load_plan_model(path: str | Path) -> str | None:
+    """Returns the model that the plan in a mesh file was made for, its `get_model()`; None if it does not say.
 
-    Every field is written out, so that a later default does not change an old plan.
+    Raises:
+      ConfigError: the file fails, or returns something else than a name.
+    """
+    model = call_in_file(path, "get_model", "str")
+    check(model is None or isinstance(model, str), f"{path}: get_model() returned {model!r:.80}; it must return a name")
+    return model
+
+
+def write_plan_file(path: str | Path, buckets: Sequence[Bucket], model: str, title: str) -> None:
+    """Writes a plan as a mesh file, which `load_buckets` and `load_plan_model` read.
+
+    The same arguments give the same text. Every field is written out, so that a later default does not change an old
+    plan.
 
     Args:
         path: of the file, which is replaced.
         buckets: in ascending order of `seq_len`, on the same devices.
+        model: what the plan was made for, as `--config` takes it: a name, or the path of a Python file.
         title: the file's docstring, of one or more lines.
 
     Raises:
@@ -106,6 +120,7 @@ def write_plan_file(path: str | Path, buckets: Sequence[Bucket], title: str) -> 
         "from moejax.mesh import MeshConfig\n"
         "from moejax.train.schedule import Bucket\n\n\n"
         f"def get_buckets() -> tuple[Bucket, ...]:\n    return (\n{items}    )\n\n\n"
+        f"def get_model() -> str:\n    return {_source(model, 0)}\n\n\n"
         "def get_config() -> MeshConfig:\n    return get_buckets()[0].mesh\n",
         encoding="utf-8",
     )

@@ -16,7 +16,7 @@ from moejax.overrides import apply_overrides, load_config_file
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
 from moejax.train.reshard import reshard
-from moejax.train.schedule import Bucket, load_buckets, write_plan_file
+from moejax.train.schedule import Bucket, load_buckets, load_plan_model, write_plan_file
 
 OVERRIDES = {
     "model.num_layers": "2",
@@ -71,23 +71,26 @@ class TestPlanFile:
             accumulate=2,
         )
         buckets = (dataclasses.replace(long, seq_len=128, accumulate=1), long)
-        write_plan_file(path, buckets, "Written by a test: two buckets.")
+        model = '/models/of "mine"/small.py'
+        write_plan_file(path, buckets, model, "Written by a test: two buckets.")
         assert load_buckets(path) == buckets
+        assert load_plan_model(path) == model
         assert load_config_file(path, MeshConfig) == long.mesh
         text = path.read_text()
         assert max(map(len, text.splitlines())) <= 120
-        write_plan_file(path, buckets, "Written by a test: two buckets.")
+        write_plan_file(path, buckets, model, "Written by a test: two buckets.")
         assert path.read_text() == text
 
     def test_the_one_in_mesh_configs_is_as_written(self, tmp_path):
         """So that what is held of all files here (style, imports) is held of those that are written."""
         path = common.MESH_CONFIGS / "cpu_16_mixed.py"
         title = path.read_text().split('"""')[1]
-        write_plan_file(tmp_path / "plan.py", load_buckets(path), title.rstrip("\n"))
+        write_plan_file(tmp_path / "plan.py", load_buckets(path), "mixed", title.rstrip("\n"))
         assert (tmp_path / "plan.py").read_text() == path.read_text()
 
-    def test_a_mesh_file_has_no_buckets(self):
+    def test_a_mesh_file_has_no_buckets_and_no_model(self):
         assert load_buckets(common.MESH_CONFIGS / "cpu_16.py") == ()
+        assert load_plan_model(common.MESH_CONFIGS / "cpu_16.py") is None
 
     @pytest.mark.parametrize(
         ("buckets", "message"),
@@ -99,9 +102,14 @@ class TestPlanFile:
     )
     def test_buckets_that_cannot_go_together(self, tmp_path, buckets, message):
         with pytest.raises(ConfigError, match=message):
-            write_plan_file(tmp_path / "plan.py", buckets, "A plan.")
+            write_plan_file(tmp_path / "plan.py", buckets, "tiny", "A plan.")
         with pytest.raises(ConfigError, match=r"title='one.*quotes"):
-            write_plan_file(tmp_path / "plan.py", BUCKETS, 'one "quoted" line')
+            write_plan_file(tmp_path / "plan.py", BUCKETS, "tiny", 'one "quoted" line')
+
+    def test_a_model_without_a_name_is_refused(self, tmp_path):
+        (tmp_path / "plan.py").write_text("def get_model():\n    return 3\n")
+        with pytest.raises(ConfigError, match=r"get_model\(\) returned 3; it must return a name"):
+            load_plan_model(tmp_path / "plan.py")
 
     def test_a_file_that_returns_something_else(self, tmp_path):
         (tmp_path / "plan.py").write_text("def get_buckets():\n    return [1]\n")

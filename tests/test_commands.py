@@ -1,0 +1,84 @@
+"""Commands that scripts print or show in their help work as they are."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import common
+import pytest
+from scripts import run_script
+
+from moejax.mesh import MeshConfig
+from moejax.train.metrics import read_metrics
+from moejax.train.schedule import Bucket, write_plan_file
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+EXAMPLE = re.compile(r"^    python experiments/(\w+)\.py(.*)$", re.MULTILINE)
+EXAMPLES = [
+    (script, arguments)
+    for path in sorted(EXPERIMENTS.glob("*.py"))
+    for script, arguments in EXAMPLE.findall(path.read_text().split('"""')[1])
+]
+SHORT = (  # evaluated and saved less often than there are steps
+    *("--config.steps=2", "--config.eval_every=9", "--config.eval_batches=1", "--config.checkpoint.every=9"),
+    "--config.sample_tokens=0",
+)
+
+
+@pytest.mark.parametrize(("script", "arguments"), EXAMPLES)
+def test_the_examples_of_help_are_understood(script, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments" / "results").mkdir(parents=True)  # where some of them write
+    write_plan_file("plan.py", [Bucket(64, 16, MeshConfig(16))], "moe_16x10b", "What the example before wrote.")
+    script_flags = importlib.import_module({"profile": "trace_report"}.get(script, script)).FLAGS
+    argv = [script, *shlex.split(arguments, comments=True)]
+    if isinstance(script_flags, common.ConfigFlags):
+        script_flags.parse_configs(argv)
+    else:
+        script_flags.parse(argv, positional=script == "profile")
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) > 30
+
+
+def printed_command(text):
+    """The script and the arguments of the command that ends `text`."""
+    python, script, *arguments = shlex.split(text.strip().partition("run it with ")[2])
+    assert python == "python"
+    assert Path(script).resolve().parent == EXPERIMENTS
+    return Path(script).stem, arguments
+
+
+def test_a_printed_plan_trains_the_model_that_was_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small models").mkdir()
+    Path("small models/mine.py").write_text(
+        "import dataclasses\n"
+        "from moejax.config import BalanceConfig, TrainConfig\n"
+        "from moejax.presets import tiny\n"
+        "def get_config():\n"
+        "    model = dataclasses.replace(tiny(), num_layers=1, d_model=16, head_dim=4, d_ff=16)\n"
+        "    return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))\n"
+    )
+    plan = ["--model=small models/mine.py", "--cluster=cpu_16", "--seq_len=16", "--batch_size=16", "--out=a plan[1].py"]
+    script, arguments = printed_command(run_script("plan", *plan).stderr)
+    assert script == "train"
+    workdir = tmp_path / "elsewhere" / "run"
+    workdir.parent.mkdir()
+    run_script("train", *arguments, f"--workdir={workdir}", *SHORT)
+    monkeypatch.chdir(workdir.parent)  # the plan finds its model from any folder
+    config, _ = common.ConfigFlags("").parse_configs(["train", f"--mesh={tmp_path / 'a plan[1].py'}"])
+    assert (config.model.num_layers, config.model.d_model, config.data.seq_len) == (1, 16, 16)
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+
+
+def test_a_printed_plan_of_a_preset_names_it(tmp_path):
+    arguments = ["--model=small", "--cluster=cpu_16", "--seq_len=64", "--batch_size=16", f"--out={tmp_path / 's.py'}"]
+    _, arguments = printed_command(run_script("plan", *arguments).stderr)
+    config, _ = common.ConfigFlags("").parse_configs(["train", *arguments])
+    small, _ = common.ConfigFlags("").parse_configs(["train", "--config=small"])
+    assert config.model == small.model
+    assert dataclasses.replace(config, data=small.data, parallel=small.parallel, dispatch=small.dispatch) == small
