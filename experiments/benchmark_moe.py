@@ -38,7 +38,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Experts, first_turn, get_dispatcher
-from moejax.mesh import MeshConfig, build_mesh
+from moejax.mesh import build_mesh, local_mesh_config
 from moejax.moe import mixture_of_experts, route
 from moejax.presets import PRESETS, tiny
 
@@ -67,7 +67,7 @@ Step = Callable[[], Any]  # runs to the end and returns what it computed
 def main(argv: list[str]) -> None:
     FLAGS.parse(argv)
     common.keep_freed_memory(1)  # before JAX has threads
-    common.setup_jax(MeshConfig(hardware="cpu" if jax.default_backend() == "cpu" else "h100"))
+    common.setup_jax(local_mesh_config(jax.local_devices()[:1]))
     model = make_model(_SHAPE.value, _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     check_peer()
     p = make_weights(model)
@@ -137,7 +137,8 @@ def measure(m: ModelConfig, p: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def moejax_steps(m: ModelConfig, p: dict[str, Any], x: jax.Array, dy: jax.Array) -> dict[str, Step]:
-    mesh = build_mesh(MeshConfig())
+    device = jax.local_devices()[:1]
+    mesh = build_mesh(local_mesh_config(device), device)
 
     def on_device(block: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return jax.shard_map(block, mesh=mesh, in_specs=P(), out_specs=P())

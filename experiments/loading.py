@@ -221,20 +221,22 @@ def load_config(name: str, flag: str = "config") -> TrainConfig:
     if name in PRESETS:
         model = PRESETS[name]()
         return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
-    published = _why_not(name)
-    unknown = _unknown(flag, name, config_names())
-    raise ConfigError(unknown.replace("does not exist", published, 1) if published else unknown)
+    raise ConfigError(_unknown(flag, name, config_names(), _why_not(name)))
 
 
-def _why_not(name: str) -> str | None:
-    """Says why a published model cannot be trained or planned; None if `name` is none."""
+def _why_not(name: str) -> str:
+    """Says why `name` is not a model that can be trained or planned, though it may be a published one."""
     try:
         model = find_architecture(name)
     except ConfigError:
-        return None
+        return "does not exist"
     missing = what_is_missing(model)
-    why = f"moejax lacks {', '.join(missing)}" if missing else "write a Python file with its get_config()"
-    return f"is known from published runs ({model.name}), but cannot be trained or planned yet: {why}"
+    but = (
+        f"cannot be trained or planned yet, because moejax does not support {', '.join(missing)}"
+        if missing
+        else "has no preset; describe it in a Python file with get_config()"
+    )
+    return f"is known from published runs ({model.name}), but {but}"
 
 
 def load_mesh_config(name: str) -> MeshConfig:
@@ -268,10 +270,10 @@ def _names(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
 
 
-def _unknown(flag: str, name: str, names: list[str]) -> str:
+def _unknown(flag: str, name: str, names: list[str], problem: str = "does not exist") -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"--{flag}={name} does not exist; {hint}use one of {', '.join(names)}, or a path that ends in .py"
+    return f"--{flag}={name} {problem}; {hint}use one of {', '.join(names)}, or a path that ends in .py"
 
 
 def command(script: str, *arguments: str) -> str:
