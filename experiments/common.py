@@ -63,7 +63,7 @@ class ConfigFlags(Flags):
             ("config", config, "What to train: one of the configs below, or a Python file with get_config()."),
             ("mesh", "cpu_16", "What to run on: one of the meshes below, or a Python file such as plan.py writes."),
             ("data", None, "Files, globs or folders to train on, with commas between. Default: Python's own library."),
-            ("tokenizer", None, "bytes, bpe (trained on the data) or the path of a tokenizer.json or its folder. Default: bytes."),
+            ("tokenizer", None, "bytes, bpe (trained on the data), or a tokenizer.json or its folder. Default: bytes."),
             (
                 "compilation_cache_dir", None, "Where compiled programs are kept for the next run; empty for nowhere. "
                 "Default: $JAX_COMPILATION_CACHE_DIR, else moejax/xla in $XDG_CACHE_HOME or ~/.cache.",
