@@ -39,7 +39,7 @@ class MoEStats(NamedTuple):
     rounds: jax.Array  # that the dispatch took, mean over devices; no gradient
 
 
-class SelectionBias(nnx.Variable):
+class SelectionBias(nnx.Variable[jax.Array]):
     """The bias of a router's choice of experts. It gets no gradient: the loads move it, and optimizers pass it over."""
 
 
@@ -141,7 +141,8 @@ class MoELayer(nnx.Module):
         if rate is not None:
             config = dataclasses.replace(config, bias_update_rate=rate)
         balancer = balance.ExpertLoadBalancer(self.config, config)
-        self.router_bias_E.set_value(balancer.move_bias(self.router_bias_E.get_value(), load_E))
+        bias: SelectionBias = vars(self)["router_bias_E"]  # `_hold` has set it
+        bias.set_value(balancer.move_bias(bias.get_value(), load_E))
 
     def _inside_shard_map(self) -> bool:
         context = jax.sharding.get_abstract_mesh()
