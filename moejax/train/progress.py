@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import logging
@@ -18,6 +19,7 @@ from rich.text import Text
 
 STEP_SECONDS = 10  # between the lines of two steps in a log
 SILENT_SECONDS = 15  # after which a log gets a line that says what is awaited
+PACE_STEPS = 30  # over which the time left is reckoned
 FRAMES_A_SECOND = 4
 BAR_COLUMNS = 24
 
@@ -68,7 +70,7 @@ class Progress:
     def begin(self, first: int) -> None:
         """Starts counting after step `first`. `done` is the number of the last step that has ended."""
         self.done = self._first = first
-        self._first_end: tuple[int, float] | None = None
+        self._ends: collections.deque[float] = collections.deque(maxlen=PACE_STEPS)  # of the last steps
         self._start = self._clock()
 
     @property
@@ -101,8 +103,9 @@ class Progress:
     def step(self, step: int, line: Mapping[str, float]) -> None:
         """Shows the metrics of a step that has ended."""
         now = self._clock()
+        first = not self._ends
         self.done, self._step_end, self._figures = step, now, describe(line)
-        first, self._first_end = self._first_end is None, self._first_end or (step, now)
+        self._ends.append(now)
         paced = first or step == self._steps or now - self._printed >= STEP_SECONDS
         head = f"step {step}/{self._steps}"
         if self._console.is_interactive:
@@ -124,11 +127,11 @@ class Progress:
             pass
 
     def _left(self) -> str:
-        """Returns the time to the last step at the pace since the first one ended; "" where there is none to tell."""
-        if self._first_end is None or not self._first_end[0] < self.done < self._steps:
+        """Returns the time to the last step at the pace of the last few; "" where there is none to tell."""
+        ends = list(self._ends)
+        if len(ends) < 2 or self.done >= self._steps:
             return ""
-        step, end = self._first_end
-        return f"{_hours((self._step_end - end) / (self.done - step) * (self._steps - self.done))} left"
+        return f"{_hours((ends[-1] - ends[0]) / (len(ends) - 1) * (self._steps - self.done))} left"
 
     def _live_line(self) -> Text:
         now, plain = self._clock(), self._console.options.ascii_only

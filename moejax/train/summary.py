@@ -119,7 +119,7 @@ def describe(summary: Summary) -> dict[str, str]:
         "dropped by full experts": f"{summary.window_dropped_fraction:.2%} of assignments",
         "rounds to deliver tokens": f"{summary.window_rounds:.2f} on average (1 is best)",
         "size of expert buffers": f"{summary.capacity_factor:g} times the mean load; "
-        f"{summary.capacity_switches} changes took {summary.capacity_seconds_waited:.1f} s",
+        f"changes: {summary.capacity_switches}, in {summary.capacity_seconds_waited:.1f} s",
         "memory per device": f"{summary.device_memory_bytes / 2**20:.0f} MiB, as compiled",
     }
     if len(summary.buckets) > 1:

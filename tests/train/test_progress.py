@@ -1,6 +1,7 @@
 """What a run says while it runs: one line that fits any terminal, and a log that is never silent for long."""
 
 import contextlib
+import datetime
 import io
 import itertools
 import logging
@@ -66,15 +67,16 @@ def test_a_line_has_the_figures_in_words():
 @pytest.mark.parametrize("waits", [False, True])
 def test_steps_and_times_fit_any_terminal(width, waits):
     run = Run(width, terminal=True)
-    run.progress.step(1, LINE)
-    run.clock.now += 3661
+    run.clock.now += 3588
+    run.progress.step(49, LINE)
+    run.clock.now += 73.5
     run.progress.step(50, LINE)
     with run.progress.waiting("evaluating on held-out text") if waits else contextlib.nullcontext():
         run.clock.now += 9
         line = run.progress._live_line().plain
     assert len(line) < width
     assert " 50/100 " in line
-    assert line.endswith("0:00:09  1:02:15 left" if waits else "1:01:10  1:02:15 left")
+    assert line.endswith("0:00:09  1:01:15 left" if waits else "1:01:10  1:01:15 left")
     assert ("evaluating on held-out text" if waits else "loss 2.346")[: width - 34] in line
     assert ("━" in line) == (width >= (80 if waits else 140)), "the bar is the first to go"
     shown = [figure in line for figure in describe(LINE)]
@@ -122,6 +124,18 @@ def test_a_log_gets_step_lines_paced_by_time():
     assert all(line.startswith(f"step {step}/100  loss 2.346") for step, line in said)
     assert said[1][1].endswith("  0:01:29 left")
     assert not said[-1][1].endswith("left")
+
+
+def test_a_pause_counts_in_the_time_left_for_a_while():
+    run = Run()
+    for step in range(1, 60):
+        run.clock.now += 500 if step == 10 else 1
+        run.progress.step(step, LINE)
+        if step == 10:
+            assert run.lines()[-1].endswith(f"  {datetime.timedelta(seconds=int((8 + 500) / 9 * 90))} left")
+    run.clock.now += STEP_SECONDS
+    run.progress.step(60, EVALUATED)
+    assert run.lines()[-1].endswith(f"  {datetime.timedelta(seconds=int((28 + STEP_SECONDS) / 29 * 40))} left")
 
 
 def test_slow_steps_each_get_a_line_and_fast_ones_do_not():
