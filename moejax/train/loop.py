@@ -101,7 +101,7 @@ class Trainer:
                 with progress.waiting(SAVING):
                     checkpointer.save(step, state, batches, metadata=self._metadata())
                     checkpointer.wait()
-            if self._signals.stop:
+            if sizes.compiling:
                 with progress.waiting("ending the compilation in the background"):
                     sizes.close()
             return self._summarise(state, first, last, timing)

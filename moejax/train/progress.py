@@ -118,7 +118,7 @@ class Progress:
         """Prints what is awaited if nothing was printed for `SILENT_SECONDS`; returns the seconds to the next such."""
         now = self._clock()
         if now - self._printed >= SILENT_SECONDS:
-            what, since = (self._waits[-1:] or [(f"step {self.done + 1}", self._step_end)])[0]
+            what, since = (self._waits[-1:] or [(f"step {min(self.done + 1, self._steps)}", self._step_end)])[0]
             self.say(f"{what}, {now - since:.0f} s")
         return SILENT_SECONDS - (now - self._printed)
 

@@ -57,6 +57,11 @@ class StepSizes:
         key = self._instead.get(key, key)
         return key == self._current or (key in self._steps and self._steps[key].done())
 
+    @property
+    def compiling(self) -> bool:
+        """Whether a step is being compiled, so that `close` takes long."""
+        return any(step.running() for step in self._steps.values())
+
     def use(self, bucket: int, index: int, *, last: bool = False) -> FittedStep:
         """The compiled step of a bucket and size; waits until there is one.
 

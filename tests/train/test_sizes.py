@@ -65,6 +65,22 @@ def test_a_size_that_is_asked_for_comes_before_those_in_the_queue():
     assert step.compiled in ([1.5, 3.0], [1.5, 2.0, 3.0]), "after what may be in hand, before 1.0"
 
 
+def test_it_says_what_is_ready_and_whether_it_still_compiles():
+    step = FakeStep(permits=1)
+    with one_bucket(step) as sizes:
+        assert not sizes.ready(0, 1)
+        sizes.use(0, 1)
+        assert sizes.ready(0, 1)
+        while not sizes.compiling:  # 2.0, until there is a permit
+            pass
+        assert not sizes.ready(0, 2)
+        step.permits.release(2)
+        sizes.use(0, 2, last=True)
+        assert sizes.ready(0, 2)
+        sizes.close()
+        assert not sizes.compiling
+
+
 def test_the_last_size_has_no_neighbours_made():
     step = FakeStep()
     with one_bucket(step) as sizes:
