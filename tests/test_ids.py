@@ -13,6 +13,7 @@ from reference import oracle
 from moejax.config import ConfigError
 from moejax.model import counted_targets
 from moejax.modules import Transformer
+from moejax.train.sample import generate
 from moejax.train.step import make_train_step
 
 TOLERANCE = 1e-5  # of a parameter's largest gradient; float32 against float64
@@ -101,6 +102,12 @@ def test_other_ids_out_of_range_are_refused_where_they_enter(name, value, messag
         with pytest.raises(ConfigError, match=rf"^{name}(_BS)?\[2, 3\]={value} .*{message}") as error:
             enter(batch)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [-100, V])
+def test_a_prompt_out_of_range_is_refused(value):
+    with pytest.raises(ConfigError, match=rf"^prompt\[1\]={value} must be from 0 to 255 with vocab_size={V}$"):
+        generate(LAYOUT.program, None, [1, value], 1, vocab_size=V)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from moejax.config import check
 from moejax.data import Tokenizer
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.model import Program
+from moejax.nn.embedding import check_ids
 from moejax.sharding import VOCAB_AXES
 
 PROMPT_TOKENS = 32
@@ -90,6 +91,7 @@ def generate(
         int32 [B, prompt length + num_tokens].
     """
     check(len(prompt) > 0, "prompt=[] must have at least one token")
+    check_ids("prompt", prompt, program.model.vocab_size)
     length = len(prompt) + num_tokens
     check(
         length <= longest(program),
