@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import difflib
 import math
 import os
 import sys
@@ -154,12 +153,14 @@ class ConfigFlags(Flags):
                 "leave out the flag that changes it, or plan the other model with experiments/plan.py",
             )
 
-    def _hint(self, name: str) -> str:
-        """Returns "did you mean ...? " for a field without its path, or for a flag or field that is nearly `name`."""
-        fields = field_paths()
-        matches = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
-        matches = matches or difflib.get_close_matches(f"--{name}", [*fields, *(f"--{flag}" for flag in self)], n=1)
-        return f"did you mean {' or '.join(matches)}? " if matches else ""
+    def _names(self) -> list[str]:
+        return [*super()._names(), *(path.removeprefix("--") for path in field_paths())]
+
+    def _hint_for_word(self, word: str) -> str:
+        for flag, names in (("config", config_names()), ("mesh", mesh_names())):
+            if word in names:
+                return f"did you mean --{flag}={word}? "
+        return f"did you mean --data={word}? " if os.path.exists(word) else super()._hint_for_word(word)
 
     def _config_help(self, name: str, config: TrainConfig, mesh_config: MeshConfig, with_options: bool) -> str:
         """Returns the flags that a run needs first, with an example each; then names, the other flags and fields."""

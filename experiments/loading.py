@@ -44,6 +44,18 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "experiments" / "configs"
 MESH_CONFIGS = ROOT / "mesh_configs"
 FULL_HELP = ("--help=full", "-help=full", "--helpfull", "-helpfull")
+ALIASES = {  # other programs' names for flags and fields: what they may be here
+    "config": ("model",), "model": ("config",), "preset": ("config", "model"), "mesh": ("cluster",),
+    "cluster": ("mesh",), "devices": ("mesh", "cluster"), "gpus": ("mesh", "cluster"), "hardware": ("cluster",),
+    "dataset": ("data",), "output": ("out", "workdir"), "output_dir": ("workdir", "out"), "save_dir": ("workdir",),
+    "resume": ("workdir",), "checkpoint_dir": ("workdir",), "lr": ("config.optimizer.learning_rate",),
+    "wd": ("config.optimizer.weight_decay",), "epochs": ("config.steps",), "max_steps": ("config.steps",),
+    "iters": ("config.steps",), "train_steps": ("config.steps",), "top_k": ("config.model.experts_per_token",),
+    "hidden_size": ("config.model.d_model",), "dim": ("config.model.d_model",), "n_layer": ("config.model.num_layers",),
+    "n_head": ("config.model.num_heads",), "block_size": ("config.data.seq_len",), "precision": ("config.model.dtype",),
+    "context_length": ("config.data.seq_len",), "grad_accum": ("config.accumulate",), "bs": ("config.data.batch_size",),
+    "fsdp": ("config.parallel.gather",), "tp": ("mesh.tensor",), "ep": ("mesh.expert",), "pp": ("mesh.pipeline",),
+}  # fmt: skip
 HELP = ("-h", "--h", "-help", "--help", "-helpshort", "--helpshort", *FULL_HELP)
 
 
@@ -104,7 +116,10 @@ class Flags(flags.FlagValues):
             raise ConfigError(self._wrong_value(error)) from None
         except (flags.Error, ValueError) as error:
             raise ConfigError(f"{' '.join(str(error).split())}; --help lists all") from None
-        check(positional or not rest, f"{' '.join(rest)} is no flag; flags start with --")
+        if rest and not positional:
+            raise ConfigError(
+                f"argument {' '.join(rest)} is no flag; {self._hint_for_word(rest[0])}flags start with --"
+            )
         written: dict[Path, str] = {}
         for name in self:
             value = self[name].value
@@ -118,10 +133,24 @@ class Flags(flags.FlagValues):
         name, equals, _ = message.partition("=")
         return f"--{message}" if equals and name in self else message
 
+    def _names(self) -> list[str]:
+        """Returns what can stand before the = of a flag."""
+        return list(self)
+
     def _hint(self, name: str) -> str:
-        """Returns "did you mean ...? " for a flag that is nearly `name`."""
-        close = difflib.get_close_matches(name, list(self), n=1)
-        return f"did you mean --{close[0]}? " if close else ""
+        """Returns "did you mean ...? " for a name that is another program's, a part of a name here, or misspelled."""
+        last, names = name.replace("-", "_").lower().rpartition(".")[2], self._names()
+        by_end = {other.rpartition(".")[2]: other for other in reversed(names)}  # flags come before fields
+        matches = [other for other in names if other.rpartition(".")[2] == last]
+        matches = matches or [other for other in ALIASES.get(last, ()) if other in names]
+        matches = matches or [other for other in names if last in other.rpartition(".")[2].split("_")]
+        matches = matches or [by_end[end] for end in difflib.get_close_matches(last, by_end, n=1, cutoff=0.7)]
+        return f"did you mean {' or '.join(f'--{match}' for match in matches[:2])}? " if matches else ""
+
+    def _hint_for_word(self, word: str) -> str:
+        """Returns "did you mean ...? " for an argument without the -- of a flag."""
+        name, equals, value = word.removeprefix("config.").partition("=")
+        return self._hint(name).replace("? ", f"={value}? ") if equals else ""
 
     def _wrong_value(self, error: flags.IllegalFlagValueError) -> str:
         """Returns what would be right, where absl says `flag --top=x: invalid literal for int() with base 10`."""
@@ -272,6 +301,8 @@ def _names(folder: Path) -> set[str]:
 
 def _unknown(flag: str, name: str, names: list[str], problem: str = "does not exist") -> str:
     close = difflib.get_close_matches(name, names, n=1)
+    if "=" in name:  # --config steps=20
+        close = [f"--{flag}.{name}"]
     hint = f"did you mean {close[0]}? " if close else ""
     return f"--{flag}={name} {problem}; {hint}use one of {', '.join(names)}, or a path that ends in .py"
 

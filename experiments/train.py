@@ -23,8 +23,7 @@ from absl import flags, logging
 
 from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.planner import DEVICES, Plan
-from moejax.planner.predict import check_fits
+from moejax.planner import DEVICES, Plan, predict
 from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.train.loop import Trainer
 from moejax.train.progress import make_console, show_logs
@@ -65,19 +64,22 @@ def main(argv: list[str]) -> None:
 
 
 def refuse_what_cannot_fit(config: TrainConfig, mesh: MeshConfig, buckets: Sequence[Bucket]) -> None:
-    """Holds what the planner predicts against the devices' memory, before anything starts. It knows accelerators only.
+    """Checks sizes against the mesh, and on accelerators the predicted memory against the devices', before any work.
 
     Raises:
+        ConfigError: a size that must be a multiple of the mesh's is not.
         DoesNotFitError: a bucket, or the run of one length, is predicted not to fit however it is cut.
     """
-    if mesh.hardware not in DEVICES or mesh.hardware == "cpu":
-        return
-    limit = config.memory_limit_bytes or DEVICES[mesh.hardware].usable_bytes
+    device = None if mesh.hardware == "cpu" else DEVICES.get(mesh.hardware)
     data = config.data
     one = Bucket(data.seq_len, data.batch_size, mesh, config.parallel, config.dispatch, config.accumulate)
     for b in buckets or (one,):
         plan = Plan(config.model, b.mesh, b.seq_len, b.batch_size, b.parallel, b.dispatch, b.accumulate)
-        if not check_fits(plan, limit):
+        predict.check(plan)
+        if device is None:
+            continue
+        limit = config.memory_limit_bytes or device.usable_bytes
+        if not predict.check_fits(plan, limit):
             logging.warning(
                 "%d sequences of %d tokens are predicted not to fit in %.1f GB as they are; the memory guard will step "
                 "down. experiments/plan.py finds a plan that fits.", b.batch_size, b.seq_len, limit / 1e9,

@@ -123,7 +123,9 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         for choice in arguments:
             if str(choice) == text:
                 return choice
-        raise _wrong_type(text, path, f"one of {', '.join(map(str, arguments))}")
+        close = difflib.get_close_matches(text.lower(), map(str, arguments), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise _wrong_type(text, path, f"one of {', '.join(map(str, arguments))}{hint}")
     if hint is str:
         return text
     if hint is bool:

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.compiler import ONCE, for_jit
-from moejax.config import DispatchConfig, ModelConfig, ParallelConfig, check
+from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig, check
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR, MeshConfig, platform
 
 VOCAB_AXES = (PIPELINE, TENSOR)
@@ -220,10 +220,16 @@ def gather(params: Any, table: Any, unstacked: bool = False) -> Any:
         return _map(one, table, params)
 
 
-def _check_divides(name: str, value: int, axis: str, size: int) -> None:
-    if value % size:
-        divisors = ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
-        check(False, f"{name}={value} must be a multiple of {axis} {size}; with {name}={value} use one of {divisors}")
+def _check_divides(name: str, value: int, axes: str, size: int) -> None:
+    """Raises `ConfigError` unless `size`, the product of `axes`, divides `value`; says which of either would do."""
+    if value % size == 0:
+        return
+    *more, largest = (str(d) for d in range(1, size) if value % d == 0)
+    divisors = f"{', '.join(more)} or {largest}" if more else largest
+    nearest = math.ceil(value / size) * size
+    raise ConfigError(
+        f"{name}={value} must be a multiple of {axes} = {size}; try {name}={nearest}, or {axes} = {divisors}"
+    )
 
 
 def _hosts_along_experts(mesh: Mesh | AbstractMesh | MeshConfig) -> int | None:
@@ -240,8 +246,8 @@ def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: Mesh | Abst
     """Raises `ConfigError` where one mixture-of-experts feed-forward, `moe_params`, does not fit on the mesh."""
     expert, tensor = mesh.shape[EXPERT], mesh.shape[TENSOR]
     experts_over = math.prod(mesh.shape[a] for a in dispatch.expert_axes)
-    _check_divides("num_experts", m.num_experts, f"expert axes {'×'.join(dispatch.expert_axes)} =", experts_over)
-    _check_divides("d_model", m.d_model, "expert axis", expert)
+    _check_divides("num_experts", m.num_experts, " × ".join(dispatch.expert_axes), experts_over)
+    _check_divides("d_model", m.d_model, "expert", expert)
     check(
         expert % dispatch.hosts == 0,
         f"dispatch.hosts={dispatch.hosts} must divide the expert axis {expert}, the one that crosses hosts",
@@ -252,9 +258,9 @@ def check_moe_layout(m: ModelConfig, dispatch: DispatchConfig, mesh: Mesh | Abst
         f"dispatch.hosts={dispatch.hosts} must divide {crossed}, the hosts that the mesh's expert axis crosses",
     )
     if TENSOR not in dispatch.expert_axes:
-        _check_divides("d_ff", m.d_ff, "tensor axis", tensor)
+        _check_divides("d_ff", m.d_ff, "tensor", tensor)
     if m.shared_d_ff:
-        _check_divides("d_model", m.d_model, "expert × tensor axes", expert * tensor)
+        _check_divides("d_model", m.d_model, "expert × tensor", expert * tensor)
 
 
 def check_layout(
@@ -270,13 +276,13 @@ def check_layout(
     """Raises `ConfigError`, naming what would be right, where the model or the batch does not fit on the mesh."""
     expert, stages, tensor = (mesh.shape[a] for a in (EXPERT, PIPELINE, TENSOR))
     check_moe_layout(m, dispatch, mesh)
-    _check_divides("num_heads", m.num_heads, "tensor axis", tensor)
-    _check_divides("num_kv_heads", m.num_kv_heads, "tensor axis", tensor)
+    _check_divides("num_heads", m.num_heads, "tensor", tensor)
+    _check_divides("num_kv_heads", m.num_kv_heads, "tensor", tensor)
     if m.num_dense_layers:
-        _check_divides("d_model", m.d_model, "expert × pipeline × tensor axes", expert * stages * tensor)
-    _check_divides("vocab_size", m.vocab_size, "pipeline × tensor axes", stages * tensor)
+        _check_divides("d_model", m.d_model, "expert × pipeline × tensor", expert * stages * tensor)
+    _check_divides("vocab_size", m.vocab_size, "pipeline × tensor", stages * tensor)
     layers = "num_layers" if not m.num_dense_layers else "num_layers - num_dense_layers"
-    _check_divides(layers, m.num_moe_layers, "pipeline stages × repeats", stages * parallel.repeats)
+    _check_divides(layers, m.num_moe_layers, "pipeline × repeats", stages * parallel.repeats)
     check(
         parallel.repeats == 1 or parallel.num_microbatches >= stages,
         f"num_microbatches={parallel.num_microbatches} must be at least the pipeline's {stages} stages "

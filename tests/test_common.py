@@ -1,4 +1,5 @@
 import ctypes
+import importlib
 import re
 import subprocess
 import sys
@@ -351,6 +352,14 @@ def test_a_script_works_from_any_folder(tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "plot_load.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.startswith("Draws how evenly")
+
+
+@pytest.mark.parametrize("alias", loading.ALIASES)
+def test_names_of_other_programs_lead_to_flags_and_fields(alias):
+    known = {*FLAGS, *(path[2:] for path in common.field_paths())}
+    for script in SCRIPTS:
+        known |= set(importlib.import_module({"profile": "trace_report"}.get(script, script)).FLAGS)
+    assert set(loading.ALIASES[alias]) <= known
 
 
 def test_flags_of_scripts_are_apart():

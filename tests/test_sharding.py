@@ -79,47 +79,47 @@ def wrong(message, sizes=(1, 1, 1), *, model=None, dispatch=None, parallel=None,
 
 WRONG = [
     wrong(
-        "num_experts=6 must be a multiple of expert axes expert×tensor = 4; with num_experts=6 use one of 1, 2, 3, 6",
+        "num_experts=6 must be a multiple of expert × tensor = 4; try num_experts=8, or expert × tensor = 1, 2 or 3",
         (2, 1, 2), model={"num_experts": 6},
     ),
     wrong(
-        "num_experts=6 must be a multiple of expert axes expert = 4; with num_experts=6 use one of 1, 2, 3, 6",
+        "num_experts=6 must be a multiple of expert = 4; try num_experts=8, or expert = 1, 2 or 3",
         (4, 1, 1), model={"num_experts": 6}, dispatch={"expert_axes": ("expert",)},
     ),
     wrong(
-        "num_heads=6 must be a multiple of tensor axis 4; with num_heads=6 use one of 1, 2, 3, 6",
+        "num_heads=6 must be a multiple of tensor = 4; try num_heads=8, or tensor = 1, 2 or 3",
         (1, 1, 4), model={"num_heads": 6},
     ),
     wrong(
-        "num_kv_heads=2 must be a multiple of tensor axis 4; with num_kv_heads=2 use one of 1, 2",
+        "num_kv_heads=2 must be a multiple of tensor = 4; try num_kv_heads=4, or tensor = 1 or 2",
         (1, 1, 4),
     ),
     wrong(
-        "d_model=36 must be a multiple of expert axis 8; with d_model=36 use one of 1, 2, 3, 4, 6, 9, 12, 18, 36",
+        "d_model=36 must be a multiple of expert = 8; try d_model=40, or expert = 1, 2, 3, 4 or 6",
         (8, 1, 1), model={"d_model": 36},
     ),
     wrong(
-        "d_ff=9 must be a multiple of tensor axis 2; with d_ff=9 use one of 1, 3, 9",
+        "d_ff=9 must be a multiple of tensor = 2; try d_ff=10, or tensor = 1",
         (1, 1, 2), model={"d_ff": 9}, dispatch={"expert_axes": ("expert",)},
     ),
     wrong(
-        "d_model=36 must be a multiple of expert × tensor axes 8; with d_model=36 use one of 1, 2, 3, 4, 6, 9,",
+        "d_model=36 must be a multiple of expert × tensor = 8; try d_model=40, or expert × tensor = 1, 2, 3, 4 or 6",
         (4, 1, 2), model={"d_model": 36, "shared_d_ff": 8},
     ),
     wrong(
-        "d_model=36 must be a multiple of expert × pipeline × tensor axes 8; with d_model=36 use one of 1, 2, 3, 4, 6,",
+        "d_model=36 must be a multiple of expert × pipeline × tensor = 8; try d_model=40, or",
         (4, 2, 1), model={"d_model": 36, "num_layers": 5, "num_dense_layers": 1, "dense_d_ff": 8},
     ),
     wrong(
-        "vocab_size=250 must be a multiple of pipeline × tensor axes 4; with vocab_size=250 use one of 1, 2, 5, 10, 25",
+        "vocab_size=250 must be a multiple of pipeline × tensor = 4; try vocab_size=252, or pipeline × tensor = 1 or 2",
         (1, 2, 2), model={"vocab_size": 250},
     ),
     wrong(
-        "num_layers=4 must be a multiple of pipeline stages × repeats 8; with num_layers=4 use one of 1, 2, 4",
+        "num_layers=4 must be a multiple of pipeline × repeats = 8; try num_layers=8, or pipeline × repeats = 1, 2 or",
         (1, 4, 1), parallel={"repeats": 2, "num_microbatches": 4},
     ),
     wrong(
-        "num_layers - num_dense_layers=3 must be a multiple of pipeline stages × repeats 2; with",
+        "num_layers - num_dense_layers=3 must be a multiple of pipeline × repeats = 2; try",
         (1, 2, 1), model={"num_dense_layers": 1, "dense_d_ff": 8},
     ),
     wrong(

@@ -1,0 +1,68 @@
+"""What a newcomer types wrong, and the one line that says what would be right: also the table of those lines."""
+
+import pytest
+from scripts import run_script
+
+CASES = [
+    # Flags of other programs, and flags misspelled.
+    ("train --lr=1e-4", "--lr does not exist; did you mean --config.optimizer.learning_rate? --help lists all"),
+    ("train --steps 20", "--steps does not exist; did you mean --config.steps? --help lists all"),
+    ("train --batch-size=8", "--batch-size does not exist; did you mean --config.data.batch_size? --help lists all"),
+    ("train --epochs=3", "--epochs does not exist; did you mean --config.steps? --help lists all"),
+    (
+        "train --layers=8",
+        "--layers does not exist; did you mean --config.model.num_layers or --config.model.num_dense_layers? "
+        "--help lists all",
+    ),
+    ("train --model=small", "--model does not exist; did you mean --config? --help lists all"),
+    ("train -gpus=8", "--gpus does not exist; did you mean --mesh? --help lists all"),
+    ("train --tokeniser=bpe", "--tokeniser does not exist; did you mean --tokenizer? --help lists all"),
+    ("plan --config=tiny", "--config does not exist; did you mean --model? --help lists all"),
+    # Flags without their dashes or their value.
+    (
+        "train --config steps=20",
+        "--config=steps=20 does not exist; did you mean --config.steps=20? use one of load_balance, mixed, ",
+    ),
+    ("train steps=20", "argument steps=20 is no flag; did you mean --config.steps=20? flags start with --"),
+    ("train small", "argument small is no flag; did you mean --config=small? flags start with --"),
+    ("train --config.steps", "--config.steps needs a value; write --config.steps=VALUE"),
+    # Names.
+    ("train --config=tinny", "--config=tinny does not exist; did you mean tiny? use one of "),
+    ("train --mesh=cpu16", "--mesh=cpu16 does not exist; did you mean cpu_16? use one of "),
+    ("train --config=mine.py", "mine.py does not exist; use a Python file with get_config() -> TrainConfig"),
+    # Values.
+    ("train --config.steps=1e3", "--config.steps='1e3' must be a whole number (int)"),
+    (
+        "train --config.model.dtype=bf16",
+        "--config.model.dtype='bf16' must be one of float32, bfloat16, float16; did you mean bfloat16?",
+    ),
+    ("train --config.model.num_heads=3", "--config.model.num_heads=3 must be a multiple of num_kv_heads=2"),
+    (
+        "train --config.model.num_experts=15",
+        "--config.model.num_experts=15 must be a multiple of expert × tensor = 8; "
+        "try num_experts=16, or expert × tensor = 1, 3 or 5",
+    ),
+    (
+        "train --config.data.batch_size=12",
+        "--config.data.batch_size=12 must be a multiple of 8 = expert 4 × num_microbatches 2; try 8",
+    ),
+    (
+        "train --config.data.seq_len=20000",
+        "--config.data.seq_len=20000 must be at most model.max_seq_len=10240",
+    ),
+    ("plan --seq_len=1k", "--seq_len=1k: '1k' must be a positive whole number"),
+    # Outputs.
+    ("plan --json=no/plan.json", "--json=no/plan.json is in a folder that does not exist; make no first"),
+    ("plan --mode=decode --out=plan.py", "--out=plan.py is for train.py; use it with --mode=train, not decode"),
+    ("memory --out=memory.txt", "--out=memory.txt must end in .png, .svg, .pdf"),
+]
+
+
+@pytest.mark.parametrize(("command", "line"), CASES, ids=[command for command, _ in CASES])
+def test_a_wrong_input_is_one_line_and_nothing_is_written(command, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_script(*command.split(), status=2)
+    assert done.error.startswith(line)
+    assert done.error == line or line.endswith((" ", ", "))
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
