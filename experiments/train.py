@@ -37,11 +37,10 @@ FLAGS = common.ConfigFlags(
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Steps to trace, first:end; 10:13 is 10, 11 and 12.", flag_values=FLAGS
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = FLAGS.define_output(
     "workdir",
-    None,
     "Where checkpoints and metrics go; an existing run is resumed. Default: a new folder in runs/.",
-    flag_values=FLAGS,
+    folder=True,
 )
 
 
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
     profiled = range(0) if _PROFILE_STEPS.value is None else parse_steps(_PROFILE_STEPS.value, config.steps)
     FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
-    workdir = Path(_WORKDIR.value or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    workdir = _WORKDIR.value or loading.check_folder(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     console = make_console()
     console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}")
     meshes = [bucket.mesh for bucket in buckets] or [mesh_config]

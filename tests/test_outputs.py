@@ -90,7 +90,9 @@ def test_every_script_refuses_its_output_first(script, flag, monkeypatch):
     assert error == f"--{flag}=no/x{suffix} is in a folder that does not exist; make no first"
 
 
-@pytest.mark.parametrize(("script", "flag"), [("load_balance", "workdir"), ("overlap", "text"), ("profile", "out")])
+@pytest.mark.parametrize(
+    ("script", "flag"), [("load_balance", "workdir"), ("overlap", "text"), ("profile", "out"), ("train", "workdir")]
+)
 def test_every_script_refuses_its_folder_first(script, flag):
     assert run_script(script, f"--{flag}=file/x", status=2).error.startswith(f"--{flag}=file/x cannot be a folder (")
 
