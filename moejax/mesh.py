@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
@@ -196,7 +197,9 @@ def _check_hardware(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
         if found == "cpu":
             extra = "tpu" if config.platform == "tpu" else "cuda"
             plugin = "the ROCm plugin of JAX" if config.hardware.startswith("mi") else f'pip install -e ".[{extra}]"'
-            fix = f"install JAX for it ({plugin}), or use --mesh.hardware=cpu"
+            forced = os.environ.get("JAX_PLATFORMS")
+            first = f"unset JAX_PLATFORMS={forced}" if forced else f"install JAX for it ({plugin})"
+            fix = f"{first}, or use --mesh.hardware=cpu"
         else:
             have += f" ({device.device_kind})"
             fix = f"use --mesh.hardware={name or 'custom'}, or --mesh=local for the devices of this machine"

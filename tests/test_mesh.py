@@ -195,7 +195,8 @@ def test_the_local_mesh_of_a_cpu_is_what_jax_has_of_it():
         ("tpu_v4", ("tpu", "TPU v5 lite"), "use --mesh.hardware=tpu_v5e, or"),
     ],
 )
-def test_hardware_that_is_not_there_is_refused(hardware, described, expected, fake_devices):
+def test_hardware_that_is_not_there_is_refused(hardware, described, expected, fake_devices, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     with pytest.raises(ConfigError) as error:
         build_mesh(MeshConfig(expert=8, hardware=hardware), fake_devices(1, 8, *described))
     message = str(error.value)
@@ -204,8 +205,11 @@ def test_hardware_that_is_not_there_is_refused(hardware, described, expected, fa
     assert "\n" not in message
 
 
-def test_the_real_devices_are_compared_too():
-    with pytest.raises(ConfigError, match=r"hardware=h100 is not what JAX found, 16 cpu devices; install"):
+def test_the_real_devices_are_compared_too(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(
+        ConfigError, match=r"is not what JAX found, 16 cpu devices; unset JAX_PLATFORMS=cpu, or"
+    ):
         build_mesh(MeshConfig(expert=16, hardware="h100"))
 
 
