@@ -346,6 +346,9 @@ class DataConfig:
     block_steps: int = 16  # steps in a row on one mesh, where a plan has several
 
     def __post_init__(self) -> None:
+        check(
+            not isinstance(self.paths, str), f"paths={self.paths!r} must be a tuple of paths; write ({self.paths!r},)"
+        )
         _check_positive(self, "seq_len", "batch_size", "block_steps")
         check(
             self.tokenizer_vocab_size > 256,

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import io
 import math
+import os
 import textwrap
 import tokenize
 import types
@@ -117,6 +118,8 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         return _parse_optional(text, arguments, path)
     if origin is tuple:
         item = arguments[0]
+        if item is str and os.path.exists(os.path.expanduser(text)):  # commas and spaces may belong to its name
+            return (text,)
         parts = [part.strip() for part in text.split(",")] if text.strip() else []
         return tuple(_parse(part, item, path) for part in parts)
     if origin is Literal:

@@ -43,11 +43,15 @@ class Data:
         return hash_documents((tokenizer, *self.train_documents))
 
 
-def load_data(config: DataConfig, cache_dir: str | os.PathLike[str] | None = None) -> Data:
+def load_data(
+    config: DataConfig,
+    cache_dir: str | os.PathLike[str] | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+) -> Data:
     """Reads `config.paths`, splits the documents and makes the tokenizer, from those to train on alone.
 
     Raises:
       ConfigError: as `load_corpus`, `split_documents` and `make_tokenizer`.
     """
-    train_documents, eval_documents = split_documents(load_corpus(config.paths), config.eval_fraction)
+    train_documents, eval_documents = split_documents(load_corpus(config.paths, workdir), config.eval_fraction)
     return Data(make_tokenizer(config, train_documents, cache_dir), train_documents, eval_documents)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import logging
 import math
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
-from moejax.config import ConfigError, check
+from moejax.config import check
+from moejax.data.finding import Finder, Found, identify
+from moejax.data.formats import NotTextError, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -27,38 +29,44 @@ class Document:
     text: str
 
 
-def load_corpus(paths: Sequence[str] = ()) -> list[Document]:
+def load_corpus(paths: Sequence[str] = (), workdir: str | os.PathLike[str] | None = None) -> list[Document]:
     """Reads every document that `paths` name, in the order of `paths` and by name within each.
 
-    A path is a text file, a glob (`**` crosses folders) or a folder, which is read recursively, without hidden files
-    and folders or links to folders. What is empty or not UTF-8 text is passed over in folders and globs, with one log
-    line that counts it. A file that two paths reach is read once, so that it cannot end on both sides of the split. No
+    A path is a text file, a folder or a glob (`**` crosses folders), and what exists under exactly this name comes
+    before a glob. Folders are read recursively, without hidden files and folders or links to folders; neither does `**`
+    follow such links. A file that two names reach is read once, so that it cannot end on both sides of the split. No
     paths means the installed Python's standard library without its tests, about 12 MB.
+
+    A file in a folder or glob that is not plain text (see `moejax.data.formats.read_text`) is passed over, and so is
+    all that is in the work directory of a run (`workdir`, and any folder with a `run.json` and `checkpoints`) or in a
+    Hugging Face dataset. One log line counts them by reason.
 
     A document's name is its path from the folder's or glob's own root on: moving a corpus leaves its split as it is.
 
     Raises:
-      ConfigError: a path does not exist or matches nothing; a file named itself is empty, unreadable or not text; the
-        paths together hold no text.
+      ConfigError: a path does not exist or matches nothing; a file or folder that a path names is not plain text or
+        cannot be read; the paths together hold no text.
     """
+    finder = Finder(workdir)
+    found = chain.from_iterable(finder.find(os.fspath(path)) for path in paths) if paths else _find_library(finder)
     documents: list[Document] = []
-    read: set[Path] = set()
-    passed_over: set[Path] = set()
-    for name, file, named_itself in _find_all(paths):
-        if (resolved := file.resolve()) in read:
+    read: set[object] = set()
+    for name, file, named_itself in found:
+        if (identity := identify(file)) in read:
             continue
         try:
-            documents.append(Document(name, _read_text(file)))
-            read.add(resolved)
-        except ValueError as error:  # includes UnicodeDecodeError
-            check(not named_itself, f"paths={str(file)!r} {error}; name a non-empty UTF-8 text file")
-            passed_over.add(resolved)
-    if passed_over and paths:  # the standard library's empty __init__.py are no news
-        total = len(read) + len(passed_over)
-        _log.warning("passed over %d of %d files: empty, unreadable or not UTF-8 text", len(passed_over), total)
+            documents.append(Document(name, read_text(file)))
+            read.add(identity)
+        except NotTextError as error:
+            check(not named_itself, f"paths={str(file)!r} {error}")
+            finder.pass_over(file, name, error.kind)
+    passed_over = finder.describe()
+    if passed_over and paths and documents:  # the standard library's empty __init__.py are no news
+        _log.warning("read %d text files; passed over %s", len(documents), passed_over)
     check(
         bool(documents),
-        f"paths={tuple(paths)!r} hold no text; name UTF-8 text files, or folders or globs that have some",
+        f"paths={tuple(paths)!r} hold no text; name UTF-8 text files, or folders or globs that have some"
+        + (f" (passed over {passed_over})" if passed_over else ""),
     )
     return documents
 
@@ -113,57 +121,6 @@ def _split_text(document: Document, eval_fraction: float) -> tuple[tuple[Documen
     return (Document(document.name, text[:cut]),), (Document(document.name, text[cut:]),)
 
 
-def _find_all(paths: Sequence[str]) -> Iterator[tuple[str, Path, bool]]:
-    """Yields (document name, file, whether a path named exactly this file)."""
-    if not paths:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        for name, file in _walk(root, left_out=_NOT_LIBRARY):
-            if name.endswith(".py"):
-                yield name, file, False
-    for path in paths:
-        expanded = Path(path).expanduser()
-        if expanded.is_dir():
-            for name, file in _walk(expanded):
-                yield f"{expanded.resolve().name}/{name}", file, False
-        elif expanded.exists():
-            yield expanded.name, expanded, True
-        elif glob.has_magic(path):
-            yield from _find_glob(path)
-        else:
-            raise ConfigError(f"paths={path!r} does not exist; name a text file, a folder or a glob")
-
-
-def _walk(root: Path, left_out: Set[str] = frozenset()) -> list[tuple[str, Path]]:
-    """(Name relative to `root`, file) by name, without hidden ones and the folders called as in `left_out`."""
-    found: list[tuple[str, Path]] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
-        visible = (Path(folder, name) for name in files if not name.startswith("."))
-        found += [(file.relative_to(root).as_posix(), file) for file in visible if file.is_file()]
-    return sorted(found)
-
-
-def _find_glob(path: str) -> Iterator[tuple[str, Path, bool]]:
-    pattern = Path(path).expanduser()
-    depth = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    root = Path(*pattern.parts[:depth])
-    files = [file for match in sorted(glob.glob(str(pattern), recursive=True)) if (file := Path(match)).is_file()]
-    check(bool(files), f"paths={path!r} matches no file; name a text file, a folder or a glob that matches some")
-    for file in files:
-        yield file.relative_to(root).as_posix(), file, False
-
-
-def _read_text(file: Path) -> str:
-    """The exact text, line ends included; ValueError says why there is none."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
-    if not data:
-        raise ValueError("is empty")
-    if b"\0" in data:
-        raise ValueError("is binary (it has a NUL byte)")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 (byte {error.start})") from error
+def _find_library(finder: Finder) -> Iterator[Found]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return (Found(name, file) for name, file in finder.walk(root, left_out=_NOT_LIBRARY) if name.endswith(".py"))

@@ -108,9 +108,7 @@ class BpeTokenizer:
         self.fingerprint: str = fingerprint.hexdigest()
         tokenizer.add_special_tokens([token])  # where it was an ordinary one, decoding would show it
         tokenizer.encode_special_tokens = True  # or a text that mentions the separator would be cut by it
-        number = tokenizer.token_to_id(token)
-        assert number is not None  # it has just been added
-        self.separator = number
+        self.separator = tokenizer.get_vocab(with_added_tokens=True)[token]
         self.vocab_size: int = _count_ids(tokenizer)
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.int32
         self._bytes_V = self._count_bytes()

@@ -65,7 +65,7 @@ class Trainer:
         self.program = self.train_step.program
         self._progress = Progress(config.steps)
         with self._progress as progress, Signals(progress.say), progress.waiting("reading the text and its tokenizer"):
-            self.data: Data = load_data(config.data)
+            self.data: Data = load_data(config.data, workdir=self.workdir)
         check(
             self.data.tokenizer.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
