@@ -13,7 +13,7 @@ def get_config() -> TrainConfig:
         balance=BalanceConfig.suited_to(model),
         data=DataConfig(seq_len=256, batch_size=8),
         parallel=ParallelConfig(num_microbatches=1),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),  # as the recorded table was trained
         checkpoint=CheckpointConfig(every=1000, keep=1),
         steps=150,
         eval_every=150,
