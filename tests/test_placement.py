@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moejax.balance.placement import place_experts
@@ -61,6 +61,40 @@ def test_copies_are_on_different_devices(problem):
     for layer, expert_S in enumerate(placement.expert_of_slot_LS):
         apart = all(len(set(row)) == len(row) for row in expert_S.reshape(devices, -1))
         assert apart or slots > load_LE.shape[1] * devices // hosts or after_L[layer] == pytest.approx(before_L[layer])
+
+
+def best_apart(load_E, devices, size):
+    """The least load of the busiest device, by trying all placements without an expert twice on a device."""
+    rows = list(itertools.combinations(range(len(load_E)), size))
+    found = np.inf
+    for placed in itertools.combinations_with_replacement(rows, devices):
+        copies_E = np.bincount(np.ravel(placed), minlength=len(load_E))
+        if copies_E.min() > 0:
+            found = min(found, (load_E / copies_E)[np.asarray(placed)].sum(1).max())
+    return found
+
+
+@st.composite
+def small_problems(draw):
+    """(load_E, devices, slots of a device), which an expert need not be in twice."""
+    devices, experts = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    size = draw(st.integers(-(-experts // devices), experts))
+    loads = st.integers(0, 8).map(float) | st.floats(0.1, 100)
+    load_E = draw(st.lists(loads, min_size=experts, max_size=experts).filter(any))
+    return np.asarray(load_E), devices, size
+
+
+@settings(max_examples=300)
+@given(small_problems())
+@example((np.array([0.0, 4.0, 2.0, 3.0]), 2, 3))
+@example((np.array([5.0, 0.0, 4.0, 1.0, 0.0, 5.0]), 3, 4))
+def test_no_expert_is_twice_on_a_device_where_that_is_no_worse_than_experts_in_a_row(problem):
+    load_E, devices, size = problem
+    placement = place_experts(load_E[None], devices * size, devices)
+    in_a_row = placement.device_load_before_LD.max() * (1 + 1e-9)
+    assert placement.device_load_LD.max() <= in_a_row
+    apart = all(len(set(row)) == size for row in placement.expert_of_slot_LS[0].reshape(devices, -1))
+    assert apart or best_apart(load_E, devices, size) > in_a_row
 
 
 @given(problems())

@@ -10,11 +10,14 @@ Dimensions: L layers, E experts, S slots (physical experts), D devices, H hosts,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from moejax.config import check
+
+_STARTS = 10  # of the search for a placement no worse than experts in a row; small cases need two at most
 
 
 class Placement(NamedTuple):
@@ -165,14 +168,72 @@ def _swap(items_BN: np.ndarray, load_N: np.ndarray, expert_N: np.ndarray) -> boo
 
 
 def _unless_worse(experts_DC: np.ndarray, load_E: np.ndarray, num_hosts: int) -> np.ndarray:
-    """This placement, or if its busiest device has more to do than with experts in a row, those, with copies beside."""
+    """Returns this placement, or if its busiest device has more to do than with experts in a row, one that has not.
+
+    That is searched for from this placement, then from experts in a row with others beside them, drawn at random. If
+    none is found, experts in a row get their own copies beside them.
+    """
     num_devices, size = experts_DC.shape
-    copies_E = np.bincount(experts_DC.reshape(-1), minlength=len(load_E))
     home_E = _home(len(load_E), num_devices, num_hosts)
-    in_a_row = max(load_E[home_E == d].sum() for d in range(num_devices))
-    if (load_E / copies_E)[experts_DC].sum(1).max() <= in_a_row * (1 + 1e-12):
+    own = [np.flatnonzero(home_E == d) for d in range(num_devices)]
+    limit = max(load_E[experts].sum() for experts in own) * (1 + 1e-12)
+    if _device_loads(experts_DC, load_E).max() <= limit:
         return experts_DC
-    return np.stack([np.resize(np.flatnonzero(home_E == d), size) for d in range(num_devices)])
+    per_host = num_devices // num_hosts
+    in_host = [np.concatenate(own[d - d % per_host :][:per_host]) for d in range(num_devices)]
+    rng = np.random.default_rng(0)
+    for _ in range(_STARTS if size <= min(map(len, in_host)) else 0):
+        found = _apart_within(limit, experts_DC, load_E, num_hosts)
+        if found is not None:
+            return found
+        beside = [rng.permutation(np.setdiff1d(in_host[d], own[d]))[: size - len(own[d])] for d in range(num_devices)]
+        experts_DC = np.stack([np.concatenate(pair) for pair in zip(own, beside, strict=True)])
+    return np.stack([np.resize(experts, size) for experts in own])
+
+
+def _device_loads(experts_DC: np.ndarray, load_E: np.ndarray) -> np.ndarray:
+    copies_E = np.bincount(experts_DC.reshape(-1), minlength=len(load_E))
+    return (load_E / np.maximum(copies_E, 1))[experts_DC].sum(1)
+
+
+def _apart_within(limit: float, experts_DC: np.ndarray, load_E: np.ndarray, num_hosts: int) -> np.ndarray | None:
+    """Takes the best move again and again; returns where it leads, None if that is above the limit or has repeats."""
+
+    def score(experts_DC: np.ndarray) -> tuple[float, ...]:
+        ordered_DC = np.sort(experts_DC, 1)
+        repeats = int((ordered_DC[:, 1:] == ordered_DC[:, :-1]).sum())
+        return repeats, *np.sort(_device_loads(experts_DC, load_E))[::-1]
+
+    best = score(experts_DC)
+    while best[0] > 0 or best[1] > limit:
+        scores = [(score(moved_DC), n, moved_DC) for n, moved_DC in enumerate(_moves(experts_DC, load_E, num_hosts))]
+        found = min(scores, default=(best,))
+        if found[0] >= best:
+            return None
+        best, _, experts_DC = found
+    return experts_DC
+
+
+def _moves(experts_DC: np.ndarray, load_E: np.ndarray, num_hosts: int) -> Iterator[np.ndarray]:
+    """Yields placements that differ in an expert of the busiest device: changed, exchanged or copied to another one."""
+    copies_E = np.bincount(experts_DC.reshape(-1), minlength=len(load_E))
+    busiest = int(np.argmax(_device_loads(experts_DC, load_E)))
+    per_host = len(experts_DC) // num_hosts
+    first = busiest - busiest % per_host
+    host = range(first, first + per_host)
+    for d in host:
+        wanted = np.unique(experts_DC[first : first + per_host]) if d == busiest else experts_DC[busiest]
+        for slot, expert in enumerate(experts_DC[d]):
+            for other in np.setdiff1d(wanted, experts_DC[d]):
+                if copies_E[expert] > 1:
+                    moved_DC = experts_DC.copy()
+                    moved_DC[d, slot] = other
+                    yield moved_DC
+                for o, other_slot in np.argwhere(experts_DC == other) if d == busiest else ():
+                    if expert not in experts_DC[o]:
+                        moved_DC = experts_DC.copy()
+                        moved_DC[d, slot], moved_DC[o, other_slot] = other, expert
+                        yield moved_DC
 
 
 def _inverse(slots_LS: np.ndarray, copies_LE: np.ndarray) -> np.ndarray:
