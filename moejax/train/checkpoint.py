@@ -17,14 +17,16 @@ Layer parameters are stacked as [repeats, stages, layers_per_chunk, ...]; the la
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
+import errno
 import json
 import math
 import os
 import pathlib
+import re
+import shutil
 import time
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,15 +38,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from moejax import strict_json
+from moejax.config import make_folder
 from moejax.sharding import NUM_STACK_DIMS
+from moejax.train.checksums import abridged, find_damage, write_checksums
+from moejax.train.orbax_workarounds import errors_told_once, full_disk_error, readable_path, reason
 from moejax.train.reshard import restack, restackable
 
-STATE, DATA, METADATA, CHECKSUMS = "state", "data", "metadata", "checksums.json"
-_NOT_SUMMED = (
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-)  # Orbax rewrites them as it commits; nothing here reads them
-_MAX_NAMES_IN_ERROR = 8
+STATE, DATA, METADATA = "state", "data", "metadata"
 
 PyTree = Any
 
@@ -59,22 +59,30 @@ class Checkpointer:
     In a run of several processes, every process makes one on the same shared directory and makes the same calls.
 
     Args:
-      directory: where the checkpoints are; made if it is not there. What a killed save left behind is removed.
+      directory: where the checkpoints are, under any name; made if it is not there. What a killed save left behind is
+        removed.
       keep: how many of the newest checkpoints stay. An older one is removed only after a newer one is whole.
       every: steps between checkpoints; see `due`.
+
+    Raises:
+      ConfigError: the directory cannot be made, or has a name that cannot be used.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int, every: int) -> None:
         for name, value in (("keep", keep), ("every", every)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = make_folder("directory", pathlib.Path(directory).absolute())
         self.every = every
         self._current: int | None = None  # the step last saved or restored
         self._saving: int | None = None  # the step last begun
+        self._full_disk: OSError | None = None  # met by the save last begun; the next call raises it
         self._problems: dict[int, str | None] = {}  # by step, of those checked: how it is damaged, None if it isn't
+        self._open_for_orbax = contextlib.ExitStack()
+        self._path = self._open_for_orbax.enter_context(readable_path(self.directory))
+        self._open_for_orbax.enter_context(errors_told_once())
         self._manager: ocp.CheckpointManager | None = ocp.CheckpointManager(
-            self.directory,
+            self._path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
@@ -89,7 +97,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint (not checked for damage), oldest first."""
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch("[0-9]+", path.name))
 
     def save(self, step: int, state: PyTree, data_iterator: Any = None, *, metadata: Mapping[str, Any]) -> bool:
         """Writes a checkpoint of `step`; returns once the values are copied, and writes files in the background.
@@ -106,7 +114,7 @@ class Checkpointer:
           Whether a checkpoint is being written; False if it is there already.
 
         Raises:
-          CheckpointError: if the save before this one failed in the background.
+          CheckpointError: if the save before this one failed in the background. Call again to try this one.
           ValueError: if the step is not new.
           TypeError: if JSON cannot hold the metadata.
         """
@@ -124,9 +132,13 @@ class Checkpointer:
         items = {STATE: ocp.args.PyTreeSave(_by_name(state)), METADATA: ocp.args.JsonSave(dict(metadata))}
         if data_iterator is not None:
             items[DATA] = grain_checkpoint.CheckpointSave(data_iterator)
-        self._saving = step
-        self._open().save(step, args=ocp.args.Composite(**items), force=True)
-        self._current = step
+        self._saving = self._current = step
+        # Process 0 looks for all, or they could do different things.
+        error = full_disk_error(self.directory) if jax.process_index() == 0 else None
+        if multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
+            self._full_disk = error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            self._open().save(step, args=ocp.args.Composite(**items), force=True)
         return True
 
     def read_metadata(self, step: int | None = None) -> dict[str, Any] | None:
@@ -170,12 +182,14 @@ class Checkpointer:
         step = self._choose(step)
         if step is None:
             return None
-        directory = self.directory / str(step)
-        state = _restore_state(directory / STATE, template_state, fresh)
+        path = self._path / str(step)
+        state = _restore_state(path / STATE, template_state, fresh, shown=self._directory_of(step))
         if data_iterator is not None:
-            if not (directory / DATA).exists():
-                raise CheckpointError(f"{directory} was saved without a data iterator; restore it without one")
-            grain_checkpoint.CheckpointHandler().restore(directory / DATA, data_iterator)
+            if not (path / DATA).exists():
+                raise CheckpointError(
+                    f"{self._directory_of(step)} was saved without a data iterator; restore it without one"
+                )
+            grain_checkpoint.CheckpointHandler().restore(path / DATA, data_iterator)
         self._current = step
         return state, step, self._metadata_of(step)
 
@@ -183,15 +197,10 @@ class Checkpointer:
         """Waits until the save in the background, if any, is done.
 
         Raises:
-          CheckpointError: if it failed.
+          CheckpointError: if it failed. What was written of it is removed, and the checkpoints before are there.
         """
-        try:
-            self._open().wait_until_finished()
-        except Exception as error:
-            self._current = None
-            raise CheckpointError(
-                f"writing the checkpoint of step {self._saving} in {self.directory} failed: {error}"
-            ) from error
+        manager = self._open()
+        self._raise_failure(manager.wait_until_finished, manager.check_for_errors)
 
     def close(self) -> None:
         """Waits and frees the threads; harmless when called again.
@@ -201,11 +210,12 @@ class Checkpointer:
         """
         if self._manager is None:
             return
+        manager, resources = self._manager, self._open_for_orbax
         try:
-            self.wait()
+            self._raise_failure(manager.wait_until_finished, manager.check_for_errors, manager.close)
         finally:
-            self._manager.close()
             self._manager = None
+            resources.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -213,10 +223,36 @@ class Checkpointer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _directory_of(self, step: int | None) -> pathlib.Path:
+        return self.directory / str(step)
+
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             raise CheckpointError(f"the Checkpointer of {self.directory} is closed; make a new one")
         return self._manager
+
+    def _raise_failure(self, *finish: Callable[[], None]) -> None:
+        """Calls each, for Orbax raises one error in several of them; raises the first, when what failed is cleared."""
+        errors: list[Exception] = [self._full_disk] if self._full_disk else []
+        self._full_disk = None
+        for call in finish:
+            try:
+                call()
+            except Exception as error:
+                errors.append(error)
+        if not errors:
+            return
+        path = self._directory_of(self._saving)
+        if not path.exists():  # else it is whole, and removing an older one failed
+            self._current = None
+        if jax.process_index() == 0:
+            for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                # Orbax's other threads may still write there; what they leave, the next start removes.
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self._open().reload()  # it has counted out what it was about to remove
+        raise CheckpointError(
+            f"writing the checkpoint of step {self._saving} failed: {reason(errors[0])}: {path}"
+        ) from errors[0]
 
     def _before_commit(self) -> None:
         """Runs in the background, on process 0, when every file of every process is written but before the rename."""
@@ -224,7 +260,7 @@ class Checkpointer:
         write_checksums(unfinished)
 
     def _metadata_of(self, step: int) -> dict[str, Any]:
-        return json.loads((self.directory / str(step) / METADATA / "metadata").read_text())
+        return json.loads((self._directory_of(step) / METADATA / "metadata").read_text())
 
     def _choose(self, step: int | None) -> int | None:
         """Returns `step` or the newest that is undamaged; None if there is no checkpoint. Warns of each passed over."""
@@ -249,7 +285,7 @@ class Checkpointer:
         """Returns how the checkpoint is damaged, None if it isn't; reads the files, and warns, only once."""
         if step not in self._problems:
             # One process reads and judges, or they could choose different steps.
-            problem = find_damage(self.directory / str(step)) if jax.process_index() == 0 else None
+            problem = find_damage(self._directory_of(step)) if jax.process_index() == 0 else None
             damaged = bool(multihost_utils.broadcast_one_to_all(np.int32(problem is not None)))
             self._problems[step] = problem = (problem or "process 0 says how") if damaged else None
             if damaged:
@@ -266,58 +302,9 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             for step in damaged:
-                (self.directory / str(step)).rename(self.directory / f"damaged-{step}-{time.time_ns()}")
+                self._directory_of(step).rename(self.directory / f"damaged-{step}-{time.time_ns()}")
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._open().reload()
-
-
-def write_checksums(directory: pathlib.Path) -> None:
-    """Writes `checksums.json` for all files under `directory`; atomic only with the rename of `directory` itself."""
-    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
-    names = [name for name in names if name not in (*_NOT_SUMMED, CHECKSUMS)]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        sums = pool.map(_size_and_crc, (directory / name for name in names))
-        files = strict_json.dumps(dict(zip(names, sums, strict=True)), indent=1)
-    with (directory / CHECKSUMS).open("w", encoding="utf-8") as file:
-        # Its own checksum comes first, so that damage to this file is not blamed on another.
-        file.write(f"{zlib.crc32(files.encode()):08x}\n{files}")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def find_damage(directory: pathlib.Path) -> str | None:
-    """Says in what way the files of a checkpoint differ from those that were written; None if in none."""
-    try:
-        crc, _, content = (directory / CHECKSUMS).read_bytes().partition(b"\n")
-    except OSError as error:
-        return f"{CHECKSUMS} cannot be read: {error}"
-    if crc != b"%08x" % zlib.crc32(content):
-        return f"{CHECKSUMS} has changed"
-    files = json.loads(content)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        problems = list(pool.map(lambda name: _file_damage(directory / name, *files[name]), files))
-    found = [f"{name} {problem}" for name, problem in zip(files, problems, strict=True) if problem]
-    return _abridged(found) if found else None
-
-
-def _file_damage(path: pathlib.Path, size: int, crc: int) -> str | None:
-    try:
-        actual_size, actual_crc = _size_and_crc(path)
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read: {error}"
-    if actual_size != size:
-        return f"has {actual_size} bytes instead of {size}"
-    return None if actual_crc == crc else f"has changed: CRC-32 {actual_crc:08x} instead of {crc:08x}"
-
-
-def _size_and_crc(path: pathlib.Path) -> tuple[int, int]:
-    size, crc = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc
 
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
@@ -329,13 +316,7 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
     return named
 
 
-def _abridged(lines: Iterable[str]) -> str:
-    lines = list(lines)
-    more = len(lines) - _MAX_NAMES_IN_ERROR
-    return ", ".join(lines[:_MAX_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
-
-
-def _restore_state(directory: pathlib.Path, template: PyTree, fresh: Sequence[str]) -> PyTree:
+def _restore_state(directory: pathlib.Path, template: PyTree, fresh: Sequence[str], shown: pathlib.Path) -> PyTree:
     def restored_not_fresh(named: Mapping[str, Any]) -> dict[str, Any]:
         return {name: leaf for name, leaf in named.items() if name.split(".")[0] not in fresh}
 
@@ -345,7 +326,7 @@ def _restore_state(directory: pathlib.Path, template: PyTree, fresh: Sequence[st
         if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
             raise ValueError(f"template_state's {name}={leaf} must have a NamedSharding on the current mesh")
     stored = restored_not_fresh(ocp.PyTreeCheckpointHandler().metadata(directory).tree)
-    _check_same_leaves(directory, stored, wanted)
+    _check_same_leaves(shown, stored, wanted)
     restacked = [name for name in wanted if tuple(stored[name].shape) != wanted[name].shape]
     restored = _read(directory, {name: leaf.sharding for name, leaf in wanted.items() if name not in set(restacked)})
     # One at a time: a leaf may be less sharded as it is stored than as it is wanted.
@@ -369,7 +350,7 @@ def _check_same_leaves(directory: pathlib.Path, stored: Mapping[str, Any], wante
             problems.append(f"{name} is stored as {stored[name].dtype} but wanted as {wanted[name].dtype}")
     if problems:
         raise CheckpointError(
-            f"{directory} holds another state than wanted: {_abridged(problems)}; "
+            f"{directory} holds another state than wanted: {abridged(problems)}; "
             "use the model and optimizer configuration that it was saved with"
         )
 

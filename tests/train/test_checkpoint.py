@@ -1,6 +1,7 @@
 """Restoration is bit-identical, onto other meshes too; all damage is found; a kill loses one checkpoint at most."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
@@ -20,8 +21,10 @@ import pytest
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from moejax.config import ConfigError
 from moejax.train import checkpoint
 from moejax.train.checkpoint import Checkpointer, CheckpointError
+from moejax.train.orbax_workarounds import reason
 from moejax.train.reshard import restackable
 
 NUM_LAYERS = 4
@@ -352,7 +355,7 @@ def test_background_error_surfaces_at_the_next_call(tmp_path, monkeypatch, state
         checkpointer.save(2, state, metadata={})
         arguments = {"save": [3, state], "restore": [template_of(state)]}.get(call, [])
         keywords = {"metadata": {}} if call == "save" else {}
-        with pytest.raises(CheckpointError, match=r"writing the checkpoint of step 2 in .* failed: division by zero"):
+        with pytest.raises(CheckpointError, match=rf"the checkpoint of step 2 failed: division by zero: {tmp_path}/2$"):
             getattr(checkpointer, call)(*arguments, **keywords)
     if call == "close":
         checkpointer = Checkpointer(tmp_path, keep=3, every=1)
@@ -360,6 +363,131 @@ def test_background_error_surfaces_at_the_next_call(tmp_path, monkeypatch, state
     assert checkpointer.save(2, state, metadata={}), "the same step can be tried again"
     assert checkpointer.restore(template_of(state))[1] == 2
     checkpointer.close()
+
+
+# Each is legal in the name of a folder, and something else to a shell, a pattern, an address, a file system or Python.
+NAMES = [
+    *"[]*?\\%#:{}~&!$`|;<>^'\"@,+=()- ",
+    "\n",
+    "\t",
+    "\x01",
+    "ü",
+    "e\u0301",
+    "实验",
+    "\udcff",
+    "gs:",
+    "s3:",
+    "a**b",
+]
+NAMES += ["[1]", "100%20", "%2F", "~x", "$HOME", "C:", "a.zarr|zip:", "5", ".hidden", "...", "a.orbax-checkpoint-tmp"]
+NAMES += ["x" * 255, "/".join(["y" * 250] * 14)]  # of 3,700 bytes in all: Orbax's own names must stay short of 4,096
+
+
+def test_every_folders_name_saves_and_restores(tmp_path):
+    sharding = NamedSharding(make_mesh((2, 1, 1)), PartitionSpec("expert"))
+    for number, name in enumerate(NAMES):
+        small = {"w": jax.device_put(np.arange(8, dtype=np.float32) + number, sharding)}
+        directory = tmp_path / str(number) / name / "checkpoints"
+        with Checkpointer(directory, keep=2, every=1) as checkpointer:
+            checkpointer.save(1, small, make_iterator(), metadata={"name": number})
+        assert checkpoint.find_damage(directory / "1") is None, name
+        with Checkpointer(directory, keep=2, every=1) as checkpointer:
+            restored, step, metadata = checkpointer.restore(template_of(small), make_iterator())
+            with pytest.raises(CheckpointError, match="is stored as") as error:
+                checkpointer.restore({"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)})
+        assert str(error.value).startswith(str(directory / "1")), "messages have the name as it was given"
+        assert (step, metadata) == (1, {"name": number})
+        assert_bit_identical(restored, small)
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == [name.split("/")[0]], (
+            "nothing else is made"
+        )
+
+
+def test_a_run_whose_name_is_a_pattern_is_not_mixed_up_with_others(tmp_path, state):
+    other = jax.tree.map(lambda x: x + x, state)
+    with (
+        Checkpointer(tmp_path / "lr_12", keep=2, every=1) as one,
+        Checkpointer(tmp_path / "lr_*", keep=2, every=1) as two,
+    ):
+        one.save(1, other, metadata={})
+        two.save(1, state, metadata={})
+        assert_bit_identical(two.restore(template_of(state))[0], state)
+        assert_bit_identical(one.restore(template_of(state))[0], other)
+
+
+@pytest.mark.parametrize(
+    "spell", [lambda path: f"{path}/", lambda path: os.path.relpath(path), lambda path: f"{path}/../a"]
+)
+def test_a_folder_has_many_names(tmp_path, monkeypatch, state, spell):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with Checkpointer(spell(tmp_path / "a"), keep=1, every=1) as checkpointer:
+        checkpointer.save(1, state, metadata={})
+        monkeypatch.chdir("/")
+    with Checkpointer(tmp_path / "a", keep=1, every=1) as checkpointer:
+        assert checkpointer.restore(template_of(state))[1] == 1
+
+
+def test_a_folder_that_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name, why in (("file", "File exists"), ("file/more", "Not a directory"), ("x" * 256, "File name too long")):
+        with pytest.raises(ConfigError, match=f"directory={tmp_path / name} cannot be a folder .*{why}"):
+            Checkpointer(tmp_path / name, keep=1, every=1)
+    (tmp_path / "[tmp]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "[tmp]"))
+    with pytest.raises(ConfigError, match=r"has a name that tensorstore cannot read, and so has TMPDIR="):
+        Checkpointer(tmp_path / "[1]", keep=1, every=1)
+
+
+def raise_full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FULL = {
+    "before": ("full_disk_error", lambda _: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "in an array": ("ocp.PyTreeCheckpointHandler.finalize", raise_full),
+    "in the checksums": ("write_checksums", raise_full),
+}
+
+
+@pytest.mark.parametrize("where", FULL)
+def test_a_full_disk_costs_one_checkpoint_and_is_told_in_one_line(tmp_path, monkeypatch, state, caplog, where):
+    with Checkpointer(tmp_path, keep=2, every=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, metadata={})
+        checkpointer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"moejax.train.checkpoint.{FULL[where][0]}", FULL[where][1])
+            for step in (3, 4):
+                checkpointer.save(step, state, metadata={})
+                with pytest.raises(CheckpointError) as error:
+                    checkpointer.wait()
+                assert str(error.value) == (
+                    f"writing the checkpoint of step {step} failed: No space left on device: {tmp_path}/{step}"
+                )
+                assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"], "what was begun takes no room"
+        assert [record for record in caplog.records if record.exc_info] == [], "Orbax's tracebacks are dropped"
+        checkpointer.save(4, state, metadata={})
+        checkpointer.wait()
+        assert checkpointer.steps() == [2, 4], "an older one goes when a newer one is whole, not before, and not never"
+        assert_bit_identical(checkpointer.restore(template_of(state))[0], state)
+
+
+def test_errors_that_are_not_orbaxs_are_still_logged(tmp_path, caplog):
+    with Checkpointer(tmp_path, keep=1, every=1):
+        try:
+            raise_full()
+        except OSError:
+            logging.exception("ours")
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["ours"]
+
+
+def test_reasons_are_short():
+    long = "RESOURCE_EXHAUSTED: Error opening: Failed to write [tensorstore_spec='{...}'] [os_error_code='28']"
+    assert reason(ValueError(long)) == "No space left on device"
+    assert reason(ValueError("DATA_LOSS: bad [tensorstore_spec='{...}']")) == "DATA_LOSS: bad"
+    assert reason(OSError(errno.EDQUOT, "Disk quota exceeded", "x")) == "Disk quota exceeded"
+    assert reason(KeyError()) == "KeyError()"
 
 
 KILLED = """
