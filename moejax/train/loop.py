@@ -20,7 +20,7 @@ from moejax.balance import BalanceReport, BoundWatch
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import Data, load_data, make_loader
 from moejax.model import counted_targets
-from moejax.train.checkpoint import Checkpointer
+from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.memory_guard import device_limit, memory_in_use
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
@@ -99,7 +99,7 @@ class Trainer:
             step = int(state.step)
             if step > first:
                 with progress.waiting(SAVING):
-                    checkpointer.save(step, state, batches, metadata=self._metadata())
+                    self._save(checkpointer, step, state, batches)
                     checkpointer.wait()
             if sizes.compiling:
                 with progress.waiting("ending the compilation in the background"):
@@ -129,12 +129,26 @@ class Trainer:
         """The writer of metrics.jsonl, with this start in run.json beside it; None in all processes but the first."""
         if jax.process_index() > 0:
             return contextlib.nullcontext()
-        writer = MetricsWriter(self.workdir, resume_step=first)
         start = describe_start(
             self.config, self.mesh, self.buckets, resumed_from=first, data_fingerprint=self.data.fingerprint
         )
-        append_start(self.workdir, start)
+        try:
+            writer = MetricsWriter(self.workdir, resume_step=first)
+            append_start(self.workdir, start)
+        except OSError as error:
+            why = f"{error.strerror}: {error.filename}"
+            raise ConfigError(
+                f"workdir={self.workdir} cannot be written to ({why}); make room there, or give another"
+            ) from None
         return writer
+
+    def _save(self, checkpointer: Checkpointer, step: int, state: TrainState, batches: Any) -> None:
+        """Begins a checkpoint. Where the one before could not be written, that is a warning: this one is the retry."""
+        try:
+            checkpointer.wait()
+        except CheckpointError as error:
+            _log.warning("%s. The newest whole ones are of steps %s. Trying again.", error, checkpointer.steps())
+        checkpointer.save(step, state, batches, metadata=self._metadata())
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -212,7 +226,7 @@ class Trainer:
             self._warn(step, report)
             if checkpointer.due(step):
                 with progress.waiting(SAVING):
-                    checkpointer.save(step, state, batches, metadata=self._metadata())
+                    self._save(checkpointer, step, state, batches)
             if self._signals.stop:
                 break
         if "eval_loss" not in line and not self._signals.stop:  # resumed where it had ended

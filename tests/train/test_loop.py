@@ -1,6 +1,7 @@
 """The trainer and its script: resumed == uninterrupted, restored on another mesh == itself, stopped == saved."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from moejax.overrides import apply_overrides
 from moejax.train import loop
 from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.loop import Trainer, bits_per_byte
-from moejax.train.metrics import read_loads, read_metrics
+from moejax.train.metrics import MetricsWriter, read_loads, read_metrics
 from moejax.train.record import read_starts
 from moejax.train.signals import Signals
 from moejax.train.sizes import StepSizes
@@ -348,6 +349,49 @@ def test_router_logits_that_are_not_finite_are_named(config, tmp_path):
         pytest.raises(FloatingPointError, match="router logits that are not finite for 7 tokens"),
     ):
         trainer._check_finite(3, {"loss": 1.0, "grad_norm": 1.0, "invalid_tokens": 7.0}, checkpointer)
+
+
+@pytest.fixture
+def fill_disk(disk, monkeypatch):
+    """A function that has the disk full during these steps, for metrics and checkpoints alike."""
+
+    go_on = MetricsWriter.write
+
+    def fill(*steps):
+        def write(self, step, *figures):
+            disk.room = 0 if step in steps else float("inf")
+            go_on(self, step, *figures)
+
+        monkeypatch.setattr(MetricsWriter, "write", write)
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("moejax.train.checkpoint.full_disk_error", lambda _: None if disk.room else full)
+    return fill
+
+
+def test_a_full_disk_costs_lines_and_one_checkpoint_but_not_the_run(config, finished, tmp_path, fill_disk, caplog):
+    fill_disk(3, 4, 5)
+    assert Trainer(config, mesh(4, 2, 2), tmp_path).run().step == config.steps
+    assert lines(tmp_path) == [line for line in lines(finished[0]) if line["step"] not in (3, 4, 5)]
+    checkpoints = tmp_path / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} <= {"2", "6", "8"}
+    assert f"writing the checkpoint of step 4 failed: No space left on device: {checkpoints / '4'}" in caplog.text
+    assert f"Step 3: metrics are not written whole: No space left on device: {tmp_path}/metrics.jsonl" in caplog.text
+    assert "Step 6: metrics are written again" in caplog.text
+
+
+def test_a_last_state_that_cannot_be_saved_is_an_error_and_the_next_start_goes_on(
+    config, finished, tmp_path, fill_disk, disk
+):
+    fill_disk(7, 8)
+    with pytest.raises(CheckpointError, match=f"step 8 failed: No space left on device: {tmp_path}/checkpoints/8$"):
+        Trainer(config, mesh(4, 2, 2), tmp_path).run()
+    with pytest.raises(ConfigError, match=rf"workdir={tmp_path} cannot be written to \(No space left on device: /"):
+        Trainer(config, mesh(4, 2, 2), tmp_path).run()
+    disk.room = float("inf")
+    fill_disk()
+    assert Trainer(config, mesh(4, 2, 2), tmp_path).run().resumed_from == 6
+    assert lines(tmp_path) == lines(finished[0])
 
 
 # The script, as a user starts it.
