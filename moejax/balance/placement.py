@@ -207,10 +207,9 @@ def _apart_within(limit: float, experts_DC: np.ndarray, load_E: np.ndarray, num_
     best = score(experts_DC)
     while best[0] > 0 or best[1] > limit:
         scores = [(score(moved_DC), n, moved_DC) for n, moved_DC in enumerate(_moves(experts_DC, load_E, num_hosts))]
-        found = min(scores, default=(best,))
-        if found[0] >= best:
+        if not scores or min(scores)[0] >= best:
             return None
-        best, _, experts_DC = found
+        best, _, experts_DC = min(scores)
     return experts_DC
 
 
