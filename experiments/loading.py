@@ -39,6 +39,7 @@ from moejax.planner.hardware import Cluster
 from moejax.planner.published_models import find_architecture, what_is_missing
 from moejax.presets import PRESETS
 from moejax.train.checkpoint import CheckpointError
+from moejax.train.progress import show_logs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "experiments" / "configs"
@@ -320,10 +321,15 @@ def run(main: Callable[[list[str]], int | None], script_flags: Flags) -> None:
     An error that begins with the name of a field of the configuration gets that of the flag which sets it, of
     `script_flags`.
 
-    The status is 2 for a `ConfigError`, 1 for checkpoints that cannot be used and for a loss that is not finite.
+    The status is 2 for a `ConfigError`, 1 for checkpoints that cannot be used and for a loss that is not finite, and
+    130 for Ctrl-C.
     """
+    show_logs()
     try:
         sys.exit(main(sys.argv))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except (ConfigError, CheckpointError, FloatingPointError) as error:
         print(f"error: {script_flags.with_flag(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

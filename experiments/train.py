@@ -26,7 +26,7 @@ from moejax.mesh import MeshConfig, build_mesh
 from moejax.planner import DEVICES, Plan, predict
 from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.train.loop import Trainer
-from moejax.train.progress import make_console, show_logs
+from moejax.train.progress import make_console
 from moejax.train.schedule import Bucket
 from moejax.train.summary import report
 
@@ -45,7 +45,6 @@ _WORKDIR = FLAGS.define_output(
 
 
 def main(argv: list[str]) -> None:
-    show_logs()
     config, mesh_config = FLAGS.parse_configs(argv)
     buckets = FLAGS.plan_buckets()
     refuse_what_cannot_fit(config, mesh_config, buckets)

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 
+import loading
 import pytest
 
 from moejax.train import signals
@@ -124,3 +125,11 @@ def test_an_interactive_session_is_interrupted_and_lives(ask, monkeypatch):
     with asked.signals, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert asked.ended == []
+
+
+def test_ctrl_c_outside_of_a_run_is_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(loading, "show_logs", lambda: None)  # it is for the whole process
+    with pytest.raises(SystemExit) as ended:
+        loading.run(lambda _: signal.raise_signal(signal.SIGINT), loading.Flags(""))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
