@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import json
+import logging
 import sys
 from unittest import mock
 
@@ -37,7 +38,7 @@ class Done:
 def run_script(name, *arguments, status=0):
     """Runs a script of experiments/ as `python experiments/name.py *arguments`; it must end with `status`.
 
-    Where programs are cached stays as it is, and so does the allocator: both are settings of the whole process.
+    Where programs are cached stays as it is, and so do the allocator and logging: settings of the whole process.
     """
     module = importlib.import_module({"profile": "trace_report"}.get(name, name))  # that name is the standard library's
     cached = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
@@ -48,11 +49,13 @@ def run_script(name, *arguments, status=0):
             contextlib.redirect_stderr(stderr),
             mock.patch.object(sys, "argv", [f"experiments/{name}.py", *map(str, arguments)]),
             mock.patch.object(common, "keep_freed_memory"),
+            mock.patch.object(logging.getLogger(), "handlers", logging.getLogger().handlers[:]),
         ):
             loading.run(module.main, module.FLAGS)
     except SystemExit as stop:
         done = Done(stop.code or 0, stdout.getvalue(), stderr.getvalue())
     finally:
+        logging.getLogger("moejax").setLevel(logging.NOTSET)
         jax.config.update("jax_compilation_cache_dir", cached[0])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", cached[1])
     assert done.status == status, done.stderr[-2000:]
