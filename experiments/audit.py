@@ -37,7 +37,7 @@ from moejax.train.step import make_train_step
 
 FLAGS = common.ConfigFlags(__doc__, config="moe_16x10b")
 _TARGET = flags.DEFINE_string("target", "h100_2x8", "What to compile for, see moejax.topology.", flag_values=FLAGS)
-_LINES = flags.DEFINE_list("lines", [], "Lines of the grid to compile, counted from 1.", flag_values=FLAGS)
+_LINES = FLAGS.define_numbers("lines", [], "Lines of the grid to compile, counted from 1.")
 _GRID_FLAG = flags.DEFINE_boolean(
     "grid", False, "Audit every line of the grid; compiles those without a record.", flag_values=FLAGS
 )
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     if _GRID_FLAG.value:
         audited = audit_grid(_OUT.value or loading.check_output(audit_cases.FOLDER / "results" / "memory_audit.md"))
     elif _LINES.value:
-        audited = audit_lines([int(number) for number in _LINES.value])
+        audited = audit_lines(_LINES.value)
     else:
         mesh_config = FLAGS.mesh_of_target(_TARGET.value, mesh_config)
         audited = [audit_one(config, mesh_config, _TARGET.value)]

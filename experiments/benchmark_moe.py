@@ -43,9 +43,7 @@ from moejax.moe import mixture_of_experts, route
 from moejax.presets import PRESETS, tiny
 
 FLAGS = loading.Flags(__doc__)
-_TOKENS = flags.DEFINE_list(
-    "tokens", ["64", "512", "4096"], "Tokens of a block, one measurement for each.", flag_values=FLAGS
-)
+_TOKENS = FLAGS.define_numbers("tokens", [64, 512, 4096], "Tokens of a block, one measurement for each.")
 _SHAPE = flags.DEFINE_string(
     "shape",
     "1024,2048,16,2",
@@ -71,7 +69,7 @@ def main(argv: list[str]) -> None:
     model = make_model(_SHAPE.value, _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     check_peer()
     p = make_weights(model)
-    results = [measure(model, p, int(tokens)) for tokens in _TOKENS.value]
+    results = [measure(model, p, tokens) for tokens in _TOKENS.value]
     loading.print_json({"shape": _SHAPE.value, "dtype": model.dtype, "device": jax.devices()[0].device_kind,
                       "rounds": _ROUNDS.value, "jax": jax.__version__, "results": results})  # fmt: skip
 

@@ -37,9 +37,9 @@ from moejax.config import check
 from moejax.kernels.top_k_routing import routing_implementation, top_k_routing
 
 FLAGS = loading.Flags(__doc__)
-_TOKENS = flags.DEFINE_list("tokens", ["256", "8192", "65536"], "Tokens of a case.", flag_values=FLAGS)
-_EXPERTS = flags.DEFINE_list("experts", ["16", "64", "256"], "Experts of a case.", flag_values=FLAGS)
-_EXPERTS_PER_TOKEN = flags.DEFINE_list("experts_per_token", ["2", "8"], "Experts a token of a case.", flag_values=FLAGS)
+_TOKENS = FLAGS.define_numbers("tokens", [256, 8192, 65_536], "Tokens of a case.")
+_EXPERTS = FLAGS.define_numbers("experts", [16, 64, 256], "Experts of a case.")
+_EXPERTS_PER_TOKEN = FLAGS.define_numbers("experts_per_token", [2, 8], "Experts per token of a case.")
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 11, "Rounds of measurements, whose median counts.", lower_bound=1, flag_values=FLAGS
 )
@@ -157,9 +157,9 @@ def main(argv: list[str]) -> None:
     print(f"{device}, jax {jax.__version__}, {routing_implementation()}, {calls} calls a measurement")
     print("  tokens experts  k passes              MB   fused us   plain us   copy GB/s  of copy  plain/fused")
     rows = []
-    for T in map(int, _TOKENS.value):
-        for E in map(int, _EXPERTS.value):
-            for K in map(int, _EXPERTS_PER_TOKEN.value):
+    for T in _TOKENS.value:
+        for E in _EXPERTS.value:
+            for K in _EXPERTS_PER_TOKEN.value:
                 for row in benchmark(T, E, K, calls):
                     rows.append(row)
                     print(

@@ -71,6 +71,23 @@ class OutputParser(flags.ArgumentParser[Path]):
         return check_folder(path) if self._folder else check_output(path, *self._suffixes)
 
 
+class NumbersParser(flags.ArgumentParser[list[int]]):
+    """Reads whole numbers of at least `lower`, with commas between."""
+
+    def __init__(self, lower: int) -> None:
+        self._lower = lower
+
+    def parse(self, argument: str | list[int]) -> list[int]:
+        if isinstance(argument, list):  # the default
+            return argument
+        for text in argument.split(","):
+            check(
+                text.strip().isdecimal() and int(text) >= self._lower,
+                f"{argument}: {text!r} must be a whole number of at least {self._lower}",
+            )
+        return [int(text) for text in argument.split(",")]
+
+
 class Flags(flags.FlagValues):
     """The flags of one script, apart from those of other scripts, so that one process can run any number of scripts.
 
@@ -89,6 +106,13 @@ class Flags(flags.FlagValues):
         The file must have one of `suffixes`, if there are any. With those of `moejax.plots`, it is a picture.
         """
         return flags.DEFINE(OutputParser(suffixes, folder), name, None, meaning, flag_values=self)
+
+    def define_numbers(
+        self, name: str, default: list[int], meaning: str, lower: int = 1
+    ) -> flags.FlagHolder[list[int]]:
+        """Defines a flag for whole numbers of at least `lower`, with commas between."""
+        serializer = flags.CsvListSerializer(",")
+        return flags.DEFINE(NumbersParser(lower), name, default, meaning, flag_values=self, serializer=serializer)
 
     def parse(self, argv: Sequence[str], *, positional: bool = False) -> list[str]:
         """Reads the flags from `argv`, and returns the other arguments, which only `positional` allows.
@@ -159,7 +183,7 @@ class Flags(flags.FlagValues):
         given = str(error).removeprefix("flag ").removesuffix(f": {why}")
         name = given[2:].partition("=")[0]
         parser = self[name].parser
-        if isinstance(parser, OutputParser):
+        if isinstance(parser, OutputParser | NumbersParser):
             return f"--{name}={why}"
         if isinstance(parser, flags.EnumParser):
             return f"{given} must be one of {', '.join(parser.enum_values)}"
@@ -174,9 +198,9 @@ class Flags(flags.FlagValues):
         lines = []
         for name in names:
             flag = self[name]
-            default = f"={flag.default_as_str.strip(chr(39))}" if flag.default_as_str else ""
+            default = (flag.default_as_str or "").strip("'")
             meaning = textwrap.wrap(flag.help, 114, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            lines += [f"  --{name}{default}", *meaning]
+            lines += [f"  --{name}{'=' * bool(default)}{default}", *meaning]
         return "\n".join(lines)
 
 

@@ -32,8 +32,8 @@ _TARGET = flags.DEFINE_list(
 )
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens a sequence.", lower_bound=1, flag_values=FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences a step.", lower_bound=1, flag_values=FLAGS)
-_CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4"], "Values of dispatch.chunks.", flag_values=FLAGS)
-_BATCH_SPLIT = flags.DEFINE_list("batch_split", ["1", "2"], "Values of parallel.batch_split.", flag_values=FLAGS)
+_CHUNKS = FLAGS.define_numbers("chunks", [1, 2, 4], "Values of dispatch.chunks.")
+_BATCH_SPLIT = FLAGS.define_numbers("batch_split", [1, 2], "Values of parallel.batch_split.", lower=0)
 _OUT = FLAGS.define_output("out", "A Markdown file for the table.")
 _TEXT = FLAGS.define_output("text", "A folder for the compiled programs' texts.", folder=True)
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     config, mesh_config = FLAGS.parse_configs(argv)
     print(HEADER)
     rows = []
-    choices = itertools.product(_TARGET.value, map(int, _BATCH_SPLIT.value), map(int, _CHUNKS.value))
+    choices = itertools.product(_TARGET.value, _BATCH_SPLIT.value, _CHUNKS.value)
     for target, batch_split, chunks in choices:
         variant = dataclasses.replace(
             config,

@@ -33,12 +33,10 @@ _MODEL = flags.DEFINE_string(
 _CLUSTER = flags.DEFINE_string(
     "cluster", "a100_64gb_2x8", "A name in mesh_configs, or a Python file; see README.", flag_values=FLAGS
 )
-_SEQ_LEN = flags.DEFINE_list(
-    "seq_len", ["128", "1024", "4096", "10240"], "Tokens of a sequence, one plan for each.", flag_values=FLAGS
-)
-_BATCH_SIZE = flags.DEFINE_list(
+_SEQ_LEN = FLAGS.define_numbers("seq_len", [128, 1024, 4096, 10_240], "Tokens of a sequence, one plan for each.")
+_BATCH_SIZE = FLAGS.define_numbers(
     "batch_size", [], "Sequences of a step over all devices: one number, or one for each length. Default: fewer, the "
-    "longer they are (128 of 128 tokens to 32 of 10,240 on 16 devices).", flag_values=FLAGS,
+    "longer they are (128 of 128 tokens to 32 of 10,240 on 16 devices).",
 )  # fmt: skip
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "prefill", "decode"],
@@ -84,29 +82,20 @@ def make_requests() -> list[Request]:
     model, cluster = loading.load_model(_MODEL.value), loading.load_cluster(_CLUSTER.value)
     if _CALIBRATION.value:
         cluster = dataclasses.replace(cluster, device=load_calibration(_CALIBRATION.value, cluster.device))
-    lengths = positive("seq_len", _SEQ_LEN.value)
-    batch_sizes = positive("batch_size", _BATCH_SIZE.value) if _BATCH_SIZE.value else []
-    batch_sizes = batch_sizes or [default_batch_size(n, cluster.num_devices) for n in lengths]
+    lengths = _SEQ_LEN.value
+    batch_sizes = _BATCH_SIZE.value or [default_batch_size(n, cluster.num_devices) for n in lengths]
     if len(batch_sizes) == 1:
-        batch_sizes *= len(lengths)
+        batch_sizes = batch_sizes * len(lengths)
     if len(batch_sizes) != len(lengths):
+        given = ",".join(map(str, batch_sizes))
         raise ConfigError(
-            f"--batch_size={','.join(_BATCH_SIZE.value)} has {len(batch_sizes)} numbers for {len(lengths)} lengths; "
-            "give one, or one for each"
+            f"--batch_size={given} has {len(batch_sizes)} numbers for {len(lengths)} lengths; give one, or one for each"
         )
     dispatch = DispatchConfig(capacity_factor=_CAPACITY.value)
     return [
         Request(model, cluster, n, b, _MODE.value, dispatch=dispatch)
         for n, b in sorted(zip(lengths, batch_sizes, strict=True))
     ]
-
-
-def positive(flag: str, texts: list[str]) -> list[int]:
-    """The flag's numbers."""
-    for text in texts:
-        if not text.strip().isdigit() or int(text) == 0:
-            raise ConfigError(f"--{flag}={','.join(texts)}: {text!r} must be a positive whole number")
-    return [int(text) for text in texts]
 
 
 def render(requests: list[Request], choices: dict[int, Choice]) -> str:

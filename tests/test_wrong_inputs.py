@@ -50,7 +50,8 @@ CASES = [
         "train --config.data.seq_len=20000",
         "--config.data.seq_len=20000 must be at most model.max_seq_len=10240",
     ),
-    ("plan --seq_len=1k", "--seq_len=1k: '1k' must be a positive whole number"),
+    ("plan --seq_len=1k", "--seq_len=1k: '1k' must be a whole number of at least 1"),
+    ("overlap --chunks=two", "--chunks=two: 'two' must be a whole number of at least 1"),
     # Outputs.
     ("plan --json=no/plan.json", "--json=no/plan.json is in a folder that does not exist; make no first"),
     ("plan --mode=decode --out=plan.py", "--out=plan.py is for train.py; use it with --mode=train, not decode"),

@@ -30,7 +30,7 @@ def test_a_plan_is_written_as_a_mesh_that_trains(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seq_len=12x"], "--seq_len=12x: '12x' must be a positive whole number"),
+        (["--seq_len=12x"], "--seq_len=12x: '12x' must be a whole number of at least 1"),
         (["--batch_size=1,2"], "--batch_size=1,2 has 2 numbers for 4 lengths"),
         (["--cluster=h100"], "--cluster=h100 does not exist; did you mean h100_8?"),
         (["--model=moe"], "--model=moe does not exist"),
