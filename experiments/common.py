@@ -46,6 +46,7 @@ from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import tokenizer_vocab_size
 from moejax.mesh import MeshConfig, use_virtual_devices
 from moejax.overrides import FieldInfo, apply_overrides, describe, split_overrides
+from moejax.topology import find_target
 from moejax.train.schedule import DECIDES, Bucket, load_buckets, load_plan_model
 
 T = TypeVar("T")
@@ -115,7 +116,12 @@ class ConfigFlags(Flags):
         return load_buckets(path) if path is not None else ()
 
     def mesh_of_target(self, target: str, mesh_config: MeshConfig) -> MeshConfig:
-        """Returns the mesh to compile for `target` with: that of --mesh if it was given, else the target's own."""
+        """Returns the mesh to compile for `target` with: that of --mesh if it was given, else the target's own.
+
+        Raises:
+          ConfigError: there is no such target.
+        """
+        find_target(target)
         return mesh_config if self["mesh"].present else load_mesh_config(target)
 
     def setup_jax(self, mesh_config: MeshConfig) -> None:

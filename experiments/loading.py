@@ -67,6 +67,7 @@ class OutputParser(flags.ArgumentParser[Path]):
         self._suffixes, self._folder = suffixes, folder
 
     def parse(self, argument: str) -> Path:
+        check(bool(argument), f" needs the name of a {'folder' if self._folder else 'file'}")
         path = Path(os.path.expanduser(argument))
         return check_folder(path) if self._folder else check_output(path, *self._suffixes)
 
@@ -213,6 +214,7 @@ def check_output(path: Path, *suffixes: str) -> Path:
     """
     check(not suffixes or path.suffix in suffixes, f"{path} must end in {', '.join(suffixes)}")
     try:
+        check(not _leads_nowhere(path), f"{path} is a link that leads nowhere; give another file")
         check(not path.is_dir(), f"{path} is a folder; give a file")
         check(path.parent.is_dir(), f"{path} is in a folder that does not exist; make {path.parent} first")
         if not path.exists():
@@ -235,12 +237,19 @@ def check_folder(path: Path) -> Path:
       ConfigError: it is a file, or the nearest folder above it that exists takes no files.
     """
     try:
-        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        folders = (path, *path.absolute().parents)
+        check(not any(map(_leads_nowhere, folders)), f"{path} cannot be a folder (a link leads nowhere); give another")
+        nearest = next(folder for folder in folders if folder.exists())
         check(nearest.is_dir(), f"{path} cannot be a folder ({nearest} is a file); give another")
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise ConfigError(f"{path} cannot be a folder ({error.strerror}); give another") from None
     return path
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Returns whether `path` is a link to what does not exist, or to itself."""
+    return path.is_symlink() and not path.exists()
 
 
 def print_json(data: Any) -> None:

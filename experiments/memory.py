@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
         config, mesh_config = max(cases, key=lambda case: predict_memory(audit_cases.plan_of(*case)).peak_bytes)
     target, devices = _TARGET.value, None
     if target:
-        devices = compile_only_devices(target)
         mesh_config = FLAGS.mesh_of_target(target, mesh_config)
+        devices = compile_only_devices(target)
     else:
         FLAGS.setup_jax(mesh_config)
     device, plan = get_device(mesh_config.hardware), audit_cases.plan_of(config, mesh_config)

@@ -86,11 +86,11 @@ def compile_only_devices(name: str) -> list[jax.Device]:
     Raises:
       ConfigError: there is no such target, its compiler is not installed, or JAX runs on another platform already.
     """
-    target = _target(name)
+    target = find_target(name)
     plugin, found = _PLUGINS[target.platform], None
     with contextlib.suppress(ModuleNotFoundError):  # of the package that the plugin would be in
         found = importlib.util.find_spec(plugin)
-    check(found is not None, f"target {name!r} needs {plugin}, which is missing; pip install 'moejax[aot]'")
+    check(found is not None, f"target={name} needs {plugin}, which is missing; pip install 'moejax[aot]'")
     if target.platform == "tpu":
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",  # no metadata server
@@ -111,6 +111,11 @@ def compile_only_devices(name: str) -> list[jax.Device]:
     return list(description.devices)
 
 
-def _target(name: str) -> Target:
-    check(name in TARGETS, f"target {name!r} does not exist; use one of {', '.join(TARGETS)}")
+def find_target(name: str) -> Target:
+    """Returns the target of that name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    check(name in TARGETS, f"target={name} does not exist; use one of {', '.join(TARGETS)}")
     return TARGETS[name]

@@ -207,9 +207,7 @@ def test_hardware_that_is_not_there_is_refused(hardware, described, expected, fa
 
 def test_the_real_devices_are_compared_too(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    with pytest.raises(
-        ConfigError, match=r"is not what JAX found, 16 cpu devices; unset JAX_PLATFORMS=cpu, or"
-    ):
+    with pytest.raises(ConfigError, match=r"is not what JAX found, 16 cpu devices; unset JAX_PLATFORMS=cpu, or"):
         build_mesh(MeshConfig(expert=16, hardware="h100"))
 
 

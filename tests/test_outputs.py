@@ -19,18 +19,25 @@ FOLDER = FLAGS.define_output("folder", "A folder.", folder=True)
 
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
-    """A file, a folder, and a folder that takes no files whoever asks: tests may run as root."""
+    """A file, a folder, a link to nothing and one to itself, which are there after each test as they were."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
     yield
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder", "link", "loop"}
     assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ("--file=", "--file= needs the name of a file"),
+        ("--folder=", "--folder= needs the name of a folder"),
+        ("--file=link", "--file=link is a link that leads nowhere; give another file"),
+        ("--file=loop", "--file=loop is a link that leads nowhere; give another file"),
+        ("--folder=loop/x", "--folder=loop/x cannot be a folder (a link leads nowhere); give another"),
         ("--file=folder", "--file=folder is a folder; give a file"),
         ("--file=no/x", "--file=no/x is in a folder that does not exist; make no first"),
         ("--file=file/x", "--file=file/x is in a folder that does not exist; make file first"),

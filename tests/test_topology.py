@@ -24,7 +24,7 @@ def run(program, **environment):
 
 
 def test_an_unknown_target_is_told_the_known_ones():
-    with pytest.raises(ConfigError, match="target 'h100' does not exist; use one of a100_64gb_2x8, h100_2x8, tpu"):
+    with pytest.raises(ConfigError, match="target=h100 does not exist; use one of a100_64gb_2x8, h100_2x8, tpu"):
         compile_only_devices("h100")
 
 

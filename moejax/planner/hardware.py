@@ -335,12 +335,18 @@ class Cluster:
 
 
 def load_calibration(path: str | Path, device: Device) -> Device:
-    """The device with the figures that experiments/calibrate.py wrote to `path` in place of its own.
+    """Returns the device with the figures that experiments/calibrate.py wrote to `path` in place of its own.
 
     Raises:
-      ConfigError: the file names a figure that devices do not have.
+      ConfigError: the file cannot be read, is something else, or names a figure that devices do not have.
     """
-    saved = json.loads(Path(path).read_text())
+    path = Path(path).expanduser()
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # ValueError: no text, or no JSON
+        raise ConfigError(f"calibration={path} cannot be read ({error}); give what calibrate.py --out wrote") from None
+    written = isinstance(saved, dict) and {"figures", "device", "date"} <= saved.keys()
+    check(written, f"calibration={path} has no figures, device and date; give what calibrate.py --out wrote")
     return _replaced(device, saved["figures"], f"{saved['device']}, {saved['date']}")
 
 

@@ -31,6 +31,19 @@ def test_a_mesh_gives_its_cluster():
     assert Cluster.of_mesh("y", MeshConfig(8, 2, 1, hardware="tpu_v5p", hosts=2)).one_network
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("# not JSON", "cannot be read"), ("[1]", "has no figures"), ("{}", "has no figures")],
+)
+def test_what_is_no_calibration_is_one_line(text, message, tmp_path):
+    path = tmp_path / "calibration.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"calibration={path} {message}") as error:
+        load_calibration(path, get_device("h100"))
+    assert "\n" not in str(error.value)
+
+
 def test_calibrated_figures_replace_the_devices_own(tmp_path):
     path = tmp_path / "calibration.json"
     figures = {"matmul_flops": 5e12, "inside": {"latency_s": 1e-3}}
