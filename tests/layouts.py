@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from reference import oracle
+from tiers import full_unless
 
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig, build_mesh
@@ -274,6 +276,11 @@ CI_LAYOUTS = (
         ),
     ),
 )  # fmt: skip
+
+
+def tiered(layouts: Iterable[Layout]) -> list[Any]:
+    """Layouts as a test's parameters: two of 16 devices run always, one of them with drops, one on every axis."""
+    return full_unless(CI_LAYOUTS[1:3].__contains__, layouts)
 
 
 def per_device_values(x: jax.Array) -> list[list[np.ndarray]]:

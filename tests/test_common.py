@@ -325,6 +325,7 @@ def test_run_turns_a_config_error_into_one_line(raised, status, capsys):
     assert capsys.readouterr().err == ("error: a=1 must be 2\n" if raised else "")
 
 
+@pytest.mark.full
 def test_a_script_runs_on_virtual_devices(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -349,6 +350,7 @@ def test_every_script_can_be_asked_for_help(script):
     assert not done.stderr
 
 
+@pytest.mark.full
 def test_a_script_works_from_any_folder(tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "plot_load.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)

@@ -16,7 +16,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from layouts import CI_LAYOUTS, Layout, relative_error, variant
+from layouts import CI_LAYOUTS, Layout, relative_error, tiered, variant
 
 from moejax.config import ConfigError
 
@@ -74,7 +74,7 @@ def errors(layout):
     return parts | {jax.tree_util.keystr(path): error for path, error in jax.tree.leaves_with_path(grads)}
 
 
-@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
 def test_loss_and_gradients_equal_the_oracle(layout, report):
     report[str(layout)] = found = errors(layout)
     assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
@@ -92,7 +92,7 @@ def test_every_layout_equals_the_oracle(layout, report):
     assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
 def test_loads_and_drops_are_the_oracles(layout):
     metrics, _ = layout.result
     expected, _ = layout.oracle()

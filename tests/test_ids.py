@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from layouts import BALANCE, CI_LAYOUTS, relative_error
+from layouts import BALANCE, CI_LAYOUTS, relative_error, tiered
 from reference import oracle
 
 from moejax.config import ConfigError
@@ -30,7 +30,7 @@ def masked(batch):
     return batch | {"targets": targets}
 
 
-@pytest.mark.parametrize("layout", WITHOUT_DROPS, ids=str)
+@pytest.mark.parametrize("layout", tiered(WITHOUT_DROPS), ids=str)
 def test_the_mean_and_its_gradient_are_over_counted_targets_of_the_global_batch(layout):
     batch = masked(layout.batch)
     (_, metrics), grads = layout.value_and_grad(layout.place(layout.logical_params), layout.place_batch(batch))

@@ -239,6 +239,7 @@ def test_virtual_devices_too_late():
     assert jax.config.jax_num_cpu_devices == 16
 
 
+@pytest.mark.full
 def test_collective_timeouts_keep_what_the_user_set():
     program = (
         "import os, jax, moejax; moejax.use_virtual_devices(2); print(jax.device_count(), os.environ['XLA_FLAGS'])"

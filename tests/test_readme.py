@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.full
 def test_the_library_examples_run():
     section = (ROOT / "README.md").read_text().split("\n## As a library\n")[1].split("\n## ")[0]
     train, layer = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from layouts import relative_error
 from moe_layer import E, K, Layer, T, dense, gates, make_tokens, make_weights, rounds_by_hand
+from tiers import full_unless
 
 from moejax.dispatch import capacity as capacity_strategy
 from moejax.kernels.top_k_routing import Routing
@@ -75,7 +76,7 @@ def test_the_highest_gates_among_all_senders_are_kept(layer, routing):
     np.testing.assert_array_equal(highest_gates(layer)(*routing), kept_NK)
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("layer", full_unless(LAYERS[:1].__contains__, LAYERS), ids=str)
 @given(st.integers(0, 2**32 - 1))
 def test_what_is_dropped_adds_nothing_and_has_no_gradient(layer, seed):
     """Results and every gradient are those of the dense layer without what was dropped by hand.

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import full_unless
 
 from moejax.kernels import manual
 from moejax.kernels.grouped_matmul import api, cpu, gpu, grouped_matmul, grouped_matmul_implementation, reference, tpu
@@ -107,6 +108,7 @@ class TestEveryImplementation:
         got = value_and_gradients(implementation, jnp.where(past, 1e3, x), w, sizes, jnp.where(past, 1e3, dy))
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
+    @pytest.mark.parametrize("implementation", full_unless("cpu".__eq__, BACKENDS), indirect=True)
     def test_within_shard_map_checkpoint_scan_and_cond(self, implementation):
         """Rows over 16 devices, one matrix for every pair of them, and loops that turn differently on each."""
         mesh = jax.make_mesh((8, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2)

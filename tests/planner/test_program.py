@@ -49,6 +49,7 @@ def check_drawn(seed, number):
             raise AssertionError(f"plan {i} of MOEJAX_TEST_SEED={seed}: {plan}\n{e}") from e
 
 
+@pytest.mark.full
 def test_closed_forms_are_the_trace(seed):
     check_drawn(seed, 5)  # 2 to 3 s each, all of it jax's tracing
 

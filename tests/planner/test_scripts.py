@@ -60,6 +60,7 @@ def test_a_cluster_of_ones_own(tmp_path):
     assert figures["choices"]["1024"]["peak_bytes"] < 40e9
 
 
+@pytest.mark.full
 def test_calibration_measures_this_machine_and_the_planner_takes_it(tmp_path):
     path = tmp_path / "calibration.json"
     figures = run_script("calibrate", "--seconds=0.01", f"--out={path}").figures["figures"]

@@ -65,7 +65,7 @@ def traced(directory) -> tuple[Trace, set[str]]:
     ("phase", "module", "name"),
     [
         ("expert", jax.nn, "silu"),
-        ("optimizer", moejax.train.step, "clip_by_global_norm"),
+        pytest.param("optimizer", moejax.train.step, "clip_by_global_norm", marks=pytest.mark.full),
     ],
 )
 def test_a_planted_slow_down_shows_in_its_phase_alone(tmp_path, monkeypatch, phase, module, name):

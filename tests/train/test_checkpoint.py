@@ -514,6 +514,7 @@ KILLED = """
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("hook", ["arrays", "checksums"])
 def test_killed_while_writing_leaves_the_one_before(tmp_path, state, hook):
     process = subprocess.Popen(

@@ -243,7 +243,10 @@ def test_a_sample_that_fails_costs_a_run_nothing_else(short, tmp_path, monkeypat
     assert caplog.messages == [f"the run has no sample: {' '.join(str(error).split())}"]
 
 
-@pytest.mark.parametrize("shape", [(16, 1, 1), (2, 4, 2), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param((16, 1, 1), marks=pytest.mark.full), (2, 4, 2), pytest.param((1, 1, 1), marks=pytest.mark.full)],
+)
 def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
     workdir, summary = finished
     there = Trainer(config, mesh(*shape), workdir).run()
@@ -254,6 +257,7 @@ def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
     assert lines(workdir)[-1]["step"] == config.steps
 
 
+@pytest.mark.full
 def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(config, finished, tmp_path, caplog):
     short = dataclasses.replace(config, steps=4)
     Trainer(short, mesh(4, 2, 2), tmp_path).run()
@@ -306,6 +310,7 @@ def run_on_two_devices(config, workdir, monkeypatch, **balance):
     return summary, read_metrics(workdir), compiled
 
 
+@pytest.mark.full
 def test_buffers_change_size_without_compiling_again_and_without_changing_the_loss(config, tmp_path, monkeypatch):
     sizes = (1.0, 1.5, 2.0, 4.0)
     fixed, lines_fixed, compiled = run_on_two_devices(config, tmp_path / "fixed", monkeypatch, capacity_factors=())
@@ -444,6 +449,7 @@ HELD = f"""
 """
 
 
+@pytest.mark.full
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(corpus, finished, tmp_path, seed):
     process = start(tmp_path, corpus, python=(sys.executable, "-c", textwrap.dedent(HELD)))
     wait_for_step(process, tmp_path, random.Random(seed).randint(3, 7))
@@ -460,6 +466,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted_to_the_bit(cor
     assert summary["sample"] == dataclasses.asdict(finished[1].sample)
 
 
+@pytest.mark.full
 def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
     process = start(tmp_path, corpus, "--config.steps=100000", "--config.checkpoint.every=100000")
     wait_for_step(process, tmp_path, 3)
@@ -472,6 +479,7 @@ def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
     assert f"go on with --workdir={tmp_path}" in stderr.replace("\n", "")
 
 
+@pytest.mark.full
 def test_a_second_ctrl_c_ends_at_once_with_one_line(corpus, tmp_path):
     process = start(tmp_path, corpus, python=(sys.executable, "-c", textwrap.dedent(HELD)))
     wait_for_step(process, tmp_path, int(OVERRIDES["steps"]) - 1)

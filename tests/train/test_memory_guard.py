@@ -102,6 +102,7 @@ def config(tmp_path_factory):
     return apply_overrides(common.load_config("tiny"), overrides)
 
 
+@pytest.mark.full
 def test_a_run_under_a_small_limit_steps_down_and_computes_the_same(config, tmp_path, caplog):
     mesh = build_mesh(MeshConfig(4, 2, 2))
     free = Trainer(config, mesh, tmp_path / "free").run()

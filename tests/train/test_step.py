@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from layouts import BALANCE, CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error
+from layouts import BALANCE, CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error, tiered
 from reference import oracle
 
 from moejax.config import OptimizerConfig
@@ -63,7 +63,7 @@ def assert_close(actual, expected):
     assert worst[1] < 1e-5, worst
 
 
-@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
 def test_one_step_is_optax_on_the_whole_model(layout):
     state, metrics = stepped(layout)
     result, grads = layout.oracle()
@@ -85,13 +85,14 @@ def test_one_step_is_optax_on_the_whole_model(layout):
     assert int(state.step) == int(state.balance.num_steps) == 1
 
 
-@pytest.mark.parametrize("layout", CI_LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
 def test_no_device_disagrees_after_a_step(layout):
     for path, x in jax.tree.leaves_with_path(stepped(layout)):
         for values in per_device_values(x):
             assert all(value.tobytes() == values[0].tobytes() for value in values), jax.tree_util.keystr(path)
 
 
+@pytest.mark.full
 def test_accumulated_slices_are_the_step_of_the_whole_batch():
     """Though no two have as many targets, or the same load of the experts."""
     layout = Layout(4, 2, 2, gather="layer", remat="full")
