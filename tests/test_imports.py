@@ -133,6 +133,7 @@ def test_what_a_script_imports_is_there(script):
             assert pkgutil.resolve_name(name) is not None
 
 
+@pytest.mark.full
 def test_importing_every_module_starts_no_device():
     names = [module for _, module, _ in MODULES]
     program = (
