@@ -9,6 +9,7 @@ from moejax.config import DataConfig
 from moejax.data.buckets import BucketShape, make_bucketed_loader
 from moejax.data.corpora import Document, hash_documents, load_corpus, split_documents
 from moejax.data.loader import make_loader
+from moejax.data.pieces import Report
 from moejax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, make_tokenizer, tokenizer_vocab_size
 
 __all__ = [
@@ -47,11 +48,15 @@ def load_data(
     config: DataConfig,
     cache_dir: str | os.PathLike[str] | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
 ) -> Data:
     """Reads `config.paths`, splits the documents and makes the tokenizer, from those to train on alone.
+
+    `workdir` is the run's own work directory, which `load_corpus` leaves out; `cache_dir` and `report` are those of
+    `make_tokenizer`.
 
     Raises:
       ConfigError: as `load_corpus`, `split_documents` and `make_tokenizer`.
     """
     train_documents, eval_documents = split_documents(load_corpus(config.paths, workdir), config.eval_fraction)
-    return Data(make_tokenizer(config, train_documents, cache_dir), train_documents, eval_documents)
+    return Data(make_tokenizer(config, train_documents, cache_dir, report), train_documents, eval_documents)

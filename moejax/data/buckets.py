@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ import numpy as np
 
 from moejax.config import DataConfig, check
 from moejax.data.corpora import Document
-from moejax.data.loader import Rows, encode_documents, make_generator, shuffled_batches, start
+from moejax.data.encoded import Encoded, encode_documents
+from moejax.data.loader import Rows, make_generator, shuffled_batches, start
+from moejax.data.pieces import Report
 from moejax.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -36,7 +39,13 @@ class BucketShape(NamedTuple):
 
 
 def make_bucketed_loader(
-    config: DataConfig, buckets: Sequence[BucketShape], documents: Sequence[Document], tokenizer: Tokenizer
+    config: DataConfig,
+    buckets: Sequence[BucketShape],
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
 ) -> grain.DatasetIterator:
     """As `moejax.data.make_loader`, with batches of several shapes; each says of which bucket it is, `bucket`, int.
 
@@ -50,18 +59,17 @@ def make_bucketed_loader(
     """
     lengths = [bucket.seq_len for bucket in buckets]
     check(lengths == sorted(set(lengths)), f"buckets have seq_len={lengths}, which must ascend")
-    encoded = sort_by_length(encode_documents(documents, tokenizer), lengths)
-    num_tokens = [sum(map(len, ids)) for ids in encoded]
+    encoded = sort_by_length(encode_documents(documents, tokenizer, cache_dir, report), lengths)
+    num_tokens = [len(of_bucket.tokens) for of_bucket in encoded]
     check(sum(num_tokens) >= 2, f"documents hold {sum(num_tokens)} tokens; at least 2 are needed, one and its target")
     for bucket, tokens in zip(buckets, num_tokens, strict=True):
         if not tokens:
             _log.warning("no document suits rows of %d tokens; that bucket is never drawn", bucket.seq_len)
-    batches: list[Any] = [
-        shuffled_batches(Rows(ids, bucket.seq_len, tokenizer.separator, config.seed), bucket.batch_size, config.seed)
+    batches = {
+        k: shuffled_batches(Rows(ids, bucket.seq_len, tokenizer.separator, config.seed), bucket.batch_size, config.seed)
+        for k, (bucket, ids) in enumerate(zip(buckets, encoded, strict=True))
         if ids
-        else None
-        for bucket, ids in zip(buckets, encoded, strict=True)
-    ]
+    }
     draws = Draws(buckets, num_tokens, config.block_steps, config.seed)
 
     def pick(n: int) -> dict[str, Any]:
@@ -71,12 +79,12 @@ def make_bucketed_loader(
     return start(grain.MapDataset.range(sys.maxsize).map(pick))
 
 
-def sort_by_length(encoded: Sequence[np.ndarray], lengths: Sequence[int]) -> list[list[np.ndarray]]:
-    """The documents of each length of `lengths`, ascending: the least that holds them, else the last."""
+def sort_by_length(encoded: Encoded, lengths: Sequence[int]) -> list[Encoded]:
+    """Returns the documents for each of `lengths`, ascending: the least that holds a document has it, else the last."""
     sorted_: list[list[np.ndarray]] = [[] for _ in lengths]
     for ids in encoded:
         sorted_[min(bisect.bisect_left(lengths, len(ids)), len(lengths) - 1)].append(ids)
-    return sorted_
+    return [Encoded.of(documents) for documents in sorted_]
 
 
 class Draws:

@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +16,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.config import ConfigError, DataConfig, check
+from moejax.data.cache import cache_folder, write_atomically
 from moejax.data.corpora import Document, hash_documents
+from moejax.data.pieces import Progress, Report, cut
 from moejax.data.separators import ENDOFTEXT, find_separator
 
 _log = logging.getLogger(__name__)
@@ -160,12 +161,16 @@ class BpeTokenizer:
 
 
 def make_tokenizer(
-    config: DataConfig, train_documents: Sequence[Document], cache_dir: str | os.PathLike[str] | None = None
+    config: DataConfig,
+    train_documents: Sequence[Document],
+    cache_dir: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
 ) -> Tokenizer:
     """Makes the tokenizer that `config.tokenizer` names.
 
     "bpe" is trained on `train_documents` once; `cache_dir` (default: `moejax` in the user's cache folder) keeps it by
-    a hash of corpus and size. A small corpus may yield fewer ids than `config.tokenizer_vocab_size`.
+    a hash of corpus and size. A small corpus may yield fewer ids than `config.tokenizer_vocab_size`. `report` is
+    called with a line when training begins and every few seconds.
 
     Raises:
       ConfigError: the tokenizer's file cannot be read or used.
@@ -173,7 +178,7 @@ def make_tokenizer(
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer == "bpe":
-        return _cached_bpe(train_documents, config.tokenizer_vocab_size, Path(cache_dir or _default_cache_dir()))
+        return _cached_bpe(train_documents, config.tokenizer_vocab_size, cache_folder(cache_dir), report)
     tokenizer, folder = _read_named(config.tokenizer)
     return BpeTokenizer(tokenizer, config.tokenizer, separator=config.separator, folder=folder)
 
@@ -198,7 +203,9 @@ def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
     try:
         path = Path(name).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), path.parent
+        if not path.exists() or path.is_file():  # reading a pipe or a device might never end
+            return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), path.parent
+        reason = "not a regular file"
     except OSError as error:
         reason = error.strerror
     except Exception as error:  # the library raises bare Exception for what it cannot parse
@@ -209,27 +216,23 @@ def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
     )
 
 
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moejax"
-
-
-def _cached_bpe(documents: Sequence[Document], vocab_size: int, cache_dir: Path) -> BpeTokenizer:
+def _cached_bpe(documents: Sequence[Document], vocab_size: int, cache_dir: Path, report: Report | None) -> BpeTokenizer:
     path = cache_dir / f"bpe-{vocab_size}-{hash_documents(documents)}.json"
     if path.exists():
         try:
             return BpeTokenizer(_read_named(str(path))[0], str(path))
         except ConfigError as error:
             _log.warning("training the tokenizer again: %s", error)
-    tokenizer = _train_bpe(documents, vocab_size)
+    tokenizer = _train_bpe(documents, vocab_size, report)
     try:
-        _write_atomically(path, tokenizer.to_str())
+        write_atomically(path, lambda file: file.write(tokenizer.to_str().encode()))
     except OSError as error:  # the next run trains again: slower, not wrong
         _log.warning("the tokenizer is not cached: cannot write %s (%s)", path, error.strerror)
     return BpeTokenizer(tokenizer)
 
 
-def _train_bpe(documents: Sequence[Document], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE (GPT-2's): 256 bytes, learned merges, and the separator as id 0."""
+def _train_bpe(documents: Sequence[Document], vocab_size: int, report: Report | None) -> tokenizers.Tokenizer:
+    """Trains byte-level BPE (GPT-2's): 256 bytes, learned merges, and the separator as id 0."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -239,13 +242,18 @@ def _train_bpe(documents: Sequence[Document], vocab_size: int) -> tokenizers.Tok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer, length=len(documents))
+    tokenizer.train_from_iterator(_reported_pieces(documents, report), trainer)
     return tokenizer
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """So that a process that starts meanwhile reads a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+def _reported_pieces(documents: Sequence[Document], report: Report | None) -> Iterator[str]:
+    """Yields the documents' texts in bounded pieces: splitting a text into words takes many times its size."""
+    if report is not None:
+        report("training the tokenizer")
+    progress = Progress(report, "training the tokenizer, text read:", sum(len(document.text) for document in documents))
+    for document in documents:
+        for start, end in cut(document.text):
+            yield document.text[start:end]
+            progress.add(end - start)
+    if report is not None:
+        report("training the tokenizer, learning merges")

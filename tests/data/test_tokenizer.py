@@ -180,6 +180,10 @@ class TestFromFile:
             )
             assert "\n" not in str(error.value)
 
+    def test_error_of_what_is_no_file(self):
+        with pytest.raises(ConfigError, match=r"^tokenizer='/dev/zero' cannot be read \(not a regular file\); use"):
+            make_tokenizer(DataConfig(tokenizer="/dev/zero"), CORPUS)
+
     def test_error_of_lossy_tokenizer(self, bpe):
         lossy = tokenizers.Tokenizer.from_str(bpe._tokenizer.to_str())
         lossy.normalizer = normalizers.Lowercase()
@@ -286,7 +290,7 @@ class TestSeparator:
         config = DataConfig(paths=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path / "tokenizer"), seq_len=8)
         data = load_data(config)
         assert data.tokenizer.separator == 256
-        assert encode_documents(data.train_documents, data.tokenizer)[0][0] == 256
+        assert next(iter(encode_documents(data.train_documents, data.tokenizer)))[0] == 256
 
     def test_error_of_none(self, tmp_path):
         byte_level(*(f"<{i}>" for i in range(22))).save(str(tmp_path / "tokenizer.json"))
