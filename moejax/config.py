@@ -325,14 +325,15 @@ class OptimizerConfig:
 class DataConfig:
     """What a run trains on.
 
-    `paths` are text files, folders and globs; none means the installed Python's own standard library. `tokenizer` is
-    "bytes", "bpe" (trained on the corpus to `tokenizer_vocab_size` and cached), or the path of a tokenizer.json or of
-    the folder that holds it. `separator` is the token of that file that leads each document. If empty, it is the BOS
-    token where the model's tokenizer has one, else EOS, as `tokenizer_config.json` beside the file names them.
+    `paths` are text files, folders and globs; none means the installed Python's own standard library. On the command
+    line, commas separate them; an existing name that has commas itself must be the only one. `tokenizer` is "bytes",
+    "bpe" (trained on the corpus to `tokenizer_vocab_size` and cached), or the path of a tokenizer.json or of the folder
+    that holds it. `separator` is the token of that file that leads each document. If empty, it is the BOS token where
+    the model's tokenizer has one, else EOS, as `tokenizer_config.json` beside the file names them.
 
     `batch_size` counts the sequences of one optimizer step over the whole mesh, each of `seq_len` tokens.
-    `eval_fraction` of the files, chosen by a hash of their names, is held out. With a plan of several lengths,
-    `block_steps` steps on the same mesh follow one another, because a change of mesh moves the whole state.
+    `eval_fraction` of the files, chosen by a hash of their names, is held out. Of a plan with several lengths, steps on
+    the same mesh come `block_steps` in a row, because a change of mesh moves the whole state.
     """
 
     paths: tuple[str, ...] = ()  # files, globs or folders, separated by commas; none: Python's own library

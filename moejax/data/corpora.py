@@ -62,7 +62,7 @@ def load_corpus(paths: Sequence[str] = (), workdir: str | os.PathLike[str] | Non
             finder.pass_over(file, name, error.kind)
     passed_over = finder.describe()
     if passed_over and paths and documents:  # the standard library's empty __init__.py are no news
-        _log.warning("read %d text files; passed over %s", len(documents), passed_over)
+        _log.warning("text files read: %d; passed over: %s", len(documents), passed_over)
     check(
         bool(documents),
         f"paths={tuple(paths)!r} hold no text; name UTF-8 text files, or folders or globs that have some"

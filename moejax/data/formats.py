@@ -24,7 +24,7 @@ _BY_SUFFIX = {
     **dict.fromkeys((".tfrecord", ".tfrecords"), "TFRecord"),
     **dict.fromkeys((".npy", ".npz"), "NumPy"),
     **dict.fromkeys((".bin", ".idx"), "token ids (as nanoGPT and Megatron write them)"),
-    ".tar": "a tar archive",
+    ".tar": "tar",
     ".pdf": "PDF",
 }
 _COMPRESSED_SUFFIX = {

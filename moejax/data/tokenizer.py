@@ -200,12 +200,12 @@ def _count_ids(tokenizer: tokenizers.Tokenizer) -> int:
 
 def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
     """Reads the tokenizer.json that `name` is, or that the folder `name` holds; returns it and its folder."""
+    reason: str | None = "not a regular file"
     try:
         path = Path(name).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists() or path.is_file():  # reading a pipe or a device might never end
             return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), path.parent
-        reason = "not a regular file"
     except OSError as error:
         reason = error.strerror
     except Exception as error:  # the library raises bare Exception for what it cannot parse

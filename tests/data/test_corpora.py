@@ -74,8 +74,8 @@ class TestLoadCorpus:
         with caplog.at_level(logging.WARNING):
             load(books)
         assert [record.getMessage() for record in caplog.records] == [
-            "read 3 text files; "
-            "passed over 1 binary ('books/binary'), 1 empty ('books/empty'), 1 not UTF-8 ('books/latin')"
+            "text files read: 3; "
+            "passed over: 1 binary ('books/binary'), 1 empty ('books/empty'), 1 not UTF-8 ('books/latin')"
         ]
 
     @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ class TestGlobs:
         write(here, "a.txt")
         (here / "broken.txt").symlink_to("nothing")
         assert names("*.txt") == ["a.txt"]
-        assert "passed over 1 unreadable ('broken.txt')" in caplog.text
+        assert "passed over: 1 unreadable ('broken.txt')" in caplog.text
 
     def test_a_folder_called_like_a_file_is_a_folder(self, here):
         write(here, "a.txt/b.txt", "c.txt")
@@ -193,7 +193,7 @@ class TestPassedOver:
             assert names(here) == [f"{here.name}/a.txt"]
         listed = ", ".join(repr(f"{here.name}/{i}.csv") for i in range(3))
         assert [record.getMessage() for record in caplog.records] == [
-            f"read 1 text files; passed over 5 CSV ({listed}, …), 1 empty ('{here.name}/empty'), "
+            f"text files read: 1; passed over: 5 CSV ({listed}, …), 1 empty ('{here.name}/empty'), "
             f"1 JSON ('{here.name}/x/data.json')"
         ]
 
@@ -211,13 +211,13 @@ class TestPassedOver:
 
         monkeypatch.setattr("pathlib.Path.read_bytes", vanish)
         assert names(here) == [f"{here.name}/a.txt"]
-        assert f"passed over 1 unreadable ('{here.name}/b.txt')" in caplog.text
+        assert f"passed over: 1 unreadable ('{here.name}/b.txt')" in caplog.text
 
     def test_a_folder_that_may_not_be_listed(self, here, caplog, monkeypatch):
         write(here, "a.txt", "theirs/b.txt")
         refuse(monkeypatch, "scandir", str(here / "theirs"))
         assert names(here) == [f"{here.name}/a.txt"]
-        assert "passed over 1 unreadable folder ('theirs')" in caplog.text
+        assert "passed over: 1 unreadable folder ('theirs')" in caplog.text
 
     @pytest.mark.parametrize(
         "files",
@@ -234,7 +234,7 @@ class TestPassedOver:
         for path in (here, "**/*"):
             caplog.clear()
             assert len(names(path)) == 1
-            assert "passed over 1 Hugging Face dataset folder ('set')" in caplog.text
+            assert "passed over: 1 Hugging Face dataset folder ('set')" in caplog.text
 
 
 class TestWorkDirectories:
@@ -250,7 +250,7 @@ class TestWorkDirectories:
         self.write_run(run)
         assert load_corpus(paths, run) == load_corpus(paths, "data/b/run") == load_corpus(paths) == first
         assert [document.name.removeprefix("data/") for document in first] == ["a.txt", "b/c.txt"]
-        assert "passed over 1 work directory of a run ('b/run')" in caplog.text
+        assert "passed over: 1 work directory of a run ('b/run')" in caplog.text
 
     def test_other_runs_are_left_out(self, here):
         write(here, "data/a.txt")

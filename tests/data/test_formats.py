@@ -67,7 +67,7 @@ NAMES = {
     "a.tsv": "TSV",
     "a.csv.bz2": "bzip2-compressed CSV",
     "a.txt.gz": "gzip-compressed",
-    "a.tar.gz": "gzip-compressed a tar archive",
+    "a.tar.gz": "gzip-compressed tar",
     "a.parquet": "Parquet",
     "a.arrow": "Arrow",
     "a.array_record": "ArrayRecord",
