@@ -147,8 +147,7 @@ def param_table(m: ModelConfig, dispatch: DispatchConfig, parallel: ParallelConf
         "head": {"norm_D": _dense((m.d_model,), None, 0, (EXPERT,))},
     }
     if not m.tie_embeddings:
-        # A deviation of 1 / D: logits start near 0, and the loss at ln V (arXiv 2203.03466, table 3).
-        table["head"]["w_DV"] = _dense((m.d_model, m.vocab_size), m.d_model**2, 0, (EXPERT,), dim1=VOCAB_AXES)
+        table["head"]["w_DV"] = _dense((m.d_model, m.vocab_size), m.d_model, 0, (EXPERT,), dim1=VOCAB_AXES)
     if m.num_dense_layers:
         # They run before the pipeline, data-parallel over its axis, so that no stage carries them alone.
         dense = {
