@@ -12,7 +12,7 @@ from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import BatchTotals, Program
 from moejax.nn.loss_scale import LARGEST, loss_scale, scale_gradient
 
-MESH = build_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:4])
+MESH = build_mesh(MeshConfig(expert=2), jax.devices()[:2])
 BATCH_SIZE, SEQ_LEN = 64, 16
 FEW, MANY = BATCH_SIZE * SEQ_LEN, 2**20
 
