@@ -74,6 +74,7 @@ def test_no_device_disagrees_on_what_is_replicated(layout):
     assert all(len(per_device_values(metrics[name])) == 1 for name in scalars)
 
 
+@pytest.mark.full
 def test_the_same_key_makes_the_same_model_on_every_mesh():
     model = CI_LAYOUTS[3].model
     layouts = [Layout(1, 1, 1, repeats=2, model=model), Layout(4, 2, 2, folded=False, model=model)]

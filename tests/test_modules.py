@@ -419,6 +419,7 @@ def test_the_loss_is_that_of_the_logits_and_its_gradient_the_programs(model, bat
     assert_close(nnx.to_pure_dict(grads), jax.jit(inside)(model.params, batch))
 
 
+@pytest.mark.full
 def test_trained_parameters_come_back(model, batch):
     train_step = make_train_step(model.program, OptimizerConfig(warmup_steps=1), steps=10)
     batch, state = train_step.put_batch(batch), train_step.init(jax.random.key(0))

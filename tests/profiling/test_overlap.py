@@ -109,6 +109,7 @@ def test_attention_kernels_have_the_flops_of_causal_attention(name, products):
     assert flops(found) == products * 2 * (3 * 2 * 8) * 64 * 64 * 16 / 2
 
 
+@pytest.mark.full
 def test_the_train_step_exchanges_each_layers_tokens_there_and_back_and_their_gradients():
     """Compiled for CPUs, whose collectives are all synchronous."""
     program = Program(tiny(), build_mesh(MeshConfig(expert=4), jax.devices()[:4]))

@@ -180,6 +180,7 @@ def step_memory(train_step):
     return StepMemory.of(*compile_with_buffers(train_step.lower(PLAN.batch_size, PLAN.seq_len)))
 
 
+@pytest.mark.full
 def test_everything_adds_up_to_what_the_compiler_reports(step_memory):
     peak = step_memory.peak_bytes
     assert peak == step_memory.reported_bytes
@@ -195,6 +196,7 @@ def test_everything_adds_up_to_what_the_compiler_reports(step_memory):
         }
 
 
+@pytest.mark.full
 def test_every_leaf_of_the_state_and_the_batch_is_found(step_memory, train_step):
     def bytes_of(tree, prefix):
         return {
@@ -213,6 +215,7 @@ def test_every_leaf_of_the_state_and_the_batch_is_found(step_memory, train_step)
         assert {b.name: b.num_bytes for b in step_memory.buffers if b.group == group} == leaves
 
 
+@pytest.mark.full
 def test_the_step_is_understood(step_memory):
     """Most of it has a phase; layers' inputs are saved, and each weight has a gradient, both by name."""
     sums, contents = step_memory.by_group(), step_memory.by_content()
@@ -225,6 +228,7 @@ def test_the_step_is_understood(step_memory):
     assert any("stacked by a loop of" in b.words for b in step_memory.buffers)
 
 
+@pytest.mark.full
 def test_tables_and_figures_for_programs_tell_the_same(step_memory):
     predicted, device = predict_memory(PLAN), get_device("cpu")
     data = json.loads(json.dumps(memory_report.as_data(step_memory, predicted, device, 7)))
@@ -239,6 +243,7 @@ def test_tables_and_figures_for_programs_tell_the_same(step_memory):
     assert all(f"`{b['name']}`" in text for b in data["largest"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("limit_over_peak", [1.2, 10])
 def test_every_label_of_the_picture_can_be_read(step_memory, limit_over_peak):
     device = dataclasses.replace(

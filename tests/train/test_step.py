@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from layouts import BALANCE, CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error, tiered
+from layouts import BALANCE, CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error
 from reference import oracle
+from tiers import full_unless
 
 from moejax.config import OptimizerConfig
 from moejax.train.step import TrainState, make_train_step
@@ -63,7 +64,7 @@ def assert_close(actual, expected):
     assert worst[1] < 1e-5, worst
 
 
-@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", full_unless(CI_LAYOUTS[2].__eq__, CI_LAYOUTS), ids=str)
 def test_one_step_is_optax_on_the_whole_model(layout):
     state, metrics = stepped(layout)
     result, grads = layout.oracle()
@@ -85,7 +86,7 @@ def test_one_step_is_optax_on_the_whole_model(layout):
     assert int(state.step) == int(state.balance.num_steps) == 1
 
 
-@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", full_unless(CI_LAYOUTS[2].__eq__, CI_LAYOUTS), ids=str)
 def test_no_device_disagrees_after_a_step(layout):
     for path, x in jax.tree.leaves_with_path(stepped(layout)):
         for values in per_device_values(x):
