@@ -59,9 +59,15 @@ def test_the_queue_lists_each_line_by_position(expert_TK):
     np.testing.assert_array_equal(queue.start_E, np.searchsorted(flat[in_line], np.arange(E)))
 
 
+@jax.jit
+def one_buffer(expert_TK):
+    queue = lined_up(expert_TK)
+    return queue, slots.in_line(queue)
+
+
 @given(choices())
 def test_one_buffer_in_line_holds_all_assignments(expert_TK):
-    queue, matching = jax.jit(lambda expert_TK: (lined_up(expert_TK), slots.in_line(lined_up(expert_TK))))(expert_TK)
+    queue, matching = one_buffer(expert_TK)
     slot_TK, assignment_N = map(np.asarray, matching)
     somewhere_TK = expert_TK < E
     assert (slot_TK[~somewhere_TK] == T * K).all()
@@ -87,15 +93,15 @@ def test_every_assignment_has_one_slot_of_its_expert_in_one_round(expert_TK, cap
     np.testing.assert_array_equal(seen_TK, expert_TK < E)
 
 
-@given(choices(), st.sampled_from(CAPACITIES), st.integers(0, 2))
-def test_rows_and_their_gradients_are_those_of_plain_indexing(expert_TK, capacity, round_index):
-    """`take_rows` gathers in its backward pass as well; autodiff of indexing would scatter."""
-    matching = assign(expert_TK, round_index * capacity, capacity)
-    rng = np.random.default_rng(1)
-    x_TD, dy_TD = (jnp.asarray(rng.standard_normal((T, D), np.float32)) for _ in range(2))
-    y_ECD = jnp.asarray(rng.standard_normal((E, capacity, D), np.float32))
-    gate_TK = jnp.asarray(rng.random((T, K), np.float32))
+def rows_and_gradients(fill, read, x_TD, y_ECD, gate_TK, dy_TD):
+    """A buffer filled and another one read, each with its gradients."""
+    filled, pull_filled = jax.vjp(fill, x_TD)
+    read, pull_read = jax.vjp(read, y_ECD, gate_TK)
+    return filled, read, pull_filled(y_ECD), pull_read(dy_TD)
 
+
+@jax.jit  # compiled once per capacity
+def by_slots_and_by_indexing(matching, *arrays):
     def fill_plainly(x_TD):
         return x_TD.at[matching.assignment_EC // K].get(mode="fill", fill_value=0)
 
@@ -103,15 +109,18 @@ def test_rows_and_their_gradients_are_those_of_plain_indexing(expert_TK, capacit
         rows_TKD = y_ECD.reshape(-1, D).at[matching.slot_TK].get(mode="fill", fill_value=0)
         return (rows_TKD * gate_TK[..., None]).sum(1)
 
-    actual, pull = jax.vjp(lambda x: slots.fill_buffer(x, matching, K), x_TD)
-    expected, pull_plainly = jax.vjp(fill_plainly, x_TD)
-    np.testing.assert_array_equal(actual, expected)
-    np.testing.assert_allclose(pull(y_ECD)[0], pull_plainly(y_ECD)[0], rtol=1e-6, atol=1e-6)
+    fill, read = lambda x: slots.fill_buffer(x, matching, K), lambda y, gate: slots.read_buffer(y, matching, gate)
+    return rows_and_gradients(fill, read, *arrays), rows_and_gradients(fill_plainly, read_plainly, *arrays)
 
-    actual, pull = jax.vjp(lambda y, gate: slots.read_buffer(y, matching, gate), y_ECD, gate_TK)
-    expected, pull_plainly = jax.vjp(read_plainly, y_ECD, gate_TK)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
-    for got, wanted in zip(pull(dy_TD), pull_plainly(dy_TD), strict=True):
+
+@given(choices(), st.sampled_from(CAPACITIES), st.integers(0, 2))
+def test_rows_and_their_gradients_are_those_of_plain_indexing(expert_TK, capacity, round_index):
+    """`take_rows` gathers in its backward pass as well; autodiff of indexing would scatter."""
+    rng = np.random.default_rng(1)
+    arrays = [rng.standard_normal(shape, np.float32) for shape in ((T, D), (E, capacity, D), (T, K), (T, D))]
+    actual, expected = by_slots_and_by_indexing(assign(expert_TK, round_index * capacity, capacity), *arrays)
+    np.testing.assert_array_equal(actual[0], expected[0])
+    for got, wanted in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
