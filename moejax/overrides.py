@@ -1,4 +1,4 @@
-"""Typed dotted overrides of nested frozen dataclasses, and configuration files in Python.
+"""Typed dotted overrides of nested frozen dataclasses, configuration files in Python, and records of them in JSON.
 
 `--config.model.num_layers=4` is read by the type hint of `model.num_layers`. All overrides of one dataclass are
 applied in one `dataclasses.replace`, so fields that must change together are validated together.
@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, check
+from moejax.strict_json import NOT_FINITE
 
 T = TypeVar("T")
 
@@ -167,8 +168,72 @@ def _parse_optional(text: str, arguments: tuple[Any, ...], path: str) -> Any:
     return _parse(text, kinds[0], path)
 
 
-def _wrong_type(text: str, path: str, expected: str) -> ConfigError:
+def _wrong_type(text: Any, path: str, expected: str) -> ConfigError:
     return ConfigError(f"{path}={text!r} must be {expected}")
+
+
+def from_record(kind: type[T], record: Mapping[str, Any], path: str) -> tuple[T, list[str]]:
+    """Returns the `kind` that `record` holds as JSON has it, and a line per way in which another version wrote it.
+
+    Undoes `dataclasses.asdict` and JSON. A field that the record lacks gets the default that it has today; one that
+    `kind` lacks is left out. `path` says in messages where the record is: "config".
+
+    Raises:
+      ConfigError: a value that is not of the field's type, a field that has no default, or a value that the dataclass
+        refuses.
+    """
+    reader = _RecordReader()
+    value = reader.read(kind, record, path)
+    lines = [f"{', '.join(reader.unknown)} left out: this version has no such field"] if reader.unknown else []
+    if reader.missing:
+        lines.append(f"{', '.join(reader.missing)} taken from the defaults: the record has no such field")
+    return value, lines
+
+
+class _RecordReader:
+    def __init__(self) -> None:
+        self.missing: list[str] = []  # "config.steps=300"
+        self.unknown: list[str] = []
+
+    def read(self, hint: Any, value: Any, path: str) -> Any:
+        """Returns `value`, as JSON has it, as the type `hint`."""
+        origin, arguments = get_origin(hint), get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            return self._read_fields(hint, value, path)
+        if origin is tuple:
+            _check_type(isinstance(value, list | tuple), value, path, "a list")
+            return tuple(self.read(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        if origin is Literal:
+            _check_type(value in arguments, value, path, f"one of {', '.join(map(str, arguments))}")
+            return value
+        kinds = arguments if origin in (Union, types.UnionType) else (hint,)
+        if float in kinds and (type(value) is int or value in NOT_FINITE):
+            return float(value)
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        _check_type(type(value) in kinds, value, path, f"of type {names}")
+        return value
+
+    def _read_fields(self, kind: Any, record: Any, path: str) -> Any:
+        _check_type(isinstance(record, Mapping), record, path, f"the fields of a {kind.__name__}")
+        hints, values = get_type_hints(kind), {}
+        self.unknown += [f"{path}.{name}={value!r}" for name, value in record.items() if name not in hints]
+        for field in dataclasses.fields(kind):
+            name = f"{path}.{field.name}"
+            if field.name in record:
+                values[field.name] = self.read(hints[field.name], record[field.name], name)
+                continue
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            check(default is not dataclasses.MISSING, f"{name} is missing, and has no default")
+            self.missing.append(f"{name}={default}")
+        try:
+            return kind(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}.{error}") from None
+
+
+def _check_type(ok: bool, value: Any, path: str, expected: str) -> None:
+    if not ok:
+        raise _wrong_type(value, path, expected)
 
 
 def split_overrides(argv: Sequence[str], prefix: str) -> tuple[dict[str, str], list[str]]:

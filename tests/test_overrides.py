@@ -1,13 +1,16 @@
 import dataclasses
+import json
 from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, check
+from moejax import strict_json
+from moejax.config import BalanceConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, check
 from moejax.mesh import MeshConfig
-from moejax.overrides import apply_overrides, load_config_file, split_overrides
+from moejax.overrides import apply_overrides, from_record, load_config_file, split_overrides
+from moejax.train.schedule import Bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,3 +232,65 @@ def test_config_file_must_be_python(tmp_path):
     path.write_text("a: 1")
     with pytest.raises(ConfigError, match=r"must end in \.py"):
         load_config_file(path, DataConfig)
+
+
+class TestFromRecord:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            TrainConfig(),
+            apply_overrides(
+                TrainConfig(),
+                {
+                    "data.paths": "a,b",
+                    "dispatch.expert_axes": "expert",
+                    "compiler_options": "a=b",
+                    "optimizer.eps": "1",
+                },
+            ),
+            TrainConfig(balance=BalanceConfig(max_load_cv=float("inf"), aux_loss_weight=0)),
+            MeshConfig(2, 4, hardware="h100", hosts=2),
+            Outer(Inner(limit=3, either="x", sizes=(1, 2), width=16), top=5),
+        ],
+    )
+    def test_undoes_json(self, config):
+        record = json.loads(strict_json.dumps(dataclasses.asdict(config)))
+        again, lines = from_record(type(config), record, "config")
+        assert again == config
+        assert lines == []
+
+    def test_tuples_of_dataclasses(self):
+        again, _ = from_record(tuple[Inner, ...], [{"high": 5}, {"high": 6}], "inner")
+        assert again == (Inner(high=5), Inner(high=6))
+
+    def test_fields_that_came_or_went_are_a_line_each(self):
+        record = {"inner": {"low": 0, "high": 3, "limit": None, "either": 0, "table": {}, "old": [1]}, "top": 9}
+        again, lines = from_record(Outer, record, "config")
+        assert again == Outer(Inner(high=3), top=9)
+        assert lines == [
+            "config.inner.old=[1] left out: this version has no such field",
+            "config.inner.sizes=(), config.inner.width=8 taken from the defaults: the record has no such field",
+        ]
+
+    @pytest.mark.parametrize(
+        ("record", "expected"),
+        [
+            ({"top": "9"}, "config.top='9' must be of type int"),
+            ({"top": True}, "config.top=True must be of type int"),
+            ({"inner": [1]}, "config.inner=[1] must be the fields of a Inner"),
+            ({"inner": {"limit": 1.5}}, "config.inner.limit=1.5 must be of type int or NoneType"),
+            ({"inner": {"sizes": 3}}, "config.inner.sizes=3 must be a list"),
+            ({"inner": {"sizes": [1, "x"]}}, "config.inner.sizes[1]='x' must be of type int"),
+            ({"inner": {"width": 9}}, "config.inner.width=9 must be one of 8, 16"),
+            ({"inner": {"low": 4}}, "config.inner.low=4 must be less than high=1"),
+            ({"inner": {"high": 40}}, "config.inner.high=40 must be at most top=10"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line(self, record, expected):
+        with pytest.raises(ConfigError) as error:
+            from_record(Outer, record, "config")
+        assert str(error.value) == expected
+
+    def test_a_field_without_a_default_cannot_be_missing(self):
+        with pytest.raises(ConfigError, match=r"^buckets\[0\].batch_size is missing, and has no default$"):
+            from_record(tuple[Bucket, ...], [{"seq_len": 8}], "buckets")

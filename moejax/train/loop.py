@@ -9,7 +9,7 @@ import logging
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,20 +17,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.balance import BalanceReport, BoundWatch
-from moejax.config import ConfigError, TrainConfig, check
+from moejax.config import BalanceConfig, ConfigError, TrainConfig, check
 from moejax.data import Data, load_data, make_loader
+from moejax.mesh import MeshConfig
 from moejax.model import counted_targets
+from moejax.overrides import from_record
 from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.memory_guard import device_limit, memory_in_use
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
 from moejax.train.record import append_start, describe_start
+from moejax.train.resume import CHECKPOINTS, Run, check_data, check_run, read_record
 from moejax.train.sample import Sample, sample_text
 from moejax.train.schedule import Bucket, Schedule
 from moejax.train.signals import Signals
 from moejax.train.sizes import StepSizes
 from moejax.train.step import TrainState
 from moejax.train.summary import FROM_METRICS, Summary, Timing
+from moejax.train.workdir import WorkdirLock
 
 SAVING = "saving a checkpoint"
 _log = logging.getLogger(__name__)
@@ -38,6 +42,10 @@ _log = logging.getLogger(__name__)
 
 class Trainer:
     """Trains as `config` says on `mesh`, in `workdir`; a run that was stopped there goes on where it was.
+
+    Where the configuration, the mesh or the buckets are not those of the run in `workdir`, a line says so for each
+    field. Fields that would make it another run need `override` (see `moejax.train.resume`). `mesh_config` is what
+    `mesh` was built from; the run's record keeps it.
 
     With the `buckets` of a plan, they say how on the mesh's devices, and each step's batch is of one of them. Held-out
     text is then in rows of the longest, and evaluated on its mesh.
@@ -56,16 +64,27 @@ class Trainer:
         workdir: str | pathlib.Path,
         buckets: Sequence[Bucket] = (),
         around_step: Callable[..., contextlib.AbstractContextManager[None]] = lambda *_: contextlib.nullcontext(),
+        *,
+        mesh_config: MeshConfig | None = None,
+        override: bool = False,
     ) -> None:
-        self.workdir = pathlib.Path(workdir)
-        self.mesh, self.buckets = mesh, tuple(buckets)
+        self.workdir = pathlib.Path(workdir).expanduser()
+        self.mesh, self.mesh_config, self.buckets = mesh, mesh_config, tuple(buckets)
+        self._progress = Progress(config.steps)
+        self._lock = WorkdirLock(self.workdir)
+        self._lock.check_possible()
+        record = read_record(self.workdir)
+        asked = Run.of(config, dataclasses.asdict(mesh_config) if mesh_config else dict(mesh.shape), buckets)
+        if record is not None:
+            self._say(check_run(record, asked, self.workdir, override=override))
         self.schedule = Schedule.of_buckets(config, buckets, mesh)
         self.config = config = self.schedule.configs[-1]
         self.train_step = self.schedule.train_steps[-1]
         self.program = self.train_step.program
-        self._progress = Progress(config.steps)
         with self._progress as progress, Signals(progress.say), progress.waiting("reading the text and its tokenizer"):
             self.data: Data = load_data(config.data, workdir=self.workdir)
+        if record is not None:
+            self._say(check_data(record, asked, self.data.fingerprint, self.workdir))
         check(
             self.data.tokenizer.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
@@ -74,6 +93,10 @@ class Trainer:
         self._around_step = around_step
         self._watch = BoundWatch(config.balance.window)
         self._start = time.perf_counter()
+
+    def _say(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self._progress.say(line)
 
     def run(self) -> Summary:
         """Trains to `config.steps`, or until a SIGTERM or SIGINT, after which it saves and returns.
@@ -84,8 +107,9 @@ class Trainer:
         config, progress = self.config, self._progress
         batches = self.schedule.make_loader(self.data)
         limit = config.memory_limit_bytes or device_limit(self.mesh)
-        directory = self.workdir / "checkpoints"
+        directory = self.workdir / CHECKPOINTS
         with (
+            self._lock,
             progress,
             Checkpointer(directory, keep=config.checkpoint.keep, every=config.checkpoint.every) as checkpointer,
             self._take_signals(checkpointer) as self._signals,
@@ -130,7 +154,12 @@ class Trainer:
         if jax.process_index() > 0:
             return contextlib.nullcontext()
         start = describe_start(
-            self.config, self.mesh, self.buckets, resumed_from=first, data_fingerprint=self.data.fingerprint
+            self.config,
+            self.mesh,
+            self.buckets,
+            mesh_config=self.mesh_config,
+            resumed_from=first,
+            data_fingerprint=self.data.fingerprint,
         )
         try:
             writer = MetricsWriter(self.workdir, resume_step=first)
@@ -154,6 +183,7 @@ class Trainer:
         return {
             "config": dataclasses.asdict(self.config),
             "mesh": dict(self.schedule.at.program.mesh.shape),
+            "buckets": [dataclasses.asdict(bucket) for bucket in self.buckets],
             "draws": self._draws(),
             "data": self.data.fingerprint,
             "versions": {"jax": jax.__version__},
@@ -165,31 +195,33 @@ class Trainer:
         return [*map(list, shapes), [self.config.data.block_steps]] if len(shapes) > 1 else []
 
     def _restore_or_init(self, checkpointer: Checkpointer, batches: Any) -> tuple[TrainState, int]:
-        restored = checkpointer.restore(self.train_step.state_shapes, batches)
-        if restored is None:
+        metadata = checkpointer.read_metadata()
+        if metadata is None:
             return self.train_step.init(jax.random.key(self.config.seed)), 0
-        state, step, metadata = restored
-        saved = metadata["config"]["data"]
-        ours = dataclasses.asdict(self.config.data)
-        for name in ("batch_size", "seq_len", "seed"):
-            check(
-                saved[name] == ours[name],
-                f"data.{name}={ours[name]} must be {saved[name]}, as in the run that {self.workdir} holds; "
-                "use that, or another workdir",
-            )
         draws = metadata.get("draws", [])
         check(
             draws == self._draws(),
             f"buckets of [seq_len, batch_size, group], [block_steps] are {self._draws()} and must be {draws}, as in "
             f"the run that {self.workdir} holds; use its plan, or another workdir",
         )
-        if metadata["data"] != self.data.fingerprint:
-            raise ConfigError(
-                f"the training text or tokenizer is not the one that the run in {self.workdir} was started with; "
-                "give the same data.paths and data.tokenizer, or use another workdir"
-            )
-        _log.info("resumed %s at step %d", self.workdir, step)
+        template = self.train_step.state_shapes
+        changed = self._changed_windows(metadata)
+        if changed:
+            self._progress.say(f"the balancer's windows start anew: {changed}")
+            balance = jax.device_put(self.program.balancer.init(), self.train_step.state_shardings.balance)
+            template = dataclasses.replace(template, balance=balance)
+        restored = checkpointer.restore(template, batches, fresh=("balance",) if changed else ())
+        assert restored is not None, "there is a checkpoint: its metadata was read"
+        state, step, _ = restored
+        self._progress.say(f"resumed {self.workdir} at step {step}")
         return state, step
+
+    def _changed_windows(self, metadata: dict[str, Any]) -> str:
+        """Returns the fields whose change leaves a checkpoint's balancer state without a meaning, "" if none did."""
+        saved, _ = from_record(BalanceConfig, metadata["config"]["balance"], "balance")
+        before, now = dataclasses.asdict(saved), dataclasses.asdict(self.config.balance)
+        fields = ("window", "capacity_factors")
+        return ", ".join(f"balance.{f}={before[f]} became {now[f]}" for f in fields if before[f] != now[f])
 
     def _steps(
         self,

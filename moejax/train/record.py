@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 
 from moejax import strict_json
 from moejax.compiler import program_options
-from moejax.config import TrainConfig
-from moejax.mesh import platform
+from moejax.config import ConfigError, TrainConfig
+from moejax.mesh import MeshConfig, platform
 from moejax.train.files import replace_text
 from moejax.train.schedule import Bucket
 
@@ -34,13 +34,21 @@ ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "NCCL_", "TF_GPU_")  # beginnings of t
 
 
 def describe_start(
-    config: TrainConfig, mesh: Mesh, buckets: Sequence[Bucket], *, resumed_from: int, data_fingerprint: str
+    config: TrainConfig,
+    mesh: Mesh,
+    buckets: Sequence[Bucket],
+    *,
+    mesh_config: MeshConfig | None = None,
+    resumed_from: int,
+    data_fingerprint: str,
 ) -> dict[str, Any]:
     """An entry of `run.json`, ready for JSON: all that decides what a run computes, but for the text itself.
 
+    With `config`, `mesh` and `buckets` the run can be started again (see `moejax.train.resume`).
+
     - `config`: every field, with those that a plan decided as its last bucket has them; seeds are `config.seed` (of the
       parameters) and `config.data.seed` (of the order of the batches);
-    - `mesh`: its shape, and `buckets`: a plan's, else empty;
+    - `mesh`: every field of `mesh_config`, without one its shape; and `buckets`: a plan's, else empty;
     - `compiler_options`: what the step is compiled with beyond XLA's defaults (see `moejax.compiler`);
     - `argv` as the process was started, and the variables of its `environment` that XLA, JAX and NCCL read;
     - `versions`, `devices`, and `git`: see `git_state`;
@@ -54,7 +62,7 @@ def describe_start(
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
         "config": dataclasses.asdict(config),
         "compiler_options": program_options(platform(mesh), config.compiler_options),
-        "mesh": dict(mesh.shape),
+        "mesh": dataclasses.asdict(mesh_config) if mesh_config else dict(mesh.shape),
         "buckets": [dataclasses.asdict(bucket) for bucket in buckets],
         "devices": {
             "kind": devices[0].device_kind,
@@ -120,9 +128,14 @@ def append_start(workdir: Path, start: dict[str, Any]) -> None:
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of a run's `run.json`, the oldest first.
+    """Returns the entries of a run's `run.json`, the oldest first.
 
     Raises:
       FileNotFoundError: the folder holds none.
+      ConfigError: the file is not such a record.
     """
-    return json.loads((workdir / RECORD_FILE).read_text(encoding="utf-8"))["starts"]
+    path = workdir / RECORD_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path} is not the record of a run ({error!r}); restore it, or remove it") from None

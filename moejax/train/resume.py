@@ -1,0 +1,241 @@
+"""Going on with a run: what its work directory says it is, and what of that may differ when it is started again.
+
+The record is the last start in `run.json`; where that file is missing, the configuration in the newest checkpoint.
+Every field of `TrainConfig` is of a kind, in `KINDS`, that says what happens where it differs from the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from moejax.config import ConfigError, TrainConfig
+from moejax.overrides import from_record
+from moejax.train.checkpoint import METADATA
+from moejax.train.record import RECORD_FILE, read_starts
+from moejax.train.schedule import DECIDES, Bucket
+
+CHECKPOINTS = "checkpoints"  # the folder of them in a work directory
+
+# "free" fields may differ. "meaning" fields make it another run and need `override`; "drops" fields are of that kind
+# under the strategy "capacity", and free under the others, which drop nothing. "fixed" fields cannot differ: the arrays
+# or the batches would not fit. "data" fields may differ as long as they bring the same batches.
+Kind = Literal["free", "meaning", "drops", "fixed", "data"]
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(
+        (
+            "steps", "eval_every", "eval_batches", "sample_tokens", "memory_limit_bytes", "compiler_options",
+            "checkpoint.every", "checkpoint.keep",
+            "parallel.num_microbatches", "parallel.repeats", "parallel.gather", "parallel.remat", "parallel.bubble",
+            "parallel.batch_split",
+            "dispatch.expert_axes", "dispatch.hosts", "dispatch.chunks",
+            "balance.window", "balance.headroom", "balance.capacity_factors", "balance.max_load_cv",
+            "balance.max_dropped_fraction", "balance.max_rounds", "balance.max_idle_experts",
+        ),
+        "free",
+    ),
+    **dict.fromkeys(("dispatch.strategy", "dispatch.capacity_factor"), "drops"),
+    **dict.fromkeys(
+        (
+            "seed", "accumulate", "dispatch.payload",
+            "model.experts_per_token", "model.router_score", "model.router_renormalize", "model.max_seq_len",
+            "model.rope_theta", "model.norm_eps", "model.dtype",
+            "balance.aux_loss_weight", "balance.sequence_loss_weight", "balance.z_loss_weight",
+            "balance.bias_update_rate",
+            "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.final_learning_rate_fraction",
+            "optimizer.b1", "optimizer.b2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm",
+        ),
+        "meaning",
+    ),
+    **dict.fromkeys(
+        (
+            "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads", "model.head_dim",
+            "model.d_ff", "model.num_experts", "model.router_bias", "model.shared_d_ff", "model.num_dense_layers",
+            "model.dense_d_ff", "model.vocab_size", "model.tie_embeddings",
+            "data.seq_len", "data.batch_size", "data.seed",
+        ),
+        "fixed",
+    ),
+    **dict.fromkeys(
+        (
+            "data.paths", "data.tokenizer", "data.tokenizer_vocab_size", "data.separator", "data.eval_fraction",
+            "data.block_steps",
+        ),
+        "data",
+    ),
+}  # fmt: skip
+_LONGEST_VALUE, _MOST_NAMED = 60, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is: its configuration as the last bucket has it, fields of its mesh, and the buckets of a plan.
+
+    A plan of one bucket is no more than a configuration and a mesh, and `of` makes it that.
+    """
+
+    config: TrainConfig
+    mesh: Mapping[str, Any]
+    buckets: tuple[Bucket, ...] = ()
+
+    @classmethod
+    def of(cls, config: TrainConfig, mesh: Mapping[str, Any], buckets: Sequence[Bucket]) -> Run:
+        if not buckets:
+            return cls(config, mesh)
+        config = buckets[-1].applied(config)
+        return cls(config, mesh, tuple(buckets)) if len(buckets) > 1 else cls(config, _leaves(buckets[0].mesh))
+
+    def fields(self) -> dict[str, Any]:
+        """Returns every field that can differ, by its path; several buckets have their own of what they decide."""
+        fields = {f"config.{path}": value for path, value in _leaves(self.config).items()}
+        fields["buckets"] = tuple(f"{bucket.batch_size}x{bucket.seq_len}" for bucket in self.buckets)
+        if self.buckets:
+            fields = {path: value for path, value in fields.items() if not path[len("config.") :].startswith(DECIDES)}
+        for i, bucket in enumerate(self.buckets):
+            leaves = _leaves(bucket)
+            fields |= {f"buckets[{i}].{path}": leaves[path] for path in leaves if path not in ("seq_len", "batch_size")}
+        return fields | {f"mesh.{name}": value for name, value in self.mesh.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a work directory holds: the run, the fingerprint of its data, and whether there is a checkpoint.
+
+    `lines` say in which way another version wrote it.
+    """
+
+    run: Run
+    data_fingerprint: str
+    has_checkpoint: bool
+    lines: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field that is not as it is in the run."""
+
+    path: str
+    recorded: Any
+    asked: Any
+    kind: Kind
+
+    def __str__(self) -> str:
+        flag = "" if self.path.startswith("buckets") else "--"
+        return f"{flag}{self.path}: {_text(self.recorded)} in the run, {_text(self.asked)} asked for"
+
+
+def read_record(workdir: Path) -> Record | None:
+    """Returns what the work directory says of its run; None if it holds none.
+
+    Raises:
+      ConfigError: it holds one that cannot be read.
+    """
+    checkpoints = workdir / CHECKPOINTS
+    steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+    source = workdir / RECORD_FILE
+    if not source.exists() and not steps:
+        return None
+    try:
+        if source.exists():
+            saved = read_starts(workdir)[-1]
+            fingerprint = saved["data_fingerprint"]
+        else:
+            source = checkpoints / str(max(steps)) / METADATA / "metadata"
+            saved = json.loads(source.read_text(encoding="utf-8"))
+            fingerprint = saved["data"]
+        config, lines = from_record(TrainConfig, saved["config"], "config")
+        buckets, more_lines = from_record(tuple[Bucket, ...], saved["buckets"], "buckets")
+        run = Run.of(config, saved["mesh"], buckets)
+    except (ConfigError, LookupError) as error:
+        why = error if isinstance(error, ConfigError) else repr(error)
+        raise ConfigError(f"{source} is of another version, or was changed: {why}") from None
+    return Record(run, fingerprint, bool(steps), tuple(f"{source}: {line}" for line in lines + more_lines))
+
+
+def compare(recorded: Run, asked: Run) -> list[Difference]:
+    """Returns the fields that differ, but for those that only one of the two has."""
+    before, after = recorded.fields(), asked.fields()
+    return [
+        Difference(path, value, after[path], _kind(path, before, after))
+        for path, value in before.items()
+        if path in after and value != after[path]
+    ]
+
+
+def check_run(record: Record, asked: Run, workdir: Path, *, override: bool) -> list[str]:
+    """Returns a line per field, data aside, in which `asked` differs from the run in `workdir` that it goes on with.
+
+    Raises:
+      ConfigError: it cannot go on so; or it can, but would be another run, and `override` does not allow that.
+    """
+    differences = [d for d in compare(record.run, asked) if d.kind != "data"]
+    fixed = [d for d in differences if d.kind == "fixed"] if record.has_checkpoint else []
+    _refuse(fixed, f"the run in {workdir} cannot go on so: leave this out, or use another workdir for a new run")
+    meaning = [d for d in differences if d.kind == "meaning"] if record.has_checkpoint and not override else []
+    _refuse(
+        meaning,
+        f"this makes the run in {workdir} another one: leave it out, add --override (in Python override=True) to go on "
+        "with it all the same, or use another workdir for a new run",
+    )
+    return [*record.lines, *map(str, differences)]
+
+
+def check_data(record: Record, asked: Run, fingerprint: str, workdir: Path) -> list[str]:
+    """Returns a line per field of the data in which `asked` differs from the run in `workdir`.
+
+    Raises:
+      ConfigError: there is a checkpoint, and they bring other text or other ids than it was trained on.
+    """
+    differences = [d for d in compare(record.run, asked) if d.kind == "data"]
+    if record.has_checkpoint and record.data_fingerprint != fingerprint:
+        _refuse(
+            differences,
+            f"the training text or tokenizer is not the one of the run in {workdir}: leave this out, or use another "
+            "workdir for a new run",
+        )
+        raise ConfigError(
+            f"the training text or tokenizer is not the one of the run in {workdir}: the files of "
+            f"data.paths={_text(asked.config.data.paths)} or of data.tokenizer={asked.config.data.tokenizer} have "
+            "changed since; restore them, or use another workdir for a new run"
+        )
+    return [str(difference) for difference in differences]
+
+
+def _kind(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Kind:
+    owner, _, field = path.partition(".")
+    if not field:
+        return "fixed"  # the buckets' shapes
+    if owner == "mesh" or field.startswith("mesh."):
+        return "free"
+    if KINDS[field] == "drops":
+        strategies = before[f"{owner}.dispatch.strategy"], after[f"{owner}.dispatch.strategy"]
+        return "meaning" if "capacity" in strategies else "free"
+    return KINDS[field]
+
+
+def _refuse(differences: Sequence[Difference], why: str) -> None:
+    if differences:
+        named = [str(difference) for difference in differences[:_MOST_NAMED]]
+        more = len(differences) - len(named)
+        raise ConfigError(f"{'; '.join(named)}{f'; and {more} more' if more else ''}; {why}")
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of nested dataclasses by their dotted path."""
+    leaves: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), prefix + field.name
+        leaves |= _leaves(value, f"{path}.") if dataclasses.is_dataclass(value) else {path: value}
+    return leaves
+
+
+def _text(value: Any) -> str:
+    """Returns a value as flags have it, cut where it is long."""
+    if isinstance(value, tuple):
+        text = ",".join(map(_text, value)) or "none"
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

@@ -1,0 +1,382 @@
+"""Going on with a run: its record decides, what differs is said, and what would make it another run is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import pytest
+
+from moejax.config import ConfigError, DispatchConfig, ParallelConfig, TrainConfig
+from moejax.mesh import MeshConfig, build_mesh
+from moejax.overrides import apply_overrides
+from moejax.train.loop import Trainer
+from moejax.train.metrics import read_metrics
+from moejax.train.record import RECORD_FILE, append_start, read_starts
+from moejax.train.resume import CHECKPOINTS, KINDS, Record, Run, check_data, check_run, compare, read_record
+from moejax.train.schedule import Bucket
+
+# A valid value of each field that is not the default, and of those that must change with it.
+OTHERS = {
+    "model.num_layers": {"model.num_layers": "2"},
+    "model.d_model": {"model.d_model": "64"},
+    "model.num_heads": {"model.num_heads": "8"},
+    "model.num_kv_heads": {"model.num_kv_heads": "4"},
+    "model.head_dim": {"model.head_dim": "16"},
+    "model.d_ff": {"model.d_ff": "512"},
+    "model.num_experts": {"model.num_experts": "8"},
+    "model.experts_per_token": {"model.experts_per_token": "3"},
+    "model.router_score": {"model.router_score": "sigmoid"},
+    "model.router_renormalize": {"model.router_renormalize": "false"},
+    "model.router_bias": {"model.router_bias": "true", "balance.bias_update_rate": "0.01"},
+    "model.shared_d_ff": {"model.shared_d_ff": "64"},
+    "model.num_dense_layers": {"model.num_dense_layers": "1", "model.dense_d_ff": "64"},
+    "model.dense_d_ff": {"model.num_dense_layers": "1", "model.dense_d_ff": "64"},
+    "model.vocab_size": {"model.vocab_size": "512"},
+    "model.tie_embeddings": {"model.tie_embeddings": "true"},
+    "model.max_seq_len": {"model.max_seq_len": "512"},
+    "model.rope_theta": {"model.rope_theta": "500"},
+    "model.norm_eps": {"model.norm_eps": "0.1"},
+    "model.dtype": {"model.dtype": "float32"},
+    "dispatch.strategy": {"dispatch.strategy": "ragged"},
+    "dispatch.capacity_factor": {"dispatch.capacity_factor": "2"},
+    "dispatch.expert_axes": {"dispatch.expert_axes": "expert"},
+    "dispatch.hosts": {"dispatch.hosts": "2"},
+    "dispatch.chunks": {"dispatch.chunks": "2"},
+    "dispatch.payload": {"dispatch.payload": "float8"},
+    "balance.aux_loss_weight": {"balance.aux_loss_weight": "0.5"},
+    "balance.sequence_loss_weight": {"balance.sequence_loss_weight": "0.5"},
+    "balance.z_loss_weight": {"balance.z_loss_weight": "0.5"},
+    "balance.bias_update_rate": {"model.router_bias": "true", "balance.bias_update_rate": "0.01"},
+    "balance.window": {"balance.window": "16"},
+    "balance.headroom": {"balance.headroom": "2"},
+    "balance.capacity_factors": {"balance.capacity_factors": "1,2"},
+    "balance.max_load_cv": {"balance.max_load_cv": "9"},
+    "balance.max_dropped_fraction": {"balance.max_dropped_fraction": "0.5"},
+    "balance.max_rounds": {"balance.max_rounds": "9"},
+    "balance.max_idle_experts": {"balance.max_idle_experts": "9"},
+    "parallel.num_microbatches": {"parallel.num_microbatches": "4"},
+    "parallel.repeats": {"parallel.repeats": "2"},
+    "parallel.gather": {"parallel.gather": "layer"},
+    "parallel.remat": {"parallel.remat": "full"},
+    "parallel.bubble": {"parallel.bubble": "skip"},
+    "parallel.batch_split": {"parallel.batch_split": "2"},
+    "optimizer.learning_rate": {"optimizer.learning_rate": "0.5"},
+    "optimizer.warmup_steps": {"optimizer.warmup_steps": "7"},
+    "optimizer.final_learning_rate_fraction": {"optimizer.final_learning_rate_fraction": "0.5"},
+    "optimizer.b1": {"optimizer.b1": "0.5"},
+    "optimizer.b2": {"optimizer.b2": "0.5"},
+    "optimizer.eps": {"optimizer.eps": "0.5"},
+    "optimizer.weight_decay": {"optimizer.weight_decay": "9"},
+    "optimizer.clip_norm": {"optimizer.clip_norm": "9"},
+    "data.paths": {"data.paths": "a,b"},
+    "data.tokenizer": {"data.tokenizer": "bpe"},
+    "data.tokenizer_vocab_size": {"data.tokenizer_vocab_size": "512"},
+    "data.separator": {"data.tokenizer": "x.json", "data.separator": "<s>"},
+    "data.seq_len": {"data.seq_len": "128"},
+    "data.batch_size": {"data.batch_size": "64"},
+    "data.eval_fraction": {"data.eval_fraction": "0.5"},
+    "data.seed": {"data.seed": "1"},
+    "data.block_steps": {"data.block_steps": "4"},
+    "checkpoint.every": {"checkpoint.every": "7"},
+    "checkpoint.keep": {"checkpoint.keep": "7"},
+    "steps": {"steps": "77"},
+    "accumulate": {"accumulate": "2"},
+    "eval_every": {"eval_every": "7"},
+    "eval_batches": {"eval_batches": "7"},
+    "sample_tokens": {"sample_tokens": "7"},
+    "memory_limit_bytes": {"memory_limit_bytes": "7"},
+    "compiler_options": {"compiler_options": "a=b"},
+    "seed": {"seed": "7"},
+}
+MESH = {"expert": 1, "pipeline": 1, "tensor": 1}
+BUCKETS = (Bucket(32, 16), Bucket(64, 8, MeshConfig(2)))
+RUN = Run.of(TrainConfig(), MESH, ())
+
+
+def paths_of(config, prefix=""):
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), prefix + field.name
+        yield from paths_of(value, f"{path}.") if dataclasses.is_dataclass(value) else [path]
+
+
+def asked(**overrides):
+    return Run.of(apply_overrides(TrainConfig(), overrides), MESH, ())
+
+
+def record_of(run, fingerprint="f00d", *, has_checkpoint=True):
+    return Record(run, fingerprint, has_checkpoint, ())
+
+
+def error_of(function, *arguments, **options):
+    with pytest.raises(ConfigError) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_field_of_the_configuration_has_a_kind():
+    assert set(paths_of(TrainConfig())) == set(KINDS) == set(OTHERS)
+
+
+@pytest.mark.parametrize("path", KINDS)
+def test_each_field_that_differs_is_said_or_refused_with_both_values(path, tmp_path):
+    other = asked(**OTHERS[path])
+    [difference] = [d for d in compare(RUN, other) if d.path == f"config.{path}"]
+    line = str(difference)
+    assert line.startswith(f"--config.{path}: ")
+    assert line.endswith(f" in the run, {OTHERS[path][path]} asked for")
+    arguments = record_of(RUN), other, tmp_path
+    if difference.kind == "fixed":
+        for allowed in (False, True):
+            message = error_of(check_run, *arguments, override=allowed)
+            assert line in message
+            assert "cannot go on so: leave this out, or use another workdir" in message
+    elif difference.kind == "meaning" and len(OTHERS[path]) == 1:
+        message = error_of(check_run, *arguments, override=False)
+        assert message.startswith(f"{line}; this makes the run in {tmp_path} another one: leave it out, add --override")
+        assert check_run(*arguments, override=True) == [line]
+    elif difference.kind == "data":
+        assert line not in check_run(*arguments, override=False)
+        message = error_of(check_data, record_of(RUN), other, "beef", tmp_path)
+        assert line in message
+        assert f"the training text or tokenizer is not the one of the run in {tmp_path}" in message
+        assert line in check_data(record_of(RUN), other, "f00d", tmp_path)
+    elif difference.kind == "free":
+        assert check_run(*arguments, override=False) == [line]
+
+
+def test_the_same_run_says_nothing(tmp_path):
+    assert check_run(record_of(RUN), RUN, tmp_path, override=False) == []
+    assert check_data(record_of(RUN), RUN, "f00d", tmp_path) == []
+    assert "have changed since" in error_of(check_data, record_of(RUN), RUN, "beef", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ({"strategy": "dropless"}, {"strategy": "ragged"}, "free"),
+        ({"strategy": "dropless"}, {"strategy": "capacity"}, "meaning"),
+        ({"strategy": "capacity"}, {"strategy": "ragged"}, "meaning"),
+        ({"strategy": "ragged"}, {"strategy": "ragged", "capacity_factor": 3.0}, "free"),
+        ({"strategy": "capacity"}, {"strategy": "capacity", "capacity_factor": 3.0}, "meaning"),
+    ],
+)
+def test_a_dispatch_that_drops_tokens_is_another_run(before, after, kind):
+    before, after = (dataclasses.replace(TrainConfig(), dispatch=DispatchConfig(**d)) for d in (before, after))
+    assert [d.kind for d in compare(Run.of(before, MESH, ()), Run.of(after, MESH, ()))] == [kind]
+
+
+def test_many_differences_are_still_one_line(tmp_path):
+    fixed = [OTHERS[path] for path, kind in KINDS.items() if kind == "fixed"]
+    other = asked(**{path: text for overrides in fixed for path, text in overrides.items()})
+    message = error_of(check_run, record_of(RUN), other, tmp_path, override=True)
+    assert message.count("asked for") == 8
+    assert "; and 8 more; " in message
+    paths = ",".join(f"/a/long/path/{i}" for i in range(100))
+    [difference] = compare(RUN, asked(**{"data.paths": paths}))
+    assert len(str(difference)) < 130
+
+
+def test_another_mesh_may_go_on(tmp_path):
+    other = Run(RUN.config, MESH | {"expert": 4, "hardware": "h100"})
+    assert check_run(record_of(RUN), other, tmp_path, override=False) == ["--mesh.expert: 1 in the run, 4 asked for"]
+
+
+class TestBuckets:
+    def test_other_lengths_cannot_go_on(self, tmp_path):
+        plan = Run.of(TrainConfig(), MESH, BUCKETS)
+        for before, after in ((plan, RUN), (RUN, plan)):
+            message = error_of(check_run, record_of(before), after, tmp_path, override=True)
+            shapes = ["16x32,8x64" if run is plan else "none" for run in (before, after)]
+            assert f"buckets: {shapes[0]} in the run, {shapes[1]} asked for; " in message
+
+    def test_how_a_bucket_is_spread_may_differ(self, tmp_path):
+        spread = dataclasses.replace(BUCKETS[1], mesh=MeshConfig(1, 2), parallel=ParallelConfig(remat="full"))
+        before, after = (Run.of(TrainConfig(), MESH, (BUCKETS[0], last)) for last in (BUCKETS[1], spread))
+        assert check_run(record_of(before), after, tmp_path, override=False) == [
+            "buckets[1].mesh.expert: 2 in the run, 1 asked for",
+            "buckets[1].mesh.pipeline: 1 in the run, 2 asked for",
+            "buckets[1].parallel.remat: auto in the run, full asked for",
+        ]
+
+    def test_what_a_bucket_drops_is_its_meaning(self, tmp_path):
+        drops = dataclasses.replace(BUCKETS[1], dispatch=DispatchConfig("capacity"))
+        before, after = (Run.of(TrainConfig(), MESH, (BUCKETS[0], last)) for last in (BUCKETS[1], drops))
+        message = error_of(check_run, record_of(before), after, tmp_path, override=False)
+        assert message.startswith("buckets[1].dispatch.strategy: dropless in the run, capacity asked for; this makes")
+
+    def test_a_plan_of_one_length_is_a_configuration_and_a_mesh(self):
+        one = BUCKETS[1]
+        plain = Run.of(one.applied(TrainConfig()), dataclasses.asdict(one.mesh), ())
+        assert compare(plain, Run.of(TrainConfig(), MESH, (one,))) == []
+
+
+class TestRecord:
+    def start(self, config, mesh=MESH, buckets=()):
+        buckets = [dataclasses.asdict(bucket) for bucket in buckets]
+        config = dataclasses.asdict(config)
+        return {"config": config, "mesh": mesh, "buckets": buckets, "data_fingerprint": "f00d"}
+
+    def test_a_folder_without_a_run_has_none(self, tmp_path):
+        assert read_record(tmp_path) is read_record(tmp_path / "missing") is None
+        (tmp_path / "notes.txt").write_text("something else")
+        (tmp_path / CHECKPOINTS).mkdir()
+        assert read_record(tmp_path) is None
+
+    def test_the_last_start_is_the_record(self, tmp_path):
+        append_start(tmp_path, self.start(TrainConfig()))
+        changed = apply_overrides(TrainConfig(), {"steps": "5000", "data.paths": "a,b"})
+        append_start(tmp_path, self.start(changed, dataclasses.asdict(MeshConfig(2, hardware="h100")), BUCKETS))
+        record = read_record(tmp_path)
+        assert record.run == Run.of(changed, dataclasses.asdict(MeshConfig(2, hardware="h100")), BUCKETS)
+        assert record.run.buckets == BUCKETS
+        assert (record.data_fingerprint, record.has_checkpoint, record.lines) == ("f00d", False, ())
+        (tmp_path / CHECKPOINTS / "5").mkdir(parents=True)
+        assert read_record(tmp_path).has_checkpoint
+
+    def test_one_of_another_version_says_so(self, tmp_path):
+        start = self.start(TrainConfig())
+        del start["config"]["steps"], start["config"]["model"]["norm_eps"]
+        start["config"]["data"]["shuffle"] = True
+        append_start(tmp_path, start)
+        assert check_run(read_record(tmp_path), RUN, tmp_path, override=False) == [
+            f"{tmp_path / RECORD_FILE}: config.data.shuffle=True left out: this version has no such field",
+            f"{tmp_path / RECORD_FILE}: config.model.norm_eps=1e-06, config.steps=300 taken from the defaults: "
+            "the record has no such field",
+        ]
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("{", "is not the record of a run (JSONDecodeError("),
+            ("[]", "is not the record of a run (TypeError("),
+            ('{"starts": []}', "is of another version, or was changed: IndexError("),
+            ('{"starts": [{}]}', "is of another version, or was changed: KeyError("),
+        ],
+    )
+    def test_one_that_cannot_be_read_is_one_line(self, tmp_path, text, expected):
+        (tmp_path / RECORD_FILE).write_text(text)
+        assert expected in error_of(read_record, tmp_path)
+
+    def test_one_with_a_wrong_value_is_one_line(self, tmp_path):
+        append_start(tmp_path, self.start(apply_overrides(TrainConfig(), {"steps": "400"})))
+        path = tmp_path / RECORD_FILE
+        path.write_text(path.read_text().replace("400", "-400"))
+        assert error_of(read_record, tmp_path) == (
+            f"{path} is of another version, or was changed: config.steps=-400 must be positive"
+        )
+
+    def test_nothing_is_refused_before_there_is_a_checkpoint(self, tmp_path):
+        record = record_of(RUN, has_checkpoint=False)
+        other = asked(**{"model.num_experts": "8", "data.tokenizer": "bpe"})
+        said = check_run(record, other, tmp_path, override=False)
+        assert said == ["--config.model.num_experts: 16 in the run, 8 asked for"]
+        said = check_data(record, other, "beef", tmp_path)
+        assert said == ["--config.data.tokenizer: bytes in the run, bpe asked for"]
+
+
+# The trainer.
+
+OVERRIDES = {
+    "model.num_layers": "2", "model.d_model": "32", "model.head_dim": "8", "model.num_kv_heads": "4",
+    "model.d_ff": "32", "model.num_experts": "4", "data.seq_len": "32", "data.batch_size": "4",
+    "balance.capacity_factors": "", "steps": "2", "optimizer.warmup_steps": "1", "eval_every": "100",
+    "eval_batches": "1", "sample_tokens": "0",
+}  # fmt: skip
+MESH_CONFIG = MeshConfig()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("".join(f"{i + 1} times {j} is {(i + 1) * j}\n" for j in range(200)))
+    return apply_overrides(TrainConfig(), OVERRIDES | {"data.paths": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    train(config, workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of a run that has ended after its two steps."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def train(config, workdir, **overrides):
+    config = apply_overrides(config, overrides)
+    return Trainer(config, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir, mesh_config=MESH_CONFIG).run()
+
+
+def test_the_record_holds_the_whole_run(config, finished):
+    record = read_record(finished)
+    assert record.run == Run.of(config, dataclasses.asdict(MESH_CONFIG), ())
+    assert record.has_checkpoint
+    [start] = read_starts(finished)
+    assert set(start["mesh"]) == {field.name for field in dataclasses.fields(MeshConfig)}
+
+
+def test_without_run_json_the_checkpoint_is_the_record(config, workdir):
+    (workdir / RECORD_FILE).unlink()
+    record = read_record(workdir)
+    assert record.run.config == config
+    assert record.has_checkpoint
+    with pytest.raises(ConfigError, match=r"--config.model.rope_theta: 10000 in the run, 500 asked for"):
+        train(config, workdir, **{"model.rope_theta": "500"})
+
+
+def test_a_resume_says_where_it_goes_on_and_what_differs(config, workdir, capsys):
+    train(config, workdir, steps="3")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "--config.steps: 2 in the run, 3 asked for"
+    assert said[1] == f"resumed {workdir} at step 2"
+    assert [start["config"]["steps"] for start in read_starts(workdir)] == [2, 3]
+
+
+def test_what_is_allowed_by_override_is_the_run_from_then_on(config, workdir, capsys):
+    other = apply_overrides(config, {"steps": "3", "optimizer.learning_rate": "0.5"})
+    mesh = build_mesh(MESH_CONFIG, jax.devices()[:1])
+    assert "add --override" in error_of(Trainer, other, mesh, workdir)
+    assert len(read_starts(workdir)) == 1
+    Trainer(other, mesh, workdir, override=True).run()
+    assert "--config.optimizer.learning_rate: 0.003 in the run, 0.5 asked for" in capsys.readouterr().err
+    assert read_metrics(workdir)[-1]["learning_rate"] > 0.04
+    assert read_record(workdir).run.config == other
+    Trainer(other, mesh, workdir)  # is that run now
+
+
+def test_a_model_that_cannot_go_on_is_refused_before_anything_is_built(config, workdir, monkeypatch):
+    monkeypatch.setattr("moejax.train.loop.Schedule", None)
+    message = error_of(train, config, workdir, **{"model.num_experts": "8"})
+    assert message.startswith("--config.model.num_experts: 4 in the run, 8 asked for; the run in ")
+    assert "router_bias_E" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"balance.window": "2"}, "balance.window=32 became 2"),
+        ({"balance.window": "64"}, "balance.window=32 became 64"),
+        ({"balance.capacity_factors": "1,2"}, "balance.capacity_factors=() became (1.0, 2.0)"),
+    ],
+)
+def test_the_balancers_windows_start_anew_where_they_cannot_go_on(config, workdir, capsys, overrides, line):
+    summary = train(config, workdir, steps="3", **overrides)
+    assert f"the balancer's windows start anew: {line}" in capsys.readouterr().err.splitlines()
+    assert summary.window_tokens == config.data.batch_size * config.data.seq_len, "of one step"
+    assert [line["window_steps"] for line in read_metrics(workdir)] == [1, 2, 1]
+
+
+def test_a_run_that_is_going_on_is_not_touched(config, workdir, monkeypatch):
+    before = json.dumps(read_starts(workdir))
+    trainer = Trainer(config, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir)
+    with trainer._lock:
+        assert "is in use by process" in error_of(train, config, workdir)
+        monkeypatch.setattr("moejax.train.workdir.WorkdirLock.check_possible", lambda _: None)
+        assert "is in use by process" in error_of(train, config, workdir)
+    assert json.dumps(read_starts(workdir)) == before

@@ -1,0 +1,125 @@
+"""The lock of a work directory: one run at a time, and no killed run in the way of the next."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moejax.config import ConfigError
+from moejax.train import workdir as workdir_module
+from moejax.train.workdir import LOCK_FILE, STALE_SECONDS, WorkdirLock, check_writable
+
+HOLD = (
+    "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, 2); print(flush=True); time.sleep(600)"
+)
+
+
+def error_of(function, *arguments):
+    with pytest.raises(ConfigError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def leave_behind(folder, age=0.0, **owner):
+    """What a run that was killed `age` seconds ago leaves in its work directory."""
+    path = folder / LOCK_FILE
+    path.write_text(json.dumps({"host": platform.node(), "pid": 4242, "started": "2026-01-02 03:04:05 +0000"} | owner))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+class TestLock:
+    def test_a_second_run_is_refused_until_the_first_has_ended(self, tmp_path):
+        lock = WorkdirLock(tmp_path / "run")
+        for _ in range(2):  # a lock can be taken again
+            with lock:
+                for again in (WorkdirLock(tmp_path / "run").check_possible, WorkdirLock(tmp_path / "run").__enter__):
+                    message = error_of(again)
+                    assert (
+                        f"workdir={tmp_path / 'run'} is in use by process {os.getpid()} on {platform.node()}" in message
+                    )
+                    assert "wait until it has ended, or use another workdir" in message
+            WorkdirLock(tmp_path / "run").check_possible()
+
+    def test_an_exception_frees_it(self, tmp_path):
+        with pytest.raises(FloatingPointError), WorkdirLock(tmp_path):
+            raise FloatingPointError
+        with WorkdirLock(tmp_path):
+            pass
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="the lock is of POSIX systems")
+    def test_it_dies_with_its_process(self, tmp_path):
+        path = leave_behind(tmp_path)
+        holder = subprocess.Popen(
+            [sys.executable, "-S", "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        holder.stdout.readline()
+        assert "is in use by process 4242" in error_of(WorkdirLock(tmp_path).check_possible)
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+        with WorkdirLock(tmp_path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+
+    def test_a_run_on_another_host_is_refused_while_it_shows_signs_of_life(self, tmp_path):
+        path = leave_behind(tmp_path, host="elsewhere")
+        message = error_of(WorkdirLock(tmp_path).check_possible)
+        assert "is in use by process 4242 on elsewhere, since 2026-01-02 03:04:05 +0000" in message
+        assert f"delete {path}" in message
+        leave_behind(tmp_path, age=STALE_SECONDS + 1, host="elsewhere")
+        with WorkdirLock(tmp_path):
+            assert json.loads(path.read_text())["host"] == platform.node()
+
+    def test_without_the_systems_locks_signs_of_life_decide(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(workdir_module, "_try_lock", lambda _: None)
+        with WorkdirLock(tmp_path):
+            assert f"delete {tmp_path / LOCK_FILE}" in error_of(WorkdirLock(tmp_path).check_possible)
+        with WorkdirLock(tmp_path):
+            pass
+        leave_behind(tmp_path, age=STALE_SECONDS + 1)
+        with WorkdirLock(tmp_path):
+            pass
+
+    def test_a_run_shows_that_it_is_alive(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(workdir_module, "BEAT_SECONDS", 0.001)
+        with WorkdirLock(tmp_path) as lock:
+            os.utime(lock.path, (0, 0))
+            while lock.path.stat().st_mtime == 0:
+                time.sleep(0.001)
+
+    def test_only_process_0_takes_it(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(workdir_module.jax, "process_index", lambda: 1)
+        with WorkdirLock(tmp_path / "run"), WorkdirLock(tmp_path / "run"):
+            WorkdirLock(tmp_path / "run").check_possible()
+        assert not (tmp_path / "run").exists()
+
+
+class TestFolder:
+    def test_a_check_leaves_nothing_behind(self, tmp_path):
+        check_writable("workdir", tmp_path / "a" / "b")
+        WorkdirLock(tmp_path / "a" / "b").check_possible()
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("place", ["file", "file/run", "/proc/none/run", "a" * 300])
+    def test_one_that_cannot_be_made_is_one_line(self, tmp_path, monkeypatch, place):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("")
+        assert error_of(check_writable, "--workdir", place).startswith(f"--workdir={place} cannot be a folder (")
+        assert error_of(WorkdirLock(place).check_possible).startswith(f"workdir={place} cannot be a folder (")
+
+    def test_one_that_cannot_be_written_is_one_line(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda *_: False)  # as root, every folder can be
+        assert error_of(check_writable, "--workdir", tmp_path) == (
+            f"--workdir={tmp_path} cannot be written; give another, or its permissions"
+        )
+
+    def test_a_lock_that_cannot_be_opened_is_one_line(self, tmp_path):
+        (tmp_path / LOCK_FILE).mkdir()
+        assert f"cannot be written (Is a directory: {tmp_path / LOCK_FILE})" in error_of(
+            WorkdirLock(tmp_path).check_possible
+        )
