@@ -93,17 +93,17 @@ class ConfigFlags(Flags):
                 raise ConfigError(f"--{flag} and --config.{path} are the same field; give one of them")
             config_overrides[path] = value
 
-        mesh_config = _apply("mesh", load_mesh_config(self.mesh), mesh_overrides)
+        mesh_config = _apply("mesh", self._base_mesh(), mesh_overrides)
         plan_model = self._plan_model()
         name = self.config if self["config"].present or plan_model is None else plan_model
-        config = _apply("config", load_config(name), config_overrides)
+        config = _apply("config", self._base_config(name), config_overrides)
         buckets = self.plan_buckets()
         if buckets:
             self._check_undecided(config_overrides, mesh_overrides)
             config = buckets[0].applied(config)
         if plan_model is not None:
             self._check_model(config, plan_model)
-        if "model.vocab_size" not in config_overrides and config_overrides.keys() & _OF_THE_TOKENIZER:
+        if self._vocabulary_follows(config_overrides):
             config = _with_tokenizers_vocabulary(config, [bucket.mesh for bucket in buckets] or [mesh_config])
         if wants_help:
             print(self._config_help(name, config, mesh_config, wants_help in FULL_HELP))
@@ -134,12 +134,27 @@ class ConfigFlags(Flags):
         paths = [path for path in field_paths() if path.endswith(f".{name}")]
         return f"{paths[0].removesuffix(name)}{message}" if equals and len(paths) == 1 else super().with_flag(message)
 
+    def _base_config(self, name: str) -> TrainConfig:
+        """Returns what overrides change, which --config or a plan calls `name`."""
+        return load_config(name)
+
+    def _base_mesh(self) -> MeshConfig:
+        """Returns what overrides of the mesh change."""
+        return load_mesh_config(self.mesh)
+
+    def _vocabulary_follows(self, overrides: Mapping[str, str]) -> bool:
+        """Returns whether the model's vocabulary follows a tokenizer that `overrides` of the configuration choose."""
+        return "model.vocab_size" not in overrides and bool(overrides.keys() & _OF_THE_TOKENIZER)
+
+    def _plan_name(self) -> str:
+        return f"--mesh={self.mesh}"
+
     def _check_undecided(self, config_overrides: dict[str, str], mesh_overrides: dict[str, str]) -> None:
         decided = [f"--mesh.{path}" for path in mesh_overrides]
         decided += [f"--config.{path}" for path in config_overrides if path.startswith(DECIDES)]
         if decided:
             raise ConfigError(
-                f"{', '.join(decided)} cannot be changed: --mesh={self.mesh} is a plan, which decides it; "
+                f"{', '.join(decided)} cannot be changed: {self._plan_name()} is a plan, which decides it; "
                 "change the plan's file, or use a mesh without get_buckets()"
             )
 

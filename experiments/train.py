@@ -5,9 +5,11 @@
     python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --workdir=runs/deep
     python experiments/train.py --config=mixed --mesh=cpu_16_mixed     # a plan: lengths mixed, each on its own mesh
 
-A run that was stopped goes on where it was when it is started again with its --workdir. `--profile_steps=10:13` traces
-steps 10, 11 and 12; `echo 3 > WORKDIR/profile` has a run that goes on already trace its next three. For what a trace
-says see experiments/profile.py.
+A run that was stopped goes on, as what it was, when it is started again with its --workdir and nothing else. Flags that
+differ from its record are printed; those that would make it another run are refused without --override.
+
+`--profile_steps=10:13` traces steps 10, 11 and 12; `echo 3 > WORKDIR/profile` has a run that goes on already trace its
+next three. For what a trace says see experiments/profile.py.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
 import loading
+import resuming
 from absl import flags, logging
 
 from moejax.config import TrainConfig
@@ -30,17 +32,12 @@ from moejax.train.progress import make_console
 from moejax.train.schedule import Bucket
 from moejax.train.summary import report
 
-FLAGS = common.ConfigFlags(
+FLAGS = resuming.RunFlags(
     __doc__,
     first={"workdir": "runs/a", "config": "small", "mesh": "single", "data": "~/texts", "config.steps": "1000"},
 )
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Steps to trace, first:end; 10:13 is 10, 11 and 12.", flag_values=FLAGS
-)
-_WORKDIR = FLAGS.define_output(
-    "workdir",
-    "Where checkpoints and metrics go; an existing run is resumed. Default: a new folder in runs/.",
-    folder=True,
 )
 
 
@@ -51,12 +48,15 @@ def main(argv: list[str]) -> None:
     profiled = range(0) if _PROFILE_STEPS.value is None else parse_steps(_PROFILE_STEPS.value, config.steps)
     FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
-    workdir = _WORKDIR.value or loading.check_folder(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
+    workdir = FLAGS.workdir or loading.check_folder(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     console = make_console()
     console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}")
     meshes = [bucket.mesh for bucket in buckets] or [mesh_config]
     with StepCapture(workdir, meshes, profiled) as profiler:
-        summary = Trainer(config, mesh, workdir, buckets, profiler.step).run()
+        trainer = Trainer(
+            config, mesh, workdir, buckets, profiler.step, mesh_config=mesh_config, override=FLAGS.override
+        )
+        summary = trainer.run()
     console.print("\n".join(report(summary, config.steps, workdir, mesh_config)))
     loading.print_json(dataclasses.asdict(summary))
 
