@@ -15,9 +15,13 @@ next three. For what a trace says see experiments/profile.py.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # what is imported next takes seconds
+    print("starting JAX", file=sys.stderr, flush=True)
 
 import loading
 import resuming

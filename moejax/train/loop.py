@@ -68,6 +68,7 @@ class Trainer:
         mesh_config: MeshConfig | None = None,
         override: bool = False,
     ) -> None:
+        self._start = time.perf_counter()
         self.workdir = pathlib.Path(workdir).expanduser()
         self.mesh, self.mesh_config, self.buckets = mesh, mesh_config, tuple(buckets)
         self._progress = Progress(config.steps)
@@ -81,8 +82,8 @@ class Trainer:
         self.config = config = self.schedule.configs[-1]
         self.train_step = self.schedule.train_steps[-1]
         self.program = self.train_step.program
-        with self._progress as progress, Signals(progress.say), progress.waiting("reading the text and its tokenizer"):
-            self.data: Data = load_data(config.data, workdir=self.workdir)
+        with self._preparing("reading the text and its tokenizer") as report:
+            self.data: Data = load_data(config.data, workdir=self.workdir, report=report)
         if record is not None:
             self._say(check_data(record, asked, self.data.fingerprint, self.workdir))
         check(
@@ -92,7 +93,12 @@ class Trainer:
         )
         self._around_step = around_step
         self._watch = BoundWatch(config.balance.window)
-        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def _preparing(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Shows `what` is being done before there is anything to save; yields a function that shows how far it is."""
+        with self._progress as progress, Signals(progress.say), progress.waiting(what):
+            yield progress.update
 
     def _say(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -105,7 +111,8 @@ class Trainer:
         `moejax.train.signals.Signals`.
         """
         config, progress = self.config, self._progress
-        batches = self.schedule.make_loader(self.data)
+        with self._preparing("encoding the text") as report:
+            batches = self.schedule.make_loader(self.data, report)
         limit = config.memory_limit_bytes or device_limit(self.mesh)
         directory = self.workdir / CHECKPOINTS
         with (

@@ -95,6 +95,10 @@ class Progress:
         finally:
             self._waits.pop()
 
+    def update(self, what: str) -> None:
+        """Shows `what` in place of what the innermost `waiting` shows; a log gets no line of its own for it."""
+        self._waits[-1] = (what, self._waits[-1][1])
+
     def say(self, text: str) -> None:
         """Prints a line, above the live one if there is one."""
         self._printed = self._clock()

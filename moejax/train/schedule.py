@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +191,15 @@ class Schedule:
         """The step whose layout the state has; the last bucket's at the start."""
         return self.train_steps[self._at]
 
-    def make_loader(self, data: Data) -> grain.DatasetIterator:
-        """The batches to train on; of several buckets, each says of which it is."""
+    def make_loader(self, data: Data, report: Callable[[str], None] | None = None) -> grain.DatasetIterator:
+        """Returns the batches to train on; with several buckets, each batch says which one it is for.
+
+        `report` is called with a line every few seconds while the text is encoded.
+        """
         config = self.configs[0].data
         if len(self.configs) == 1:
-            return make_loader(config, data.train_documents, data.tokenizer)
-        return make_bucketed_loader(config, self.shapes, data.train_documents, data.tokenizer)
+            return make_loader(config, data.train_documents, data.tokenizer, report=report)
+        return make_bucketed_loader(config, self.shapes, data.train_documents, data.tokenizer, report=report)
 
     def move(self, state: TrainState, bucket: int) -> tuple[TrainState, float]:
         """The state as the bucket's step takes it, and the seconds that took: 0 where it lies so already.
