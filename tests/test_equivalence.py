@@ -1,13 +1,13 @@
 """Loss and every gradient equal the dense oracle's, however the model is spread over the mesh.
 
-A handful of layouts that together cover every option run by default. The full grid is every factorisation of 16 into
-expert × pipeline × tensor, with folded and split experts, one and two repeats, each rematerialisation policy and both
-ways to gather:
+A handful of layouts together cover every option; two of them are fast. The grid of the slow tier is every factorization
+of 16 into expert × pipeline × tensor, with folded and split experts, one and two repeats, each rematerialization policy
+and both ways to gather:
 
-    python -m pytest tests/test_equivalence.py -m slow
+    pytest -n 0 -m slow tests/test_equivalence.py
 
-It prints its worst errors at the end. Compiled programs are cached on disk, so that a grid that was stopped goes on
-quickly.
+It prints its worst errors at the end, which the workers of `-n 2` would not show. Compiled programs are cached on disk,
+so a grid that was stopped goes on quickly.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """Every strategy equals the dense layer in float64, forward and in every gradient, whatever the routing and the mesh.
 
-A handful of layouts runs by default. The full grid is every factorisation of 16 into expert × pipeline × tensor, with
-folded and split experts, one hop and two over every number of hosts, and 1, 2 and 4 chunks:
+A handful of layouts together cover every option; one per strategy is fast. The grid of the slow tier is every
+factorization of 16 into expert × pipeline × tensor, with folded and split experts, one hop and two over every number of
+hosts, and 1, 2 and 4 chunks:
 
-    python -m pytest tests/dispatch/test_strategies.py -m slow
+    pytest -m slow tests/dispatch/test_strategies.py
 """
 
 import dataclasses
