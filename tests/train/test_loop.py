@@ -281,7 +281,7 @@ def test_resuming_with_other_data_is_refused(config, finished, tmp_path):
     other = apply_overrides(config, {"data.paths": str(tmp_path)})
     with pytest.raises(ConfigError, match="the training text or tokenizer is not the one"):
         Trainer(other, mesh(4, 2, 2), finished[0]).run()
-    with pytest.raises(ConfigError, match=r"data\.seed=1 must be 0"):
+    with pytest.raises(ConfigError, match=r"--config\.data\.seed: 0 in the run, 1 asked for"):
         Trainer(apply_overrides(config, {"data.seed": "1"}), mesh(4, 2, 2), finished[0]).run()
 
 

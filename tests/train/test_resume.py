@@ -334,7 +334,7 @@ def test_a_resume_says_where_it_goes_on_and_what_differs(config, workdir, capsys
     train(config, workdir, steps="3")
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "--config.steps: 2 in the run, 3 asked for"
-    assert said[1] == f"resumed {workdir} at step 2"
+    assert f"resumed {workdir} at step 2" in said[1:]
     assert [start["config"]["steps"] for start in read_starts(workdir)] == [2, 3]
 
 

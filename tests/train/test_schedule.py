@@ -178,8 +178,11 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(config, finished, tm
 
 def test_resuming_with_other_buckets_is_refused(config, finished):
     other = (dataclasses.replace(BUCKETS[0], batch_size=32), *BUCKETS[1:])
+    with pytest.raises(ConfigError, match=r"^buckets: 16x32,\S+ in the run, 32x32,\S+ asked for; "):
+        trainer(config, finished[0], other)
+    other = apply_overrides(config, {"data.block_steps": str(config.data.block_steps + 1)})
     with pytest.raises(ConfigError, match=r"buckets of \[seq_len, batch_size, group\].* and must be \[\[32, 16, 0\]"):
-        trainer(config, finished[0], other).run()
+        trainer(other, finished[0]).run()
 
 
 @pytest.mark.full
