@@ -1,5 +1,6 @@
 """Every test has 16 virtual CPU devices, strict promotion, and programs compiled quickly or by earlier runs."""
 
+import ctypes
 import dataclasses
 import os
 from pathlib import Path
@@ -22,6 +23,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 hypothesis.settings.register_profile("moejax", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("moejax")
+
+LARGE = 2 << 30  # bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Drops compiled programs after a file that leaves this process large: without it, a worker reaches 6 GB.
+
+    Programs that are needed again come from the disk. Nothing is dropped on systems other than Linux.
+    """
+    yield
+    pages = Path("/proc/self/statm")
+    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE:
+        jax.clear_caches()
+        ctypes.CDLL(None).malloc_trim(0)  # the C library keeps what is freed otherwise
 
 
 @pytest.fixture(scope="session")
