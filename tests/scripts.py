@@ -7,11 +7,16 @@ import io
 import json
 import logging
 import sys
+from pathlib import Path
 from unittest import mock
 
 import common
 import jax
 import loading
+
+from moejax.topology import find_target
+
+EXPERIMENTS = Path(loading.__file__).resolve().parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +40,31 @@ class Done:
         return line.removeprefix("error: ")
 
 
+def load_script(name):
+    """Returns the module of a script of experiments/."""
+    return importlib.import_module({"profile": "trace_report"}.get(name, name))  # that name is the standard library's
+
+
+def parse_command(name, arguments):
+    """Has a script of experiments/ read `arguments`, and finds the models, clusters and targets that they name."""
+    script_flags = load_script(name).FLAGS
+    with contextlib.suppress(SystemExit):  # after --help
+        if isinstance(script_flags, common.ConfigFlags):
+            script_flags.parse_configs([name, *arguments])
+        else:
+            script_flags.parse([name, *arguments], positional=name == "profile")
+    for flag, find in (("model", loading.load_model), ("cluster", loading.load_cluster), ("target", find_target)):
+        value = script_flags[flag].value if flag in script_flags else None
+        for found in value if isinstance(value, list) else [value] if value else []:
+            find(found)
+
+
 def run_script(name, *arguments, status=0):
     """Runs a script of experiments/ as `python experiments/name.py *arguments`; it must end with `status`.
 
     Where programs are cached stays as it is, and so do the allocator and logging: settings of the whole process.
     """
-    module = importlib.import_module({"profile": "trace_report"}.get(name, name))  # that name is the standard library's
+    module = load_script(name)
     cached = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     stdout, stderr = io.StringIO(), io.StringIO()
     try:

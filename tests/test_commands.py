@@ -1,20 +1,18 @@
 """Commands that scripts print or show in their help work as they are."""
 
 import dataclasses
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import common
 import pytest
-from scripts import run_script
+from scripts import EXPERIMENTS, parse_command, run_script
 
 from moejax.mesh import MeshConfig
 from moejax.train.metrics import read_metrics
 from moejax.train.schedule import Bucket, write_plan_file
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 EXAMPLE = re.compile(r"^    python experiments/(\w+)\.py(.*)$", re.MULTILINE)
 EXAMPLES = [
     (script, arguments)
@@ -32,12 +30,7 @@ def test_the_examples_of_help_are_understood(script, arguments, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments" / "results").mkdir(parents=True)  # where some of them write
     write_plan_file("plan.py", [Bucket(64, 16, MeshConfig(16))], "moe_16x10b", "What the example before wrote.")
-    script_flags = importlib.import_module({"profile": "trace_report"}.get(script, script)).FLAGS
-    argv = [script, *shlex.split(arguments, comments=True)]
-    if isinstance(script_flags, common.ConfigFlags):
-        script_flags.parse_configs(argv)
-    else:
-        script_flags.parse(argv, positional=script == "profile")
+    parse_command(script, shlex.split(arguments, comments=True))
 
 
 def test_there_are_examples():
