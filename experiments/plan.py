@@ -31,7 +31,7 @@ _MODEL = flags.DEFINE_string(
     "model", "moe_16x10b", "A preset, a name in experiments/configs, or a Python file.", flag_values=FLAGS
 )
 _CLUSTER = flags.DEFINE_string(
-    "cluster", "a100_64gb_2x8", "A name in mesh_configs, or a Python file; see README.", flag_values=FLAGS
+    "cluster", "a100_64gb_2x8", "A name in mesh_configs, or a Python file with get_cluster().", flag_values=FLAGS
 )
 _SEQ_LEN = FLAGS.define_numbers("seq_len", [128, 1024, 4096, 10_240], "Tokens of a sequence, one plan for each.")
 _BATCH_SIZE = FLAGS.define_numbers(

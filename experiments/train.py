@@ -2,7 +2,7 @@
 
     python experiments/train.py
     python experiments/train.py --config=small --data=~/texts --tokenizer=bpe
-    python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --workdir=runs/deep
+    python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --config.data.batch_size=32
     python experiments/train.py --config=mixed --mesh=cpu_16_mixed     # a plan: lengths mixed, each on its own mesh
 
 A run that was stopped goes on, as what it was, when it is started again with its --workdir and nothing else. Flags that

@@ -1,4 +1,4 @@
-"""moejax: train, plan and serve sparse Mixture-of-Experts transformers in JAX."""
+"""moejax: train and plan sparse Mixture-of-Experts transformers in JAX."""
 
 from moejax.balance import BalanceReport, BalanceState, ExpertLoadBalancer
 from moejax.config import (

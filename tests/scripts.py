@@ -46,11 +46,13 @@ def load_script(name):
 
 
 def parse_command(name, arguments):
-    """Has a script of experiments/ read `arguments`, and finds the models, clusters and targets that they name."""
+    """Has a script of experiments/ read `arguments`, finds what they name, and checks sizes; nothing is run."""
     script_flags = load_script(name).FLAGS
     with contextlib.suppress(SystemExit):  # after --help
         if isinstance(script_flags, common.ConfigFlags):
-            script_flags.parse_configs([name, *arguments])
+            config, mesh = script_flags.parse_configs([name, *arguments])
+            if name == "train":
+                load_script(name).refuse_what_cannot_fit(config, mesh, script_flags.plan_buckets())
         else:
             script_flags.parse([name, *arguments], positional=name == "profile")
     for flag, find in (("model", loading.load_model), ("cluster", loading.load_cluster), ("target", find_target)):

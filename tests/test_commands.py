@@ -29,7 +29,7 @@ SHORT = (  # evaluated and saved less often than there are steps
 def test_the_examples_of_help_are_understood(script, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments" / "results").mkdir(parents=True)  # where some of them write
-    write_plan_file("plan.py", [Bucket(64, 16, MeshConfig(16))], "moe_16x10b", "What the example before wrote.")
+    write_plan_file("plan.py", [Bucket(64, 32, MeshConfig(16))], "moe_16x10b", "What the example before wrote.")
     parse_command(script, shlex.split(arguments, comments=True))
 
 

@@ -68,7 +68,7 @@ def test_there_are_readmes_and_commands():
 def test_a_command_is_understood(command, tmp_path, monkeypatch, pytestconfig):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    write_plan_file("plan.py", [Bucket(64, 16, MeshConfig(16))], "moe_16x10b", "What plan.py wrote.")
+    write_plan_file("plan.py", [Bucket(64, 32, MeshConfig(16))], "moe_16x10b", "What plan.py wrote.")
     check_command(list(command), pytestconfig)
 
 
