@@ -55,7 +55,9 @@ T = TypeVar("T")
 class ConfigFlags(Flags):
     """The flags of a script that takes --config, --mesh and overrides of their fields, beside its own flags."""
 
-    def __init__(self, usage: str | None, *, config: str = "tiny", first: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, usage: str | None, *, config: str = "quickstart", first: Mapping[str, str] | None = None
+    ) -> None:
         """`config` is the default of --config. `first` has the flags and fields that help begins with, and examples."""
         super().__init__(usage)
         self.__dict__["_first"] = first or {}

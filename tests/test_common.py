@@ -1,4 +1,5 @@
 import ctypes
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -50,8 +51,8 @@ def error_of(*arguments):
 
 def test_defaults():
     config, mesh_config = parse()
-    assert config == loading.load_config("tiny")
-    assert config.model == tiny()
+    assert config == loading.load_config("quickstart")
+    assert config.model == dataclasses.replace(tiny(), vocab_size=config.data.tokenizer_vocab_size)
     assert mesh_config == MeshConfig(expert=4, pipeline=2, tensor=2)
 
 
@@ -63,10 +64,10 @@ def test_names_and_overrides():
 
 def test_every_parse_starts_from_the_defaults():
     assert parse("--config=small", "--data=a")[0] != parse()[0]
-    assert parse() == parse("--config=tiny", "--mesh=cpu_16")
+    assert parse() == parse("--config=quickstart", "--mesh=cpu_16")
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "mixed", "peer", "moe_16x10b", "mixtral_8x7b"])
+@pytest.mark.parametrize("name", ["quickstart", "tiny", "small", "mixed", "peer", "moe_16x10b", "mixtral_8x7b"])
 @pytest.mark.parametrize("steps", [1, 20, 100_000])
 def test_any_number_of_steps_can_be_asked_for_alone(name, steps):
     config = parse(f"--config={name}", f"--config.steps={steps}")[0]
@@ -109,10 +110,12 @@ def test_another_model_than_the_plans_is_refused(flag):
 @pytest.mark.parametrize(
     ("arguments", "vocab_size"),
     [
-        ([], 256),
+        ([], 2048),
         (["--tokenizer=bytes"], 256),
-        (["--tokenizer=bpe"], 4096),
-        (["--config.data.tokenizer=bpe"], 4096),
+        (["--tokenizer=bpe"], 2048),
+        (["--config=tiny"], 256),
+        (["--config=tiny", "--tokenizer=bpe"], 4096),
+        (["--config=tiny", "--config.data.tokenizer=bpe"], 4096),
         (["--tokenizer=bpe", "--config.data.tokenizer_vocab_size=1001"], 1004),  # over pipeline × tensor = 4
         (["--tokenizer=bpe", "--config.data.tokenizer_vocab_size=1001", "--mesh=single"], 1001),
         (["--tokenizer=bpe", "--config.model.vocab_size=5000"], 5000),
@@ -127,7 +130,8 @@ def test_the_vocabulary_follows_the_tokenizer(arguments, vocab_size, capsys):
     config, mesh_config = parse(*arguments)
     assert config.model.vocab_size == vocab_size
     check_layout(config.model, config.dispatch, config.parallel, mesh_config)
-    changed = vocab_size not in (256, 32_000, 5000, 512)
+    own = parse(*(a for a in arguments if a.startswith("--config=")))[0].model.vocab_size
+    changed = vocab_size != own and not any("vocab_size" in a and "tokenizer" not in a for a in arguments)
     said = f"--config.model.vocab_size={vocab_size} follows --tokenizer={config.data.tokenizer}\n"
     assert capsys.readouterr().err == (said if changed else "")
 
@@ -375,4 +379,4 @@ def test_flags_of_scripts_are_apart():
     assert "chunks" in overlap.FLAGS
     assert "chunks" not in train.FLAGS
     assert overlap.FLAGS.config == "moe_16x10b"
-    assert train.FLAGS.config == "tiny"
+    assert train.FLAGS.config == "quickstart"

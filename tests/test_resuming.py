@@ -70,7 +70,7 @@ def test_a_tokenizer_that_is_given_again_leaves_the_vocabulary(flags, tmp_path):
 
 def test_a_folder_without_a_run_starts_one(flags, tmp_path):
     (tmp_path / "notes.txt").write_text("something else")
-    expected = loading.load_config("tiny"), loading.load_mesh_config("cpu_16")
+    expected = loading.load_config("quickstart"), loading.load_mesh_config("cpu_16")
     for workdir in (tmp_path, tmp_path / "new"):
         assert flags.parse_configs(["train.py", f"--workdir={workdir}"]) == expected
     assert flags.parse_configs(["train.py"]) == expected

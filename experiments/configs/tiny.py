@@ -1,4 +1,4 @@
-"""The `tiny` model on a CPU: a first run, about eight minutes on two cores."""
+"""The `tiny` model on bytes, without a tokenizer: about eight minutes on two cores."""
 
 import dataclasses
 
