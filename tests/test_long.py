@@ -10,7 +10,7 @@ from moejax.model import Program
 from moejax.train.step import make_train_step
 
 MODEL = ModelConfig(
-    num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, d_ff=32, num_experts=8, vocab_size=64
+    num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32, num_experts=8, vocab_size=64
 )
 
 
@@ -18,17 +18,17 @@ MODEL = ModelConfig(
     ("seq_len", "batch_size", "bubble"), [pytest.param(10_240, 2, "skip", marks=pytest.mark.full), (32, 32, "compute")]
 )
 def test_a_step_in_bfloat16_lowers_the_loss(seq_len, batch_size, bubble):
-    parallel = ParallelConfig(num_microbatches=1, bubble=bubble)
-    program = Program(MODEL, build_mesh(MeshConfig(2, 2, 4)), parallel=parallel)
+    mesh = build_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    program = Program(MODEL, mesh, parallel=ParallelConfig(num_microbatches=1, bubble=bubble))
     assert program.parallel.remat_policy(seq_len) == ("full" if seq_len > 2048 else "none")
-    train_step = make_train_step(program, OptimizerConfig(warmup_steps=0, learning_rate=0.01), steps=10)
+    train_step = make_train_step(program, OptimizerConfig(warmup_steps=0, learning_rate=0.003), steps=10)
     state = train_step.init(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 64, (batch_size, seq_len), dtype=np.int32)
     batch = train_step.put_batch({"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens)})
     losses = []
-    for _ in range(4):  # the first, without a warm-up, overshoots
+    for _ in range(3):
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["cross_entropy"]))
     assert np.isfinite(losses).all()
-    assert losses[-1] < losses[0] - 0.02
+    assert losses[-1] < losses[0] - 0.01
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
