@@ -20,21 +20,37 @@ LENGTHS = [  # sequence length, batch size: fewer sequences as they grow
 ]
 
 
+def make_step(*axes):
+    program = Program(moe_16x10b(), build_mesh(MeshConfig(*axes)), parallel=ParallelConfig(num_microbatches=4))
+    return make_train_step(program)
+
+
+def stored_bytes(shapes):
+    """Bytes of one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def share_bytes(step):
+    """Bytes of a weight and its two moments, over the devices."""
+    return 3 * 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(step.state_shapes.params)) / step.program.mesh.size
+
+
+def test_no_device_has_more_than_its_share():
+    step = make_step(4, 2, 2)
+    assert stored_bytes(step.state_shapes) == pytest.approx(share_bytes(step), rel=2e-3)  # norms, routers are copied
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(("expert", "pipeline", "tensor"), [(4, 2, 2), pytest.param(8, 2, 1, marks=SLOW)])
 @pytest.mark.parametrize(("seq_len", "batch_size"), LENGTHS)
 def test_the_reference_model_compiles_on_16_devices(seq_len, batch_size, expert, pipeline, tensor):
-    mesh = build_mesh(MeshConfig(expert, pipeline, tensor))
-    program = Program(moe_16x10b(), mesh, parallel=ParallelConfig(num_microbatches=4))
-    step = make_train_step(program)
-    compiled = step.lower(batch_size, seq_len).compile()
-    memory = compiled.memory_analysis()
+    step = make_step(expert, pipeline, tensor)
+    memory = step.lower(batch_size, seq_len).compile().memory_analysis()
 
-    leaves = jax.tree.leaves((step.state_shapes, step.batch_shapes(batch_size, seq_len)))
-    stored = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    stored = stored_bytes((step.state_shapes, step.batch_shapes(batch_size, seq_len)))
     assert memory.argument_size_in_bytes == pytest.approx(stored, rel=1e-4)
-    # A weight and its two moments, and no device has more than its part: only norms and routers are stored twice.
-    whole = 3 * 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(step.state_shapes.params))
-    assert memory.argument_size_in_bytes == pytest.approx(whole / mesh.size, rel=2e-3)
+    # No device has more than its part: only norms and routers are stored twice.
+    assert memory.argument_size_in_bytes == pytest.approx(share_bytes(step), rel=2e-3)
     # The new state takes the old one's place.
     assert memory.output_size_in_bytes == pytest.approx(memory.argument_size_in_bytes, rel=2e-3)
     assert memory.alias_size_in_bytes == pytest.approx(memory.output_size_in_bytes, rel=1e-3)
