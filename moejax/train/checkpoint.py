@@ -41,7 +41,7 @@ from moejax import strict_json
 from moejax.config import make_folder
 from moejax.sharding import NUM_STACK_DIMS
 from moejax.train.checksums import abridged, find_damage, write_checksums
-from moejax.train.orbax_workarounds import errors_told_once, full_disk_error, readable_path, reason
+from moejax.train.orbax_workarounds import drop_repeated_errors, full_disk_error, readable_path, reason
 from moejax.train.reshard import restack, restackable
 
 STATE, DATA, METADATA = "state", "data", "metadata"
@@ -80,7 +80,7 @@ class Checkpointer:
         self._problems: dict[int, str | None] = {}  # by step, of those checked: how it is damaged, None if it isn't
         self._open_for_orbax = contextlib.ExitStack()
         self._path = self._open_for_orbax.enter_context(readable_path(self.directory))
-        self._open_for_orbax.enter_context(errors_told_once())
+        drop_repeated_errors()
         self._manager: ocp.CheckpointManager | None = ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(

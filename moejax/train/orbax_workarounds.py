@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pathlib
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
-from types import TracebackType
-
-from absl import logging as absl_logging
+from typing import Any
 
 from moejax.config import check
 
@@ -21,6 +21,8 @@ from moejax.config import check
 # tensorstore takes "\" for "/", and takes no bytes that aren't UTF-8, which Python holds as surrogates. Orbax makes
 # "gs://" of every "gs:/", and takes the root folders below for cloud storage.
 _MISREAD = re.compile(r"[*?\[\\\ud800-\udfff]|gs:/|^/(gs|s3|az|hf)/")
+_ORBAX = f"{os.sep}orbax{os.sep}"
+_UNFINISHED = ".orbax-checkpoint-tmp/"  # in the path of every file that a save writes
 _LONGEST = 3_500  # bytes; with the names that Orbax adds, a path must stay below the system's 4,096
 
 
@@ -62,30 +64,26 @@ def full_disk_error(directory: pathlib.Path) -> OSError | None:
     return None
 
 
-@contextlib.contextmanager
-def errors_told_once() -> Iterator[None]:
-    """Drops the tracebacks that Orbax's threads print, each several times: `wait_until_finished` raises the error too.
+@functools.cache
+def drop_repeated_errors() -> None:
+    """Drops, from here on, the tracebacks that Orbax's threads print of an error that `wait_until_finished` raises too.
 
-    Most are logged. Where an array fails, Orbax closes an event loop that others still answer to; tensorstore hands
-    their errors to `sys.excepthook`.
+    Most are logged, several times each. Where an array fails, Orbax also closes an event loop that tensorstore still
+    answers to; those errors nobody can catch, and some come up only when the garbage is collected.
     """
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not record.exc_info or f"{os.sep}orbax{os.sep}" not in record.pathname
+        _, error, source = record.exc_info or (None, None, None)
+        from_orbax = any(_ORBAX in frame.f_code.co_filename for frame, _ in traceback.walk_tb(source))
+        return not from_orbax and _UNFINISHED not in str(error)
 
-    def print_news(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":
-            excepthook(kind, error, traceback)
+    def print_news(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            unraisablehook(unraisable)
 
-    logger, excepthook = absl_logging.get_absl_logger(), sys.excepthook
-    logger.addFilter(is_news)
-    sys.excepthook = print_news
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)
-        if sys.excepthook is print_news:
-            sys.excepthook = excepthook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)
+    unraisablehook, sys.unraisablehook = sys.unraisablehook, print_news
 
 
 def reason(error: BaseException) -> str:

@@ -1,7 +1,9 @@
 """Restoration is bit-identical, onto other meshes too; all damage is found; a kill loses one checkpoint at most."""
 
+import asyncio
 import dataclasses
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -10,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import grain
@@ -22,7 +25,7 @@ from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax.config import ConfigError
-from moejax.train import checkpoint
+from moejax.train import checkpoint, orbax_workarounds
 from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.orbax_workarounds import reason
 from moejax.train.reshard import restackable
@@ -479,7 +482,26 @@ def test_errors_that_are_not_orbaxs_are_still_logged(tmp_path, caplog):
             raise_full()
         except OSError:
             logging.exception("ours")
-    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["ours"]
+        logging.error("no exception")
+    assert caplog.messages == ["ours", "no exception"]
+
+
+def test_what_tensorstore_answers_to_a_closed_loop_is_not_printed(tmp_path, caplog, monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    orbax_workarounds.drop_repeated_errors.__wrapped__()
+    ours, theirs = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("ours", "Event loop is closed"))
+    for error in (ours, theirs):
+        sys.unraisablehook(error)
+    assert printed == [ours]
+
+    async def leave_an_error(text):
+        asyncio.get_running_loop().create_future().set_exception(ValueError(text))
+        gc.collect()
+
+    for text in ("ours", f'Error writing "{tmp_path}/5.orbax-checkpoint-tmp/state": No space left on device'):
+        asyncio.run(leave_an_error(text))
+    assert [str(record.exc_info[1]) for record in caplog.records] == ["ours"]
 
 
 def test_reasons_are_short():
