@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import jax
 
+from moejax import strict_json
 from moejax.config import ConfigError, check, make_folder
 
 if sys.platform != "win32":
@@ -66,7 +67,7 @@ class WorkdirLock:
             self._released.clear()
             owner = {"host": platform.node(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
             self._file.truncate(0)
-            self._file.write(json.dumps(owner) + "\n")
+            self._file.write(strict_json.dumps(owner) + "\n")
             self._file.flush()
             threading.Thread(target=self._beat, name="workdir lock", daemon=True).start()
         return self
