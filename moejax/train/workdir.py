@@ -63,12 +63,16 @@ class WorkdirLock:
     def __enter__(self) -> WorkdirLock:
         if jax.process_index() == 0:
             make_folder("workdir", self.path.parent)
-            self._file = self._open()
-            self._released.clear()
+            file = self._open()
             owner = {"host": platform.node(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-            self._file.truncate(0)
-            self._file.write(strict_json.dumps(owner) + "\n")
-            self._file.flush()
+            try:
+                file.truncate(0)
+                os.write(file.fileno(), f"{strict_json.dumps(owner)}\n".encode())
+            except OSError as error:  # the disk is full
+                file.close()
+                raise self._unwritable(error) from None
+            self._file = file
+            self._released.clear()
             threading.Thread(target=self._beat, name="workdir lock", daemon=True).start()
         return self
 
@@ -88,8 +92,7 @@ class WorkdirLock:
         try:
             file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
-            why = f"{error.strerror}: {self.path}"
-            raise ConfigError(f"workdir={self.path.parent} cannot be written ({why}); give another") from None
+            raise self._unwritable(error) from None
         locked = _try_lock(file)
         file.seek(0)
         owner = _read_owner(file.read())
@@ -99,6 +102,10 @@ class WorkdirLock:
             file.close()
             raise ConfigError(self._refusal(owner, age, surely_in_use=locked is False))
         return file
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        why = f"{error.strerror}: {self.path}"
+        return ConfigError(f"workdir={self.path.parent} cannot be written to ({why}); make room there, or give another")
 
     def _refusal(self, owner: dict[str, Any] | None, age: float, *, surely_in_use: bool) -> str:
         who = f"process {owner['pid']} on {owner['host']}, since {owner['started']}" if owner else "another process"

@@ -118,8 +118,17 @@ class TestFolder:
             f"--workdir={tmp_path} cannot be written; give another, or its permissions"
         )
 
+    def test_a_lock_on_a_full_disk_is_one_line_and_leaves_the_folder_free(self, tmp_path, disk):
+        disk.room = 0
+        assert f"cannot be written to (No space left on device: {tmp_path / LOCK_FILE})" in error_of(
+            WorkdirLock(tmp_path).__enter__
+        )
+        disk.room = float("inf")
+        with WorkdirLock(tmp_path):
+            pass
+
     def test_a_lock_that_cannot_be_opened_is_one_line(self, tmp_path):
         (tmp_path / LOCK_FILE).mkdir()
-        assert f"cannot be written (Is a directory: {tmp_path / LOCK_FILE})" in error_of(
+        assert f"cannot be written to (Is a directory: {tmp_path / LOCK_FILE})" in error_of(
             WorkdirLock(tmp_path).check_possible
         )
