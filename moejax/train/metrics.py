@@ -66,6 +66,7 @@ class MetricsWriter:
         self._file, self._loads = map(AppendOnlyFile, paths)
         self._tensorboard = EventFile(self._directory / TENSORBOARD_DIR, first_step=resume_step + 1)
         self._failures = 0  # writes of which a part could not be written
+        self._said = 0  # of these, those that a line has counted
         self._failing = False  # whether a warning of it is the last that was said
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat | str], load_LE: np.ndarray | None = None) -> None:
@@ -134,16 +135,16 @@ class MetricsWriter:
                 self._failing = True
         elif self._failing:
             self._failing = False
-            logging.warning("Step %d: metrics are written again; %s.", step, self._missing())
+            logging.warning("Step %d: metrics are written again; %s.", step, self._count_missing())
 
-    def _missing(self) -> str:
+    def _count_missing(self) -> str:
+        self._said = self._failures
         return f"{self._failures} writes to {self._directory} are missing so far"
 
     def close(self) -> None:
         """Closes all files; harmless when called again."""
-        if self._failing:
-            self._failing = False
-            logging.warning("Some metrics could not be written; %s.", self._missing())
+        if self._failures > self._said:
+            logging.warning("Some metrics could not be written; %s.", self._count_missing())
         for file in (self._file, self._loads, self._tensorboard.file):
             file.close()
 
