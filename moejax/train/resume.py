@@ -149,7 +149,7 @@ def read_record(workdir: Path) -> Record | None:
         config, lines = from_record(TrainConfig, saved["config"], "config")
         buckets, more_lines = from_record(tuple[Bucket, ...], saved["buckets"], "buckets")
         run = Run.of(config, saved["mesh"], buckets)
-    except (ConfigError, LookupError) as error:
+    except (OSError, ValueError, LookupError) as error:  # no file, no JSON or a wrong value, a field that is missing
         why = error if isinstance(error, ConfigError) else repr(error)
         raise ConfigError(f"{source} is of another version, or was changed: {why}") from None
     return Record(run, fingerprint, bool(steps), tuple(f"{source}: {line}" for line in lines + more_lines))
@@ -234,8 +234,11 @@ def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     """Returns a value as flags have it, cut where it is long."""
+    text = str(value)
     if isinstance(value, tuple):
         text = ",".join(map(_text, value)) or "none"
-    else:
-        text = str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+    elif isinstance(value, bool):
+        text = text.lower()
+    elif isinstance(value, float):
+        text = text.removesuffix(".0")
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

@@ -259,6 +259,14 @@ class TestRecord:
         (tmp_path / RECORD_FILE).write_text(text)
         assert expected in error_of(read_record, tmp_path)
 
+    @pytest.mark.parametrize(("text", "expected"), [(None, "FileNotFoundError("), ("{", "JSONDecodeError(")])
+    def test_a_damaged_checkpoint_without_a_record_is_one_line(self, tmp_path, text, expected):
+        path = tmp_path / CHECKPOINTS / "5" / "metadata" / "metadata"
+        path.parent.mkdir(parents=True)
+        if text is not None:
+            path.write_text(text)
+        assert f"{path} is of another version, or was changed: {expected}" in error_of(read_record, tmp_path)
+
     def test_one_with_a_wrong_value_is_one_line(self, tmp_path):
         append_start(tmp_path, self.start(apply_overrides(TrainConfig(), {"steps": "400"})))
         path = tmp_path / RECORD_FILE
@@ -311,6 +319,12 @@ def workdir(finished, tmp_path):
 def train(config, workdir, **overrides):
     config = apply_overrides(config, overrides)
     return Trainer(config, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir, mesh_config=MESH_CONFIG).run()
+
+
+def test_values_are_shown_as_flags_have_them():
+    texts = {"optimizer.eps": "1e-07", "optimizer.clip_norm": "2.0", "data.paths": "texts/v1.0,b", "seed": "7"}
+    lines = {str(difference).partition(" in the run, ")[2] for difference in compare(RUN, asked(**texts))}
+    assert lines == {"texts/v1.0,b asked for", "1e-07 asked for", "2 asked for", "7 asked for"}
 
 
 def test_the_record_holds_the_whole_run(config, finished):
