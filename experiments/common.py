@@ -44,6 +44,7 @@ from loading import (
 from moejax.compiler import in_force
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import tokenizer_vocab_size
+from moejax.data.cache import cache_folder
 from moejax.mesh import MeshConfig, use_virtual_devices
 from moejax.overrides import FieldInfo, apply_overrides, describe, split_overrides
 from moejax.topology import find_target
@@ -65,7 +66,10 @@ class ConfigFlags(Flags):
             ("config", config, "What to train: one of the configs below, or a Python file with get_config()."),
             ("mesh", "cpu_16", "What to run on: one of the meshes below, or a Python file such as plan.py writes."),
             ("data", None, "Files, globs or folders to train on, with commas between. Default: Python's own library."),
-            ("tokenizer", None, "bytes, bpe (trained on the data), or a tokenizer.json or its folder. Default: bytes."),
+            (
+                "tokenizer", None,
+                "bytes, bpe (trained on the data), or a tokenizer.json or its folder. Default: as --config has it.",
+            ),
             (
                 "compilation_cache_dir", None, "Where compiled programs are kept for the next run; empty for nowhere. "
                 "Default: $JAX_COMPILATION_CACHE_DIR, else moejax/xla in $XDG_CACHE_HOME or ~/.cache.",
@@ -304,5 +308,4 @@ def keep_freed_memory(num_devices: int) -> None:
 
 def default_cache_dir() -> str:
     """`moejax/xla` in the user's cache folder."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(cache_home) / "moejax" / "xla")
+    return str(cache_folder() / "xla")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 
-def cache_folder(folder: str | os.PathLike[str] | None) -> Path:
+def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """Returns `folder`, by default `moejax` in the user's cache folder."""
     return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moejax")
 
