@@ -28,7 +28,6 @@ from moejax.planner.costs import Assumptions, product_seconds, rates, transfer_s
 from moejax.planner.hardware import Cluster
 from moejax.planner.work import Product, Sweep, Transfer
 
-CATEGORIES = ("compute", "memory", "communication", "bubble", "optimizer", "host")
 PIPELINED = frozenset(("attention", "route", "dispatch", "expert", "combine", "pipeline"))
 _ROUTED = frozenset(("dispatch", "expert", "combine"))
 
