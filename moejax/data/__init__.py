@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 from moejax.config import DataConfig
@@ -37,7 +38,7 @@ class Data:
     train_documents: tuple[Document, ...]
     eval_documents: tuple[Document, ...]
 
-    @property
+    @functools.cached_property  # hashes all of the text, and every checkpoint holds it
     def fingerprint(self) -> str:
         """32 hex digits that differ where a loader's state would mean other batches: other text or other ids."""
         tokenizer = Document("tokenizer", self.tokenizer.fingerprint)
