@@ -7,7 +7,7 @@ Tokens are random: routing is then nearly uniform, text is more skewed. The star
 `--compilation_cache_dir=`. In a pipe, ends with one line of JSON.
 
 Tried on the `peer` shape (two cores, CPU seconds a step): saving elementwise results for the backward pass 2.3, not
-saving them 1.7, skipping the pipeline's bubble 1.45, keeping the allocator's pages 0.93. Full rematerialisation is no
+saving them 1.7, skipping the pipeline's bubble 1.45, keeping the allocator's pages 0.93. Full rematerialization is no
 slower than none (0.86): what it computes again costs what it spares in stacking. 4 microbatches for 2: the same.
 """
 

@@ -37,7 +37,7 @@ _BATCH_SPLIT = FLAGS.define_numbers("batch_split", [1, 2], "Values of parallel.b
 _OUT = FLAGS.define_output("out", "A Markdown file for the table.")
 _TEXT = FLAGS.define_output("text", "A folder for the compiled programs' texts.", folder=True)
 
-# Dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, both of them peaks of the data sheets.
+# Dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbors, both of them peaks of the data sheets.
 _PEAKS = {
     "a100_64gb": (312e12, 300e9),
     "h100": (989e12, 450e9),

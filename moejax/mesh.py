@@ -55,7 +55,7 @@ _PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "r
 class MeshConfig:
     """The sizes of the mesh axes, the kind of device, and the axis that crosses hosts.
 
-    `host_axis` is the one axis whose neighbours may stand in different hosts; every other axis stays inside one host.
+    `host_axis` is the one axis whose neighbors may stand in different hosts; every other axis stays inside one host.
     But for replicas: unless they are the `host_axis`, each takes hosts of its own, `hosts / replica` of them. `hosts`
     must divide accordingly. `hardware` names the devices; the planner has figures of each name, and "custom" is any
     other accelerator.

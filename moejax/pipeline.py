@@ -55,7 +55,7 @@ def run_pipeline(
     `cond` would keep collectives from overlapping; virtual devices share their cores, so there work saved is time
     saved (a third of it for 2 stages and 2 microbatches).
 
-    `checkpoint` rematerialises what one tick does. It stands around the `cond`, for a `cond` hands what its branches
+    `checkpoint` rematerializes what one tick does. It stands around the `cond`, for a `cond` hands what its branches
     save to the loop as values of the tick, the weights too, which the loop would stack.
 
     Returns the outputs [M, b, s, D], meaningful on stage 0 only, and the stage's sums over microbatches, [R, ...].

@@ -1,4 +1,4 @@
-"""Rematerialisation by named policy: what the backward pass finds saved and what it computes again.
+"""Rematerialization by named policy: what the backward pass finds saved and what it computes again.
 
 | policy        | saved besides each layer's input                    | computed again                                |
 |---------------|-----------------------------------------------------|-----------------------------------------------|

@@ -1,4 +1,4 @@
-"""The one table of parameters: shape, initialiser, where it is stored, what is gathered before use.
+"""The one table of parameters: shape, initializer, where it is stored, what is gathered before use.
 
 Every parameter is stored fully sharded. Dense parameters are spread over `expert` (the data-parallel axis of every
 dense part) along one of their dimensions and gathered along it before use, once a step or layer by layer; experts are
@@ -189,7 +189,7 @@ def init_params(table: Any, mesh: Mesh | AbstractMesh, key: jax.Array) -> Any:
 
 
 def run_once(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-    """`jax.jit(function, out_shardings=shardings)(*args)`, compiled without optimisation: five times sooner done.
+    """`jax.jit(function, out_shardings=shardings)(*args)`, compiled without optimization: five times sooner done.
 
     See `moejax.compiler.ONCE`. Inside another `jit`, that one's compilation decides.
     """

@@ -1,4 +1,4 @@
-"""Collectives on activations: by name, and with their results named so that rematerialisation can keep them."""
+"""Collectives on activations: by name, and with their results named so that rematerialization can keep them."""
 
 import jax
 from jax import lax

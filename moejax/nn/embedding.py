@@ -80,10 +80,10 @@ def cross_entropy(logits_bSv: jax.Array, targets_bS: jax.Array) -> jax.Array:
     """
     with jax.named_scope("loss"):
         max_bS = named(lax.pmax(lax.stop_gradient(logits_bSv.max(-1)), VOCAB_AXES), NETWORK)
-        normaliser_bS = named(lax.psum(jnp.exp(logits_bSv - max_bS[..., None]).sum(-1), VOCAB_AXES), NETWORK)
+        normalizer_bS = named(lax.psum(jnp.exp(logits_bSv - max_bS[..., None]).sum(-1), VOCAB_AXES), NETWORK)
         column_bS, here_bS = _local(targets_bS, logits_bSv.shape[-1])
         picked_bS = jnp.take_along_axis(logits_bSv, column_bS[..., None], axis=-1)[..., 0]
         target_bS = lax.psum(jnp.where(here_bS, picked_bS, 0.0), VOCAB_AXES)
-        nats_bS = jnp.log(normaliser_bS) + max_bS - target_bS
+        nats_bS = jnp.log(normalizer_bS) + max_bS - target_bS
         unknown_bS = out_of_range(targets_bS, logits_bSv.shape[-1] * lax.axis_size(VOCAB_AXES))
         return jnp.sum(jnp.where(targets_bS == IGNORED, 0.0, jnp.where(unknown_bS, jnp.nan, nats_bS)))

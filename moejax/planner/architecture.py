@@ -19,7 +19,7 @@ from moejax.config import ModelConfig
 class Attention:
     """Softmax attention with grouped keys and values.
 
-    `window` tokens are seen by a query, 0 for all. `qk_norm` normalises queries and keys: "head" shares a scale of
+    `window` tokens are seen by a query, 0 for all. `qk_norm` normalizes queries and keys: "head" shares a scale of
     `head_dim` between heads, "full" has one for each element, "" does not. `sinks` adds a learned score a head.
     """
 

@@ -1,6 +1,6 @@
 """What a model's mathematics costs, whatever runs it: FLOPs a token, and the throughput that they leave possible.
 
-Model FLOPs count matrix products once: no rematerialisation, no capacity's padding, no pipeline's bubble, and of causal
+Model FLOPs count matrix products once: no rematerialization, no capacity's padding, no pipeline's bubble, and of causal
 attention only the half that is not masked. They are the numerator of MFU; HFU counts what is executed.
 """
 
@@ -40,7 +40,7 @@ def _attention_flops(m: ModelConfig, context: float) -> float:
 class Ceilings:
     """Tokens per millisecond that a cluster's arithmetic allows at a stated efficiency, and the figures behind them.
 
-    A backward pass costs two forward passes, and full rematerialisation one more.
+    A backward pass costs two forward passes, and full rematerialization one more.
     """
 
     num_devices: int

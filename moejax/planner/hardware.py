@@ -170,7 +170,7 @@ def _tpu(
         across=Link(
             _sheet(across_gbps * _GB, source),
             _assumed(0.8 * across_gbps * _GB, "0.8 of the wire"),
-            _assumed(30e-6, "data-centre network"),
+            _assumed(30e-6, "data-center network"),
         ),
         devices_per_host=devices_per_host,
         launch_s=_LAUNCH_TPU,

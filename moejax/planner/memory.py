@@ -145,7 +145,7 @@ class Sizes:
         if self.policy == "full":
             return a * m.d_model * tokens
         total = a * m.d_model * (2 + t) * tokens  # input, gathered over `tensor`, scattered after
-        if self.policy != "collectives":  # queries, keys, values, results and the softmax's normaliser
+        if self.policy != "collectives":  # queries, keys, values, results and the softmax's normalizer
             total += tokens * (a * m.head_dim * 2 * (m.num_heads + m.num_kv_heads) + _FLOAT32 * m.num_heads)
         return total
 

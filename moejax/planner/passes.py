@@ -2,7 +2,7 @@
 
 - A product y = x w has two in the backward pass, dx = dy wᵀ and dw = xᵀ dy. An all-gather has a reduce-scatter there, a
   reduce-scatter an all-gather, an all-to-all another, and a sum over devices nothing.
-- What is computed again is what the backward pass asks for and the rematerialisation policy does not keep. `KEPT` was
+- What is computed again is what the backward pass asks for and the rematerialization policy does not keep. `KEPT` was
   read off the traces of all policies.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 
 from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer
 
-# What a result is to a rematerialisation policy, see `moejax.remat`:
+# What a result is to a rematerialization policy, see `moejax.remat`:
 #   projection  a named product: queries, keys and values, gate and up
 #   scores      what the attention kernel's backward pass needs of its forward pass
 #   network     what crossed the network, and so the product whose result it was: attention's output, experts' results

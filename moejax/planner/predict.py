@@ -118,7 +118,7 @@ def check_fits(plan: Plan, limit_bytes: float) -> bool:
 
 
 def _last_rung(plan: Plan) -> Plan:
-    """The plan with the strongest rematerialisation and one sequence of a device at a time."""
+    """The plan with the strongest rematerialization and one sequence of a device at a time."""
     count = plan.batch_size // (plan.mesh.replica * plan.mesh.expert * plan.accumulate)
     parallel = dataclasses.replace(plan.parallel, remat="full", num_microbatches=count, batch_split=1)
     least = dataclasses.replace(plan, parallel=parallel)

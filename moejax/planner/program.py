@@ -2,7 +2,7 @@
 
 It reads as the program does (`moejax.model`): embedding, layers with attention, routing, dispatch, experts, combine,
 then logits and loss; what weights cost by themselves; the optimizer. Each part says what its forward pass does and
-what a rematerialisation policy knows the result as; `moejax.planner.passes` writes the other passes from that.
+what a rematerialization policy knows the result as; `moejax.planner.passes` writes the other passes from that.
 
 For FLOPs by phase and pass, bytes sent by (phase, pass, kind, axes) and bytes of parameters it equals the trace of the
 program for accelerators exactly (tests/planner/test_program.py), a microsecond an entry. Bubbles are computed there, so
@@ -326,7 +326,7 @@ class _Step(Passes):
     def loss(self) -> Iterator[Transfer | Sweep]:
         """The softmax over columns of all devices, and means over all tokens."""
         times, tokens = self.passes * self.parallel.num_microbatches, self.microbatch * self.S
-        results: tuple[Result, ...] = ("network", "network", "unused")  # largest logit, normaliser, the target's logit
+        results: tuple[Result, ...] = ("network", "network", "unused")  # largest logit, normalizer, the target's logit
         for result in results:
             yield from self.told("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
         yield from self.only("loss", "update", (REPLICA, EXPERT), 3 * 4, 1)  # targets counted, ids out of range

@@ -122,7 +122,7 @@ def _split(run: Run) -> int:
 
 
 def full_bytes(layer: Layer, run: Run) -> float:
-    """Bytes that a token leaves in one layer without rematerialisation."""
+    """Bytes that a token leaves in one layer without rematerialization."""
     return mixer_bytes(layer, run) + ffn_bytes(layer, run)
 
 

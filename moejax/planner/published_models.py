@@ -2,7 +2,7 @@
 
     find_architecture("Qwen/Qwen3-30B-A3B-FP8").parameters
 
-Names are matched tolerantly: case, punctuation, the organisation and endings such as "-Instruct" or "-FP8" do not
+Names are matched tolerantly: case, punctuation, the organization and endings such as "-Instruct" or "-FP8" do not
 matter; a shape written out ("GPT L32 h4096 GQA8 V131k") is read too.
 """
 

@@ -1,6 +1,6 @@
 """The search for a layout, and why it is the one.
 
-Two stages. First every mesh × crossing axis × folding × repeats × microbatches, each with the weakest rematerialisation
+Two stages. First every mesh × crossing axis × folding × repeats × microbatches, each with the weakest rematerialization
 that fits, for a stronger one only adds work; then, for the best of them, every choice that changes a step less:
 gathering, dispatch, hops, chunks, parts of a microbatch, and the other policies. Closed forms judge them all.
 
@@ -63,7 +63,7 @@ class Choice:
     """The best plan and what it was chosen from.
 
     `runner_up` is the fastest on another mesh, `by_rules` the fastest that follows the strategy's rules (full
-    rematerialisation from 2,048 tokens, tensor parallelism from 4,096), `unfit` the fastest of those that need more
+    rematerialization from 2,048 tokens, tensor parallelism from 4,096), `unfit` the fastest of those that need more
     memory than there is. `rejected` counts plans that do not fit by their largest category of memory.
     """
 
@@ -141,7 +141,7 @@ def find_plan(request: Request) -> Choice:
 
 
 def follows_rules(plan: Plan) -> bool:
-    """Whether a training plan rematerialises from 2,048 tokens up and is tensor-parallel from 4,096 up."""
+    """Whether a training plan rematerializes from 2,048 tokens up and is tensor-parallel from 4,096 up."""
     full = plan.parallel.remat_policy(plan.seq_len) == "full"
     return (plan.seq_len < REMAT_FROM or full) and (plan.seq_len < TENSOR_FROM or plan.mesh.tensor > 1)
 
@@ -288,7 +288,7 @@ def _with(plan: Plan, *, parallel: dict[str, Any] | None = None, dispatch: dict[
 
 
 def _by_rules(request: Request, seen: _Seen) -> list[Prediction]:
-    """The fastest plan of each layout once more, with full rematerialisation where the rules ask for it."""
+    """The fastest plan of each layout once more, with full rematerialization where the rules ask for it."""
     if request.mode != "train" or request.seq_len < REMAT_FROM:
         return []
     found = []

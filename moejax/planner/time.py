@@ -38,7 +38,7 @@ class Step:
 
     Attributes:
       tokens: of the step, over all devices.
-      model_flops: matrix FLOPs of the step over all devices, without rematerialisation, causal attention halved.
+      model_flops: matrix FLOPs of the step over all devices, without rematerialization, causal attention halved.
       bubble: part of the pipeline's ticks in which a stage has nothing to do.
       bubble_counted: whether the entries' `times` include those ticks (computed, as on accelerators) or not.
       parts: independent parts whose exchanges can run behind each other's products: batch_split × chunks.

@@ -80,7 +80,7 @@ class Counts:
       operands_by_pass: the same keys -> bytes of the collectives' operands.
       moved_by_pass: (phase, pass) -> bytes read and written by every operation, as if none were fused.
       saved: (name, shape, dtype) -> bytes that the forward pass's outermost loops stack up, most of it for the backward
-        pass; the name is a rematerialisation policy's, or the operation's that made it. Of one accumulation slice.
+        pass; the name is a rematerialization policy's, or the operation's that made it. Of one accumulation slice.
       param_bytes: of the stored parameters.
     """
 

@@ -124,7 +124,7 @@ def figure(history: LoadHistory) -> Any:
 
 
 def _colors(share: np.ndarray, within: float) -> dict[str, Any]:
-    """Colours as far as the part `within` of the loads is from the mean, above it or below; white is the mean."""
+    """Colors as far as the part `within` of the loads is from the mean, above it or below; white is the mean."""
     furthest = np.quantile(np.maximum(share, 1 / np.maximum(share, LEAST)), within)
     limit = next((limit for limit in COLOR_LIMITS if furthest <= limit), COLOR_LIMITS[-1])
     return {"norm": pyplot().matplotlib.colors.LogNorm(1 / limit, limit), "cmap": "RdBu_r"}

@@ -205,7 +205,7 @@ def _draw_largest(ax: Any, memory: StepMemory, largest: list[Buffer]) -> None:
     ax.barh(range(len(largest)), widths, color=[_color(b.content) for b in largest])
     ax.set_yticks(range(len(largest)), labels=[_label(b) for b in largest], fontsize=8)
     ax.invert_yaxis()
-    ax.set(xlabel=unit, title=f"the {len(largest)} largest buffers at the peak, coloured by what they are")
+    ax.set(xlabel=unit, title=f"the {len(largest)} largest buffers at the peak, colored by what they are")
     for place, (b, width) in enumerate(zip(largest, widths, strict=True)):
         ax.text(width, place, f" {width:,.3f}  {_phase(b) or b.group}", va="center", fontsize=8)
     ax.set_xlim(0, 1.35 * max(widths))
@@ -232,7 +232,7 @@ def _backward_spans(memory: StepMemory) -> list[tuple[int, int]]:
 
 
 def _color(name: str) -> Any:
-    """Of a phase or a content, the same in every picture: greys for what is there all the time."""
+    """Of a phase or a content, the same in every picture: grays for what is there all the time."""
     plt = pyplot()
     if name in WHOLE_TIME:
         return plt.get_cmap("Greys")(0.75 - 0.22 * (WHOLE_TIME.index(name) % 3))

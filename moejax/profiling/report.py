@@ -70,7 +70,7 @@ class Predicted:
 
     hardware: str
     phase_ms: dict[str, float]
-    model_ms: float  # matrix FLOPs of the model's mathematics, no rematerialisation, causal attention halved
+    model_ms: float  # matrix FLOPs of the model's mathematics, no rematerialization, causal attention halved
     executed_ms: float  # those that are executed, outside of the bubble
 
     @property
@@ -107,7 +107,7 @@ class Report:
 
     @property
     def hfu(self) -> float | None:
-        """As `mfu`, of executed FLOPs: what rematerialisation computes again is counted."""
+        """As `mfu`, of executed FLOPs: what rematerialization computes again is counted."""
         return self.predicted.executed_ms / self.step_ms if self.predicted else None
 
 

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 MAX_WIDTH = 768  # pixels, where there are not more experts
-LIMIT = 2.0  # the load over the mean from which on, and below whose inverse, a colour is full
+LIMIT = 2.0  # the load over the mean from which on, and below whose inverse, a color is full
 _BUSY_C, _IDLE_C = np.array([178, 24, 43]), np.array([33, 102, 172])
 
 
@@ -30,7 +30,7 @@ def encode_png(image_HWC: np.ndarray) -> bytes:
     """A PNG file of uint8 [H, W, 3] (ISO 15948: signature, header, one compressed block of rows, end)."""
     height, width, _ = image_HWC.shape
     rows = b"".join(b"\0" + row.tobytes() for row in image_HWC)  # each begins with its filter: none
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a colour, red green blue
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a color, red green blue
     chunks = _chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(rows)), _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 

@@ -3,7 +3,7 @@
 Every rung computes the same step, to rounding, in less memory and more time:
 
 1. smaller microbatches: more `num_microbatches`, then more `accumulate`, down to one sequence on a device;
-2. stronger rematerialisation: `none`, `minimal`, `collectives`, `full`.
+2. stronger rematerialization: `none`, `minimal`, `collectives`, `full`.
 
 What would change the loss is left out: smaller microbatches under the strategy "capacity", whose drops are counted in
 each.

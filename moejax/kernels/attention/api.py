@@ -48,7 +48,7 @@ def attention(
 
     Returns:
       [batch, sequence, query heads, head_dim] in q's dtype; the softmax is taken in float32. What the backward pass
-      needs of it carries the `checkpoint_name` "attention_out", for rematerialisation policies.
+      needs of it carries the `checkpoint_name` "attention_out", for rematerialization policies.
 
     Raises:
       ValueError: an argument has the wrong shape or dtype, or `implementation` is unknown.

@@ -148,7 +148,7 @@ def _load(ref: Any, row: jax.Array, column: jax.Array, mask: jax.Array) -> jax.A
 
 
 def _store_columns(ref: Any, columns: list[jax.Array], row_c1: jax.Array, mask_c1: jax.Array) -> None:
-    """Stores columns [c, 1] side by side, at once, so that neighbours in memory are written together."""
+    """Stores columns [c, 1] side by side, at once, so that neighbors in memory are written together."""
     k = pl.next_power_of_2(len(columns))
     column_ck = lax.broadcasted_iota(jnp.int32, (row_c1.shape[0], k), 1)
     values_ck = jnp.zeros(column_ck.shape, ref.dtype)

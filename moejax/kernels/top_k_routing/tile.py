@@ -4,7 +4,7 @@ An array of a tile has experts along one of its two dimensions, `axis`, and toke
 a token has size 1 along `axis`. So each backend lays out a tile as suits it. Only operations that Pallas lowers for
 both GPU and TPU are used.
 
-The scores enter as logarithms. The probability of an expert is the softmax of them, and so are the renormalised gates,
+The scores enter as logarithms. The probability of an expert is the softmax of them, and so are the renormalized gates,
 over the chosen: for either kind of score no gate divides by a sum that underflowed.
 """
 
