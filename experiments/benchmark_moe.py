@@ -47,7 +47,7 @@ _TOKENS = FLAGS.define_numbers("tokens", [64, 512, 4096], "Tokens of a block, on
 _SHAPE = flags.DEFINE_string(
     "shape",
     "1024,2048,16,2",
-    "d_model,d_ff,experts,experts a token; or a preset's name, for its shape.",
+    "d_model,d_ff,experts,experts per token; or a preset's name, for its shape.",
     flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_string(
@@ -83,7 +83,7 @@ def make_model(shape: str, dtype: str) -> ModelConfig:
     known = ", ".join(PRESETS)
     check(
         len(numbers) == 4 and all(n.isdecimal() for n in numbers),
-        f"--shape={shape} must be four numbers, d_model,d_ff,experts,experts a token, or one of {known}",
+        f"--shape={shape} must be four numbers, d_model,d_ff,experts,experts per token, or one of {known}",
     )
     d_model, d_ff, num_experts, k = map(int, numbers)
     return dataclasses.replace(

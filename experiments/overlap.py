@@ -30,8 +30,8 @@ FLAGS = common.ConfigFlags(__doc__, config="moe_16x10b")
 _TARGET = flags.DEFINE_list(
     "target", ["h100_2x8", "tpu_v5p_16"], "What to compile for, see moejax.topology.", flag_values=FLAGS
 )
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens a sequence.", lower_bound=1, flag_values=FLAGS)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences a step.", lower_bound=1, flag_values=FLAGS)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens per sequence.", lower_bound=1, flag_values=FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences per step.", lower_bound=1, flag_values=FLAGS)
 _CHUNKS = FLAGS.define_numbers("chunks", [1, 2, 4], "Values of dispatch.chunks.")
 _BATCH_SPLIT = FLAGS.define_numbers("batch_split", [1, 2], "Values of parallel.batch_split.", lower=0)
 _OUT = FLAGS.define_output("out", "A Markdown file for the table.")

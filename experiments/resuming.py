@@ -1,4 +1,4 @@
-"""The flags of a script that trains in a --workdir: where it holds a run, that run's record is what flags change."""
+"""The flags of a script that trains in a --workdir. If it holds a run, flags change what that run's record says."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from moejax.train.schedule import Bucket
 class RunFlags(ConfigFlags):
     """The flags of a script that trains, with --workdir and --override.
 
-    Of a run that --workdir holds, the record stands for what --config and --mesh would name. A flag that is given
-    counts all the same; `Trainer` then compares what was asked for with the record.
+    If --workdir holds a run, its record replaces the defaults of --config and --mesh. Flags that are given still count;
+    `Trainer` then compares what was asked for with the record.
     """
 
     def __init__(self, usage: str | None, *, first: Mapping[str, str]) -> None:
@@ -30,7 +30,7 @@ class RunFlags(ConfigFlags):
             folder=True,
         )
         flags.DEFINE_boolean(
-            "override", False, "Go on with the run in --workdir although flags make it another one.", flag_values=self
+            "override", False, "Resume the run in --workdir even if flags make it another one.", flag_values=self
         )
 
     def plan_buckets(self) -> tuple[Bucket, ...]:
@@ -58,6 +58,6 @@ class RunFlags(ConfigFlags):
         return super()._plan_name() if self._run("mesh") is None else f"the run in --workdir={self.workdir}"
 
     def _run(self, flag: str) -> Run | None:
-        """Returns the run in --workdir, which stands for a `flag` that was not given; else None."""
+        """Returns the run in --workdir; None if there is none, or if `flag`, whose default it replaces, was given."""
         record = None if self[flag].present or self.workdir is None else read_record(self.workdir)
         return None if record is None else record.run

@@ -70,7 +70,7 @@ class ModelConfig:
 
     The router scores experts by a softmax over them (Mixtral, arXiv 2401.04088) or by a sigmoid each (DeepSeek-V3,
     2412.19437); a chosen expert's gate is its score, divided by the sum over the chosen with `router_renormalize`. With
-    one expert a token that would be 1 whatever the score, so there it must be False (Switch, 2101.03961, eq. 2). With
+    one expert per token that would be 1 whatever the score, so then it must be False (Switch, 2101.03961, eq. 2). With
     `router_bias`, a bias for each expert is added to the scores when experts are chosen, and only then: the means of
     loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate` or, at a rate of 0, left as it is.
     """
@@ -246,7 +246,7 @@ class ParallelConfig:
 
     A batch shard is cut into `num_microbatches` for the pipeline; each stage holds `repeats` separate chunks of layers
     (1: GPipe; more: interleaved). With one stage, `repeats` and `bubble` change nothing. `gather` says when dense
-    weights are gathered from their shards: once a step (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps
+    weights are gathered from their shards: once per step (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps
     activations up to 2,048 tokens and recomputes above. `bubble` says whether a stage without work skips it or computes
     what nobody uses; "auto" skips on CPUs, whose virtual devices share cores, and computes on accelerators, which would
     only wait (see `moejax.pipeline`).
@@ -377,8 +377,8 @@ class CheckpointConfig:
 class TrainConfig:
     """Everything a training run needs besides its mesh and its work directory.
 
-    `compiler_options` are given to XLA after those of `moejax.compiler`, which tells more: items "name=value", of which
-    the later wins; "name=default" takes one away.
+    `compiler_options` are given to XLA after those of `moejax.compiler`, which explains them. They are items
+    "name=value", of which the later wins; "name=default" takes one away.
     """
 
     model: ModelConfig = ModelConfig()

@@ -1,7 +1,7 @@
 """The device mesh: axis names, its configuration, and which devices stand where.
 
 A mesh is expert × pipeline × tensor, with an outermost `replica` axis when there are more devices than one such mesh
-takes. What each axis shards is told in `moejax.sharding`.
+takes. `moejax.sharding` says what each axis shards.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class MoELayer(nnx.Module):
     def update_bias(self, load_E: jax.Array, rate: float | None = None) -> None:
         """Moves the selection bias so that busy experts are chosen less (loss-free balancing, arXiv 2408.15664).
 
-        Call it once a step with `stats.load_E`, after the gradients are taken: it mutates the layer.
+        Call it once per step with `stats.load_E`, after the gradients are taken: it mutates the layer.
 
         Args:
             load_E: assignments to each expert in the step, or a sum of several calls'.

@@ -1,4 +1,4 @@
-"""The reference model on 16 accelerators, at 1,024 tokens a sequence; the planner picks for other lengths."""
+"""The reference model on 16 accelerators, at 1,024 tokens per sequence; the planner picks for other lengths."""
 
 from moejax.config import BalanceConfig, DataConfig, ParallelConfig, TrainConfig
 from moejax.presets import moe_16x10b

@@ -1,9 +1,9 @@
 """The loss scale of float16 (arXiv 1710.03740), inside the program: whoever differentiates it gets true gradients.
 
-A mean over N tokens sends 1/N of a token's gradient backward, and below 6e-8 float16 has nothing. So the gradient is
-multiplied by a power of two where the loss is formed, and by its inverse where it reaches the float32 parameters. With
-as large a factor as there are tokens, activations have the gradients of single tokens. The gradient of a weight is a
-sum over tokens; it overflows float16 only above 65,504 / `LARGEST`, 8 for one number of the mean.
+In a mean over N tokens, each token's gradient is divided by N, and float16 rounds numbers below 6e-8 to zero. So the
+gradient is multiplied by a power of two where the loss is formed, and divided by it where it reaches the float32
+parameters. With a factor of about N, activations have the gradients of single tokens. The gradient of a weight is a sum
+over tokens; it overflows float16 only where that of the mean is above 65,504 / `LARGEST`, which is 8.
 """
 
 from functools import partial

@@ -145,7 +145,7 @@ def parse_cluster(hardware: str, devices: int | None) -> Cluster:
         elif slice_of:  # v4 and v5p count cores, two a chip
             devices = int(slice_of[1]) // (2 if device.name in ("tpu_v4", "tpu_v5p") else 1)
         else:
-            raise ConfigError(f"hardware={hardware!r} and no column n: how many devices there were is not told")
+            raise ConfigError(f"hardware={hardware!r} and no column n: how many devices there were is not said")
     per_host = min(device.devices_per_host, devices)
     hosts = -(-devices // per_host)
     if devices % per_host:

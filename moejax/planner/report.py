@@ -201,8 +201,8 @@ def figure(choices: dict[int, Choice], limit_bytes: float, title: str) -> Any:
     _stack(right, lengths, times)
     left.axhline(limit_bytes / 1e9, color="black", linewidth=1, linestyle="--")
     left.set_ylim(top=1.05 * max(limit_bytes / 1e9, *(sum(column.values()) for column in memory)))
-    left.set(title="memory at the peak (dashed: what there is)", xlabel="tokens a sequence", ylabel="GB a device")
-    right.set(title="time of a step, by phase", xlabel="tokens a sequence", ylabel="part of the step")
+    left.set(title="memory at the peak (dashed: what there is)", xlabel="tokens per sequence", ylabel="GB per device")
+    right.set(title="time of a step, by phase", xlabel="tokens per sequence", ylabel="part of the step")
     fig.suptitle(title)
     return fig
 

@@ -196,7 +196,7 @@ def _draw_rounds(ax: Any, history: LoadHistory) -> None:
     _draw_series(ax, history, {"window_rounds_worst": "worst layer", "window_rounds": "mean over layers"})
     _draw_bound(ax, history, "max_rounds")
     ax.set_ylim(bottom=0.9)  # a dispatch has one at least
-    ax.set(ylabel="rounds a dispatch", title=f"rounds of a dispatch, {_window(history)}")
+    ax.set(ylabel="rounds per dispatch", title=f"rounds per dispatch, {_window(history)}")
     _finish(ax, history)
 
 

@@ -113,7 +113,7 @@ def _draw_devices(ax: Any, trace: Trace, step: Marker, report: Report, devices: 
     ax.xaxis.set_major_formatter("{x:,g}")
     name = f"step {step.step}" if trace.steps else "the trace"
     ax.set_title(
-        f"{name}, {length_ms:,.1f} ms: a row a device; upper lane computation, lower lane communication, "
+        f"{name}, {length_ms:,.1f} ms: one row per device; upper lane computation, lower lane communication, "
         "black above: backward pass"
     )
 

@@ -3,7 +3,7 @@
 A checkpoint of step n is the directory `<directory>/<n>/`, which appears by one rename when it is whole:
 
     state/           the arrays by name ("params.layers.w_up"), written by Orbax, every process its own shards
-    data/            the position of the input iterator, one file a process, written by grain
+    data/            the position of the input iterator, one file per process, written by grain
     metadata/        JSON: the layout, the configuration, versions
     checksums.json   size and CRC-32 of each of the files above
 

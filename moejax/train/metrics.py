@@ -1,8 +1,8 @@
-"""A run's scalars: one JSON line a step in `metrics.jsonl`, and the same for TensorBoard; its loads in `loads.jsonl`.
+"""A run's scalars: one JSON line per step in `metrics.jsonl`, and the same for TensorBoard; its loads in `loads.jsonl`.
 
 The files are for programs and for `tail -f`: each line is whole JSON and on disk (in the kernel) when `write` returns.
 A run that was killed and resumed from the checkpoint of step n repeats the steps after n, so their old lines are
-dropped when the writer is made. A file has at most one line a step, and exactly one unless the disk was full.
+dropped when the writer is made. A file has at most one line per step, and exactly one unless the disk was full.
 
 The loads are lines of integers too, for what survives a kill is then the same for both. Text costs little here: 16
 layers of 16 experts with 40,000 assignments each are 1.5 KB a step, against 1 KB as 32-bit numbers.
@@ -83,7 +83,7 @@ class MetricsWriter:
         """
         if step <= self._last_step:
             raise ValueError(
-                f"step={step} must be more than {self._last_step}, the last step in {self.path}: one line a step"
+                f"step={step} must be more than {self._last_step}, the last step in {self.path}: one line per step"
             )
         if "step" in metrics:
             raise ValueError("metrics has the name 'step', which is the line's own; rename it")

@@ -1,7 +1,7 @@
-"""Going on with a run: what its work directory says it is, and what of that may differ when it is started again.
+"""Compares a run that is started again with the record in its work directory, and decides what may differ.
 
-The record is the last start in `run.json`; where that file is missing, the configuration in the newest checkpoint.
-Every field of `TrainConfig` is of a kind, in `KINDS`, that says what happens where it differs from the record.
+The record is the last start in `run.json`. If that file is missing, it is the configuration in the newest checkpoint.
+`KINDS` gives each field of `TrainConfig` a kind, which decides what happens if the field differs from the record.
 """
 
 from __future__ import annotations

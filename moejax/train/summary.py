@@ -38,7 +38,7 @@ class BucketSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run came to. Seconds are wall clock; losses are nats a token, or bits a byte of text.
+    """What a run came to. Seconds are wall clock; losses are nats per token, or bits per byte of text.
 
     `step_seconds` is the median; with several buckets their medians' mean, each counted as often as it was drawn. The
     figures from `window_tokens` to `window_idle_experts` are over so many of the last tokens (see
