@@ -5,7 +5,7 @@ instruction's name; here each gets a name to be shown, "attention backward dot.1
 read, `trace.read_trace` too, stays as it is. And the thread with the step markers, one among dozens, comes first.
 
 A file is an `XSpace` of xplane.proto, edited as the bytes that it is (`moejax.profiling.wire`). Each kind of event is
-named once in it, so this is cheap: 0.2 s for the 27 MB of two steps of the default model, and 0.3 s to read their
+named once in it, so this is cheap: 0.2 s for the 27 MB of two steps of the model `tiny`, and 0.3 s to read their
 program.
 """
 
