@@ -99,6 +99,7 @@ class ConfigFlags(Flags):
                 raise ConfigError(f"--{flag} and --config.{path} are the same field; give one of them")
             config_overrides[path] = value
 
+        self.__dict__["_mesh_overrides"] = mesh_overrides
         mesh_config = _apply("mesh", self._base_mesh(), mesh_overrides)
         plan_model = self._plan_model()
         name = self.config if self["config"].present or plan_model is None else plan_model
@@ -124,11 +125,13 @@ class ConfigFlags(Flags):
     def mesh_of_target(self, target: str, mesh_config: MeshConfig) -> MeshConfig:
         """Returns the mesh to compile for `target` with: that of --mesh if it was given, else the target's own.
 
+        Either has the fields that flags change.
+
         Raises:
-          ConfigError: there is no such target.
+          ConfigError: there is no such target, or flags and its mesh do not go together.
         """
         find_target(target)
-        return mesh_config if self["mesh"].present else load_mesh_config(target)
+        return mesh_config if self["mesh"].present else _apply("mesh", load_mesh_config(target), self._mesh_overrides)
 
     def setup_jax(self, mesh_config: MeshConfig) -> None:
         """Does what `setup_jax` does, with the cache that --compilation_cache_dir names."""

@@ -280,6 +280,14 @@ def test_help_lists_the_compilers_options_in_force_with_their_reasons(capsys):
         assert part in printed
 
 
+def test_flags_change_the_mesh_of_a_target_too():
+    _, mesh_config = parse("--mesh.pipeline=1", "--mesh.expert=16", "--mesh.host_axis=expert")
+    expected = MeshConfig(expert=16, hardware="h100", hosts=2, host_axis="expert")
+    assert FLAGS.mesh_of_target("h100_2x8", mesh_config) == expected
+    _, mesh_config = parse("--mesh=single", "--mesh.expert=2")
+    assert FLAGS.mesh_of_target("h100_2x8", mesh_config) == MeshConfig(expert=2)
+
+
 def test_setup_keeps_compiled_programs(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     _, mesh_config = parse()
