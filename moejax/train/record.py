@@ -96,7 +96,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     def ask(*command: str, at: str | Path = folder) -> str:
         done = subprocess.run([git, "-C", str(at), *command], capture_output=True, check=False)
         # A diff of two files ends with 1 where they differ; names and contents may be in any encoding.
-        return done.stdout.decode(errors="surrogateescape") if done.returncode < 2 else ""
+        return done.stdout.decode(errors="surrogateescape") if done.returncode in (0, 1) else ""
 
     # A package that is installed in some repository's virtual environment is no part of that repository.
     if not ask("ls-files", "."):
