@@ -166,19 +166,21 @@ def compare(recorded: Run, asked: Run) -> list[Difference]:
 
 
 def check_run(record: Record, asked: Run, workdir: Path, *, override: bool) -> list[str]:
-    """Returns a line per field, data aside, in which `asked` differs from the run in `workdir` that it goes on with.
+    """Returns a line per field, data aside, in which `asked` differs from the run in `workdir` that it resumes.
 
     Raises:
-      ConfigError: it cannot go on so; or it can, but would be another run, and `override` does not allow that.
+      ConfigError: the run cannot be resumed so; or it can, but would be another run, and `override` is False.
     """
     differences = [d for d in compare(record.run, asked) if d.kind != "data"]
     fixed = [d for d in differences if d.kind == "fixed"] if record.has_checkpoint else []
-    _refuse(fixed, f"the run in {workdir} cannot go on so: leave this out, or use another workdir for a new run")
+    _refuse(
+        fixed, f"the run in {workdir} cannot be resumed with this; leave it out, or use another workdir for a new run"
+    )
     meaning = [d for d in differences if d.kind == "meaning"] if record.has_checkpoint and not override else []
     _refuse(
         meaning,
-        f"this makes the run in {workdir} another one: leave it out, add --override (in Python override=True) to go on "
-        "with it all the same, or use another workdir for a new run",
+        f"this would make it another run than the one in {workdir}; leave it out, add --override (in Python "
+        "override=True) to resume anyway, or use another workdir for a new run",
     )
     return [*record.lines, *map(str, differences)]
 
@@ -193,11 +195,11 @@ def check_data(record: Record, asked: Run, fingerprint: str, workdir: Path) -> l
     if record.has_checkpoint and record.data_fingerprint != fingerprint:
         _refuse(
             differences,
-            f"the training text or tokenizer is not the one of the run in {workdir}: leave this out, or use another "
+            f"the run in {workdir} has another training text or tokenizer; leave this out, or use another "
             "workdir for a new run",
         )
         raise ConfigError(
-            f"the training text or tokenizer is not the one of the run in {workdir}: the files of "
+            f"the run in {workdir} has another training text or tokenizer: the files of "
             f"data.paths={_text(asked.config.data.paths)} or of data.tokenizer={asked.config.data.tokenizer} have "
             "changed since; restore them, or use another workdir for a new run"
         )

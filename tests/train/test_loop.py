@@ -278,7 +278,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(confi
 def test_resuming_with_other_data_is_refused(config, finished, tmp_path):
     (tmp_path / "one.txt").write_text("Something else entirely.\n" * 500)
     other = apply_overrides(config, {"data.paths": str(tmp_path)})
-    with pytest.raises(ConfigError, match="the training text or tokenizer is not the one"):
+    with pytest.raises(ConfigError, match="has another training text or tokenizer"):
         Trainer(other, mesh(4, 2, 2), finished[0]).run()
     with pytest.raises(ConfigError, match=r"--config\.data\.seed: 0 in the run, 1 asked for"):
         Trainer(apply_overrides(config, {"data.seed": "1"}), mesh(4, 2, 2), finished[0]).run()

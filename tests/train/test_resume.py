@@ -131,16 +131,18 @@ def test_each_field_that_differs_is_said_or_refused_with_both_values(path, tmp_p
         for allowed in (False, True):
             message = error_of(check_run, *arguments, override=allowed)
             assert line in message
-            assert "cannot go on so: leave this out, or use another workdir" in message
+            assert "cannot be resumed with this; leave it out, or use another workdir" in message
     elif difference.kind == "meaning" and len(OTHERS[path]) == 1:
         message = error_of(check_run, *arguments, override=False)
-        assert message.startswith(f"{line}; this makes the run in {tmp_path} another one: leave it out, add --override")
+        assert message.startswith(
+            f"{line}; this would make it another run than the one in {tmp_path}; leave it out, add --override"
+        )
         assert check_run(*arguments, override=True) == [line]
     elif difference.kind == "data":
         assert line not in check_run(*arguments, override=False)
         message = error_of(check_data, record_of(RUN), other, "beef", tmp_path)
         assert line in message
-        assert f"the training text or tokenizer is not the one of the run in {tmp_path}" in message
+        assert f"the run in {tmp_path} has another training text or tokenizer" in message
         assert line in check_data(record_of(RUN), other, "f00d", tmp_path)
     elif difference.kind == "free":
         assert check_run(*arguments, override=False) == [line]
@@ -204,7 +206,9 @@ class TestBuckets:
         drops = dataclasses.replace(BUCKETS[1], dispatch=DispatchConfig("capacity"))
         before, after = (Run.of(TrainConfig(), MESH, (BUCKETS[0], last)) for last in (BUCKETS[1], drops))
         message = error_of(check_run, record_of(before), after, tmp_path, override=False)
-        assert message.startswith("buckets[1].dispatch.strategy: dropless in the run, capacity asked for; this makes")
+        assert message.startswith(
+            "buckets[1].dispatch.strategy: dropless in the run, capacity asked for; this would make"
+        )
 
     def test_a_plan_of_one_length_is_a_configuration_and_a_mesh(self):
         one = BUCKETS[1]
