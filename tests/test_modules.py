@@ -237,7 +237,7 @@ def test_wrong_shapes_are_told(shape, message):
 
 
 def test_layers_that_do_not_fit_are_told():
-    with pytest.raises(ConfigError, match="num_experts=12 must be a multiple of expert axes expert×tensor = 8"):
+    with pytest.raises(ConfigError, match="num_experts=12 must be a multiple of expert × tensor = 8"):
         make_layer(config=ModelConfig(num_experts=12))
     with pytest.raises(ConfigError, match="lack expert and tensor"):
         MoELayer(MOE, jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), rngs=nnx.Rngs(0))

@@ -404,7 +404,7 @@ def test_a_last_state_that_cannot_be_saved_is_an_error_and_the_next_start_goes_o
 
 def arguments(workdir, corpus):
     flags = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
-    return [f"--workdir={workdir}", f"--data={corpus}", *flags]
+    return ["--config=tiny", f"--workdir={workdir}", f"--data={corpus}", *flags]
 
 
 def start(workdir, corpus, *more, python=(sys.executable,)):

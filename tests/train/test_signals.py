@@ -129,7 +129,12 @@ def test_an_interactive_session_is_interrupted_and_lives(ask, monkeypatch):
 
 def test_ctrl_c_outside_of_a_run_is_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr(loading, "show_logs", lambda: None)  # it is for the whole process
-    with pytest.raises(SystemExit) as ended:
-        loading.run(lambda _: signal.raise_signal(signal.SIGINT), loading.Flags(""))
+    # A process that was started in the background ignores Ctrl-C unless it says otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            loading.run(lambda _: signal.raise_signal(signal.SIGINT), loading.Flags(""))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "stopped\n"
