@@ -24,7 +24,6 @@ import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -42,7 +41,7 @@ from loading import (
 )
 
 from moejax.compiler import in_force
-from moejax.config import ConfigError, TrainConfig, check
+from moejax.config import ConfigError, TrainConfig, check, expand
 from moejax.data import tokenizer_vocab_size
 from moejax.data.cache import cache_folder
 from moejax.mesh import MeshConfig, use_virtual_devices
@@ -268,7 +267,8 @@ def setup_jax(mesh_config: MeshConfig, cache_dir: str | None = None) -> None:
         _join_hosts(mesh_config)
     if cache_dir is None:
         cache_dir = jax.config.jax_compilation_cache_dir or default_cache_dir()
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir).expanduser()) if cache_dir else None)
+    folder = str(expand(cache_dir, "compilation_cache_dir")) if cache_dir else None
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

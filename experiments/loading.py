@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from moejax import plots, strict_json
-from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check
+from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, load_config_file
 from moejax.planner.hardware import Cluster
@@ -68,7 +68,7 @@ class OutputParser(flags.ArgumentParser[Path]):
 
     def parse(self, argument: str) -> Path:
         check(bool(argument), f" needs the name of a {'folder' if self._folder else 'file'}")
-        path = Path(os.path.expanduser(argument))
+        path = expand(argument)
         return check_folder(path) if self._folder else check_output(path, *self._suffixes)
 
 
@@ -313,10 +313,10 @@ def load_mesh_config(name: str) -> MeshConfig:
 def find(name: str, folder: Path) -> Path | None:
     """The file that `name` stands for: itself if it ends in .py (from here or the repository), else in `folder`."""
     if name.endswith(".py"):
-        path = Path(name).expanduser()
-        return path if path.exists() or not (ROOT / path).exists() else ROOT / path
+        path = expand(name)
+        return path if os.path.exists(path) or not os.path.exists(ROOT / path) else ROOT / path
     path = folder / f"{name}.py"
-    return path if path.exists() else None
+    return path if os.path.exists(path) else None  # unlike `Path.exists`, False for a name that is too long
 
 
 def config_names() -> list[str]:

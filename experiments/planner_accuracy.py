@@ -17,12 +17,11 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import loading
 from absl import flags
 
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, expand
 from moejax.planner.layouts import Run, number, parse_run
 from moejax.planner.published import predict_training
 from moejax.planner.published_memory import training_memory
@@ -78,7 +77,7 @@ def read(path: str) -> list[dict[str, str]]:
       ConfigError: there is no such file, or it lacks columns or rows.
     """
     try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
+        with expand(path, "runs").open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = [{key: value or "" for key, value in row.items() if key is not None} for row in reader]
             names = [name.strip() for name in reader.fieldnames or ()]

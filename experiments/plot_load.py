@@ -10,14 +10,12 @@ pipe, ends with one line of JSON.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import loading
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from moejax.config import check
+from moejax.config import check, expand
 from moejax.plots import SUFFIXES
 from moejax.profiling.loads import LoadHistory, figure
 
@@ -31,7 +29,7 @@ _OUT = FLAGS.define_output(
 def main(argv: list[str]) -> None:
     FLAGS.parse(argv)
     check(bool(_WORKDIR.value), "--workdir is missing; give the directory of a run")
-    workdir = Path(_WORKDIR.value).expanduser()
+    workdir = expand(_WORKDIR.value, "workdir")
     history = LoadHistory.read(workdir)
     out = _OUT.value or loading.check_output(workdir / "load.png", *SUFFIXES)
     figure(history).savefig(out, dpi=120)

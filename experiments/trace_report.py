@@ -20,7 +20,7 @@ import loading
 from absl import flags
 
 from moejax import strict_json
-from moejax.config import check, make_folder
+from moejax.config import check, expand, make_folder
 from moejax.plots import installed
 from moejax.profiling import report, tables, timeline
 from moejax.profiling.capture import TRACES
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         installed() or not _PICTURE.value,
         "timeline.png needs matplotlib; pip install 'moejax[plots]', or add --nopicture",
     )
-    folder = newest_trace(Path(rest[0]).expanduser())
+    folder = newest_trace(expand(rest[0], "TRACE"))
     trace = read_trace(folder)
     out = make_folder("--out", _OUT.value or folder)
     found = report.make_report(trace)

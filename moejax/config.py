@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,9 +34,21 @@ def check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def expand(path: str | os.PathLike[str], name: str = "") -> Path:
+    """Returns `path`, of the argument `name`, with the home folder that a leading ~ or ~user stands for.
+
+    Raises:
+      ConfigError: there is no such user, or the user has no home folder.
+    """
+    expanded = os.path.expanduser(os.fspath(path))
+    argument = f"{name}={path}" if name else path
+    check(not expanded.startswith("~"), f"{argument} needs a home folder that is not known; write the whole path")
+    return Path(expanded)
+
+
 def make_folder(name: str, path: str | Path) -> Path:
     """The folder that the argument `name` says, made where it is not there; `ConfigError` if it cannot be."""
-    path = Path(path).expanduser()
+    path = expand(path, name)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

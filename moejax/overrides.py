@@ -297,8 +297,11 @@ def call_in_file(path: str | Path, function: str, returns: str) -> Any:
       ConfigError: there is no such file, or it fails.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; use a Python file with {function}() -> {returns}")
+    wanted = f"use a Python file with {function}() -> {returns}"
+    try:
+        check(path.is_file(), f"{path} does not exist; {wanted}")
+    except OSError as error:  # its folder may not be entered, or its name is too long
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); {wanted}") from None
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file; its name must end in .py")

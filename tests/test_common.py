@@ -1,6 +1,8 @@
 import ctypes
 import dataclasses
+import errno
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -312,6 +314,28 @@ def test_a_preset_cache_folder_defaults_to_the_home(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert common.default_cache_dir() == str(tmp_path / ".cache" / "moejax" / "xla")
+
+
+def test_a_cache_folder_without_a_home_is_one_line(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME, for a user without an account
+    with pytest.raises(ConfigError, match=r"^XDG_CACHE_HOME=~/.cache needs a home folder .*; write the whole path$"):
+        common.default_cache_dir()
+
+
+@pytest.mark.parametrize("flag", ["config", "mesh"])
+def test_a_file_in_a_closed_folder_is_one_line(flag, monkeypatch):
+    stat = Path.stat
+
+    def closed(path, **options):  # as root, every folder can be entered
+        if path.name == "mine.py":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    assert "closed/mine.py cannot be read (Permission denied); use a Python file with" in error_of(
+        f"--{flag}=closed/mine.py"
+    )
 
 
 @pytest.mark.parametrize(("platform", "settings"), [("linux", [-3, -1, -8]), ("win32", []), ("darwin", [])])

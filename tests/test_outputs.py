@@ -43,7 +43,7 @@ def places(tmp_path, monkeypatch):
         ("--file=file/x", "--file=file/x is in a folder that does not exist; make file first"),
         ("--file=/proc/x", "--file=/proc/x cannot be written ("),
         ("--file=" + 300 * "x", "cannot be written (File name too long); give another file"),
-        ("--file=~nosuchuser/x", "--file=~nosuchuser/x is in a folder that does not exist"),
+        ("--file=~nosuchuser/x", "--file=~nosuchuser/x needs a home folder that is not known; write the whole path"),
         ("--picture=x.jpg", "--picture=x.jpg must end in .png, .svg, .pdf"),
         ("--folder=file", "--folder=file cannot be a folder (file is a file); give another"),
         ("--folder=file/x", "--folder=file/x cannot be a folder ("),

@@ -57,6 +57,24 @@ CASES = [
     ("plan --seq_len=1k", "--seq_len=1k: '1k' must be a whole number of at least 1"),
     ("overlap --chunks=two", "--chunks=two: 'two' must be a whole number of at least 1"),
     ("plan --calibration=nope.json", "--calibration=nope.json cannot be read ("),
+    # Home folders of users that there are not, and names that the system refuses.
+    *(
+        (command, f"{argument} needs a home folder that is not known; write the whole path")
+        for command, argument in (
+            ("train --config=~nosuchuser/a.py", "~nosuchuser/a.py"),
+            ("train --mesh=~nosuchuser/a.py", "~nosuchuser/a.py"),
+            ("train --workdir=~nosuchuser/run", "--workdir=~nosuchuser/run"),
+            ("train --compilation_cache_dir=~nosuchuser/xla", "--compilation_cache_dir=~nosuchuser/xla"),
+            ("plan --model=~nosuchuser/a.py", "~nosuchuser/a.py"),
+            ("plan --cluster=~nosuchuser/a.py", "~nosuchuser/a.py"),
+            ("plan --calibration=~nosuchuser/a.json", "--calibration=~nosuchuser/a.json"),
+            ("planner_accuracy --runs=~nosuchuser/a.csv", "--runs=~nosuchuser/a.csv"),
+            ("plot_load --workdir=~nosuchuser/run", "--workdir=~nosuchuser/run"),
+            ("profile ~nosuchuser/run", "TRACE=~nosuchuser/run"),
+        )
+    ),
+    (f"train --config={300 * 'x'}", f"--config={300 * 'x'} does not exist; use one of "),
+    (f"train --mesh={300 * 'x'}.py", f"{300 * 'x'}.py cannot be read (File name too long); use a Python file with "),
     # Outputs.
     ("plan --json=no/plan.json", "--json=no/plan.json is in a folder that does not exist; make no first"),
     ("plan --mode=decode --out=plan.py", "--out=plan.py is for train.py; use it with --mode=train, not decode"),

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from moejax.config import expand
+
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """Returns `folder`, by default `moejax` in the user's cache folder."""
-    return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moejax")
+    return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or expand("~/.cache", "XDG_CACHE_HOME")) / "moejax")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

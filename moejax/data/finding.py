@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, expand
 
 _RUN = "work directory of a run"
 _DATASET = "Hugging Face dataset folder"
@@ -34,7 +34,7 @@ class Finder:
     """
 
     def __init__(self, workdir: str | os.PathLike[str] | None = None) -> None:
-        self._workdir = identify(Path(workdir).expanduser()) if workdir is not None else None
+        self._workdir = identify(expand(workdir, "workdir")) if workdir is not None else None
         self._passed_over: dict[object, tuple[str, str]] = {}
 
     def find(self, path: str) -> Iterator[Found]:

@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moejax.config import ConfigError, DataConfig, check
+from moejax.config import ConfigError, DataConfig, check, expand
 from moejax.data.cache import cache_folder, write_atomically
 from moejax.data.corpora import Document, hash_documents
 from moejax.data.pieces import Progress, Report, cut
@@ -202,7 +202,7 @@ def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
     """Reads the tokenizer.json that `name` is, or that the folder `name` holds; returns it and its folder."""
     reason: str | None = "not a regular file"
     try:
-        path = Path(name).expanduser()
+        path = expand(name)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists() or path.is_file():  # reading a pipe or a device might never end
             return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), path.parent

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, expand
 from moejax.mesh import MeshConfig
 
 Kind = Literal["datasheet", "published", "calibrated", "assumed"]
@@ -340,7 +340,7 @@ def load_calibration(path: str | Path, device: Device) -> Device:
     Raises:
       ConfigError: the file cannot be read, is something else, or names a figure that devices do not have.
     """
-    path = Path(path).expanduser()
+    path = expand(path, "calibration")
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:  # ValueError: no text, or no JSON

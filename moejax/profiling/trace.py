@@ -40,7 +40,7 @@ from typing import Any
 import jax
 
 from moejax import hlo
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, expand
 from moejax.profiling.phases import Op, op_from_event, ops
 
 FACTS = "capture.json"
@@ -93,7 +93,7 @@ def read_trace(directory: str | Path) -> Trace:
     Raises:
       ConfigError: there is no trace, or none that is whole and has operations of a CPU, GPU or TPU.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     files = trace_files(directory)
     if not files:
         raise ConfigError(

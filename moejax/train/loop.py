@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.balance import BalanceReport, BoundWatch
-from moejax.config import BalanceConfig, ConfigError, TrainConfig, check
+from moejax.config import BalanceConfig, ConfigError, TrainConfig, check, expand
 from moejax.data import Data, load_data, make_loader
 from moejax.mesh import MeshConfig
 from moejax.model import counted_targets
@@ -69,7 +69,7 @@ class Trainer:
         override: bool = False,
     ) -> None:
         self._start = time.perf_counter()
-        self.workdir = pathlib.Path(workdir).expanduser()
+        self.workdir = expand(workdir, "workdir")
         self.mesh, self.mesh_config, self.buckets = mesh, mesh_config, tuple(buckets)
         self._progress = Progress(config.steps)
         self._lock = WorkdirLock(self.workdir)

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import jax
 
 from moejax import strict_json
-from moejax.config import ConfigError, check, make_folder
+from moejax.config import ConfigError, check, expand, make_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -30,7 +30,7 @@ def check_writable(name: str, path: str | Path) -> None:
     Raises:
       ConfigError: the argument `name`, whose value is `path`, is no such folder.
     """
-    path = Path(path).expanduser()
+    path = expand(path, name)
     missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
     make_folder(name, path)
     check(os.access(path, os.W_OK | os.X_OK), f"{name}={path} cannot be written; give another, or its permissions")
