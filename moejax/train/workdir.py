@@ -90,13 +90,13 @@ class WorkdirLock:
           ConfigError: another run has it, or it cannot be opened.
         """
         try:
-            file = self.path.open("a+", encoding="utf-8")
+            file = self.path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise self._unwritable(error) from None
         locked = _try_lock(file)
         file.seek(0)
         owner = _read_owner(file.read())
-        age = time.time() - os.fstat(file.fileno()).st_mtime
+        age = abs(time.time() - os.fstat(file.fileno()).st_mtime)  # clocks differ: a time to come is as far off
         surely_gone = locked and owner is not None and owner["host"] == platform.node()
         if locked is False or (owner is not None and not surely_gone and age < STALE_SECONDS):
             file.close()
@@ -134,8 +134,9 @@ def _try_lock(file: TextIO) -> bool | None:
 
 
 def _read_owner(text: str) -> dict[str, Any] | None:
-    """Returns what a run wrote into its file; None if none did, or was killed while it wrote."""
+    """Returns what a run wrote into its file; None if none did, was killed while it wrote, or something else wrote."""
     try:
-        return json.loads(text)
+        owner = json.loads(text)
     except ValueError:
         return None
+    return owner if isinstance(owner, dict) and {"host", "pid", "started"} <= owner.keys() else None

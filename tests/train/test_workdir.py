@@ -75,6 +75,20 @@ class TestLock:
         with WorkdirLock(tmp_path):
             assert json.loads(path.read_text())["host"] == platform.node()
 
+    @pytest.mark.parametrize("content", [b"12345", b"{}", b'{"host": "other"}', b"[1]", b"null", b"\xff\xfe", b"{"])
+    def test_a_file_that_no_run_wrote_is_taken_over(self, tmp_path, content):
+        (tmp_path / LOCK_FILE).write_bytes(content)
+        WorkdirLock(tmp_path).check_possible()
+        with WorkdirLock(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+    def test_a_sign_of_life_from_the_future_counts_as_long_as_one_from_the_past(self, tmp_path):
+        leave_behind(tmp_path, age=-STALE_SECONDS / 2, host="elsewhere")
+        assert "(its last sign of life was " in error_of(WorkdirLock(tmp_path).check_possible)
+        leave_behind(tmp_path, age=-STALE_SECONDS - 60, host="elsewhere")
+        with WorkdirLock(tmp_path):
+            pass
+
     def test_without_the_systems_locks_signs_of_life_decide(self, tmp_path, monkeypatch):
         monkeypatch.setattr(workdir_module, "_try_lock", lambda _: None)
         with WorkdirLock(tmp_path):
