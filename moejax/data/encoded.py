@@ -66,7 +66,7 @@ def encode_documents(
         return _encode(documents, tokenizer, num_characters, report)
     text_and_tokenizer = hash_documents((Document("tokenizer", tokenizer.fingerprint), *documents))
     path = cache_folder(cache_dir) / f"ids-{text_and_tokenizer}.npy"
-    if path.exists():
+    if os.path.exists(path):  # unlike `Path.exists`, False where the folder may not be entered
         try:
             return _read(path, tokenizer.separator, len(documents))
         except (OSError, EOFError, ValueError) as error:

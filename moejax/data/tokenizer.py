@@ -218,7 +218,7 @@ def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
 
 def _cached_bpe(documents: Sequence[Document], vocab_size: int, cache_dir: Path, report: Report | None) -> BpeTokenizer:
     path = cache_dir / f"bpe-{vocab_size}-{hash_documents(documents)}.json"
-    if path.exists():
+    if os.path.exists(path):  # unlike `Path.exists`, False where the folder may not be entered
         try:
             return BpeTokenizer(_read_named(str(path))[0], str(path))
         except ConfigError as error:

@@ -251,9 +251,10 @@ class TestCache:
         assert path.read_bytes() == content
         assert f"encoding the text again: {path} cannot be used" in caplog.text
 
-    def test_a_folder_that_cannot_be_written_is_said(self, tmp_path, bpe, caplog):
+    @pytest.mark.parametrize("name", ["file", 300 * "x"])
+    def test_a_folder_that_cannot_be_written_is_said(self, tmp_path, bpe, caplog, name):
         (tmp_path / "file").write_text("")
-        assert encode(CORPUS, bpe, cache_dir=tmp_path / "file") == whole(CORPUS, bpe)
+        assert encode(CORPUS, bpe, cache_dir=tmp_path / name) == whole(CORPUS, bpe)
         assert "the encoded text is not cached: cannot write" in caplog.text
 
     def test_a_full_disk_leaves_nothing_behind(self, tmp_path, bpe, caplog, monkeypatch):

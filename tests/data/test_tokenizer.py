@@ -142,9 +142,10 @@ class TestBpe:
         assert path.read_text() == whole
         assert "training the tokenizer again: tokenizer=" in caplog.text
 
-    def test_without_a_cache_it_still_works(self, tmp_path, caplog):
+    @pytest.mark.parametrize("name", ["file", 300 * "x"])
+    def test_without_a_cache_it_still_works(self, tmp_path, caplog, name):
         (tmp_path / "file").write_text("")
-        assert make_tokenizer(BPE, CORPUS, tmp_path / "file").vocab_size == 275
+        assert make_tokenizer(BPE, CORPUS, tmp_path / name).vocab_size == 275
         assert "the tokenizer is not cached: cannot write" in caplog.text
 
 
