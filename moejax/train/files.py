@@ -1,4 +1,4 @@
-"""Writes files that stay whole when the disk is full or the process is killed.
+"""Reads JSON, and writes files that stay whole when the disk is full or the process is killed.
 
 Every `OSError` from here names the file; Python's own errors of a write do not.
 """
@@ -6,9 +6,11 @@ Every `OSError` from here names the file; Python's own errors of a write do not.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class AppendOnlyFile:
@@ -32,6 +34,13 @@ class AppendOnlyFile:
     def close(self) -> None:
         """Closes the file; harmless when called again."""
         self._file.close()
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Returns the content of a JSON file, or raises `OSError` or `ValueError`."""
+    if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+        raise ValueError("not a regular file")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:

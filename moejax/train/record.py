@@ -7,7 +7,6 @@ the sources were changed since their commit, a patch lies beside it: `git checko
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform as host
 import shutil
@@ -23,9 +22,9 @@ from jax.sharding import Mesh
 
 from moejax import strict_json
 from moejax.compiler import program_options
-from moejax.config import ConfigError, TrainConfig
+from moejax.config import ConfigError, TrainConfig, check
 from moejax.mesh import MeshConfig, platform
-from moejax.train.files import replace_text
+from moejax.train.files import read_json, replace_text
 from moejax.train.schedule import Bucket
 
 RECORD_FILE = "run.json"
@@ -131,11 +130,15 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
     """Returns the entries of a run's `run.json`, the oldest first.
 
     Raises:
-      FileNotFoundError: the folder holds none.
-      ConfigError: the file is not such a record.
+      ConfigError: the folder holds none, or the file is not such a record.
     """
     path = workdir / RECORD_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{path} is not the record of a run ({error!r}); restore it, or remove it") from None
+        starts = read_json(path)["starts"]
+        check(isinstance(starts, list) and len(starts) > 0, "starts must be a list of one or more")
+        check(all(isinstance(start, dict) for start in starts), "each of starts must be a JSON object")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not the record of a run ({error!r}); restore it, move it away, or use another workdir"
+        ) from None
+    return starts

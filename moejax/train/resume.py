@@ -7,14 +7,17 @@ The record is the last start in `run.json`. If that file is missing, it is the c
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moejax.config import ConfigError, TrainConfig
+from moejax.config import ConfigError, TrainConfig, check
+from moejax.mesh import MeshConfig
 from moejax.overrides import from_record
 from moejax.train.checkpoint import METADATA
+from moejax.train.files import read_json
 from moejax.train.record import RECORD_FILE, read_starts
 from moejax.train.schedule import DECIDES, Bucket
 
@@ -133,26 +136,45 @@ def read_record(workdir: Path) -> Record | None:
     Raises:
       ConfigError: it holds one that cannot be read.
     """
-    checkpoints = workdir / CHECKPOINTS
-    steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
-    source = workdir / RECORD_FILE
-    if not source.exists() and not steps:
-        return None
+    steps = _steps_of(workdir / CHECKPOINTS)
+    source, missing = workdir / RECORD_FILE, ""
+    start = read_starts(workdir)[-1] if source.exists() else None
+    if start is None:
+        if not steps:
+            return None
+        missing = f"{source} is missing, and "
+        source = workdir / CHECKPOINTS / str(max(steps)) / METADATA / "metadata"
     try:
-        if source.exists():
-            saved = read_starts(workdir)[-1]
-            fingerprint = saved["data_fingerprint"]
-        else:
-            source = checkpoints / str(max(steps)) / METADATA / "metadata"
-            saved = json.loads(source.read_text(encoding="utf-8"))
-            fingerprint = saved["data"]
+        saved = read_json(source) if start is None else start
+        fingerprint = saved["data" if start is None else "data_fingerprint"]
+        check(isinstance(fingerprint, str), f"the fingerprint of the data, {fingerprint!r}, must be text")
         config, lines = from_record(TrainConfig, saved["config"], "config")
         buckets, more_lines = from_record(tuple[Bucket, ...], saved["buckets"], "buckets")
+        from_record(MeshConfig, saved["mesh"], "mesh")  # it can be read; whoever needs it says what it lacks
         run = Run.of(config, saved["mesh"], buckets)
-    except (OSError, ValueError, LookupError) as error:  # no file, no JSON or a wrong value, a field that is missing
+    except (OSError, ValueError, LookupError, TypeError) as error:  # no file, no JSON, a wrong value, a missing field
         why = error if isinstance(error, ConfigError) else repr(error)
-        raise ConfigError(f"{source} is of another version, or was changed: {why}") from None
+        raise ConfigError(
+            f"{missing}{source} is of another version, or was changed: {why}; restore it, or use another workdir"
+        ) from None
     return Record(run, fingerprint, bool(steps), tuple(f"{source}: {line}" for line in lines + more_lines))
+
+
+def _steps_of(checkpoints: Path) -> list[int]:
+    """Returns the steps that have a checkpoint.
+
+    Raises:
+      ConfigError: `checkpoints` exists, but is not a folder that can be read and written.
+    """
+    if not os.path.lexists(checkpoints):
+        return []
+    why = f"cannot be used as the folder of checkpoints; move {checkpoints} away, or use another workdir"
+    try:
+        names = os.listdir(checkpoints)
+    except OSError as error:
+        raise ConfigError(f"{checkpoints} ({error.strerror}) {why}") from None
+    check(os.access(checkpoints, os.W_OK | os.X_OK), f"{checkpoints} (Permission denied) {why}")
+    return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
 
 
 def compare(recorded: Run, asked: Run) -> list[Difference]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -255,28 +257,77 @@ class TestRecord:
         [
             ("{", "is not the record of a run (JSONDecodeError("),
             ("[]", "is not the record of a run (TypeError("),
-            ('{"starts": []}', "is of another version, or was changed: IndexError("),
+            ("\udcff", "is not the record of a run (UnicodeDecodeError("),
+            ('{"starts": []}', "is not the record of a run ("),
+            ('{"starts": null}', "is not the record of a run ("),
+            ('{"starts": "abc"}', "is not the record of a run ("),
+            ('{"starts": [5]}', "is not the record of a run ("),
             ('{"starts": [{}]}', "is of another version, or was changed: KeyError("),
         ],
     )
     def test_one_that_cannot_be_read_is_one_line(self, tmp_path, text, expected):
-        (tmp_path / RECORD_FILE).write_text(text)
-        assert expected in error_of(read_record, tmp_path)
+        (tmp_path / RECORD_FILE).write_text(text, errors="surrogateescape")
+        message = error_of(read_record, tmp_path)
+        assert message.startswith(f"{tmp_path / RECORD_FILE} {expected}")
+        assert message.endswith("or use another workdir")
 
-    @pytest.mark.parametrize(("text", "expected"), [(None, "FileNotFoundError("), ("{", "JSONDecodeError(")])
+    @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+    def test_a_record_that_is_no_file_is_one_line(self, tmp_path, make):
+        make(tmp_path / RECORD_FILE)
+        assert f"{RECORD_FILE} is not the record of a run (ValueError('not a regular file'))" in error_of(
+            read_record, tmp_path
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"mesh": 5}, "mesh=5 must be the fields of a MeshConfig"),
+            ({"mesh": None}, "mesh=None must be the fields of a MeshConfig"),
+            ({"mesh": {"expert": "2"}}, "mesh.expert='2' must be of type int"),
+            ({"data_fingerprint": None}, "the fingerprint of the data, None, must be text"),
+        ],
+    )
+    def test_a_field_that_is_something_else_is_one_line(self, tmp_path, change, expected):
+        append_start(tmp_path, self.start(TrainConfig()) | change)
+        assert error_of(read_record, tmp_path) == (
+            f"{tmp_path / RECORD_FILE} is of another version, or was changed: {expected}; "
+            "restore it, or use another workdir"
+        )
+
+    @pytest.mark.parametrize("closed", [False, True])
+    def test_checkpoints_that_are_no_folder_of_ours_are_one_line(self, tmp_path, monkeypatch, closed):
+        if closed:
+            (tmp_path / CHECKPOINTS).mkdir()
+            monkeypatch.setattr(os, "access", lambda *_: False)  # as root, every folder can be entered
+        else:
+            (tmp_path / CHECKPOINTS).write_text("")
+        why = "Permission denied" if closed else "Not a directory"
+        assert error_of(read_record, tmp_path).startswith(f"{tmp_path / CHECKPOINTS} ({why}) cannot be used")
+
+    def test_only_numbers_are_checkpoints(self, tmp_path):
+        (tmp_path / CHECKPOINTS / "²").mkdir(parents=True)
+        assert read_record(tmp_path) is None
+
+    @pytest.mark.parametrize(
+        ("text", "expected"), [(None, "FileNotFoundError("), ("{", "JSONDecodeError("), ("[]", "TypeError(")]
+    )
     def test_a_damaged_checkpoint_without_a_record_is_one_line(self, tmp_path, text, expected):
         path = tmp_path / CHECKPOINTS / "5" / "metadata" / "metadata"
         path.parent.mkdir(parents=True)
         if text is not None:
             path.write_text(text)
-        assert f"{path} is of another version, or was changed: {expected}" in error_of(read_record, tmp_path)
+        assert (
+            f"{tmp_path / RECORD_FILE} is missing, and {path} is of another version, or was changed: {expected}"
+            in error_of(read_record, tmp_path)
+        )
 
     def test_one_with_a_wrong_value_is_one_line(self, tmp_path):
         append_start(tmp_path, self.start(apply_overrides(TrainConfig(), {"steps": "400"})))
         path = tmp_path / RECORD_FILE
         path.write_text(path.read_text().replace("400", "-400"))
         assert error_of(read_record, tmp_path) == (
-            f"{path} is of another version, or was changed: config.steps=-400 must be positive"
+            f"{path} is of another version, or was changed: config.steps=-400 must be positive; "
+            "restore it, or use another workdir"
         )
 
     def test_nothing_is_refused_before_there_is_a_checkpoint(self, tmp_path):
