@@ -220,6 +220,11 @@ class Trainer:
         restored = checkpointer.restore(template, batches, fresh=("balance",) if changed else ())
         assert restored is not None, "there is a checkpoint: its metadata was read"
         state, step, _ = restored
+        check(
+            step <= self.config.steps,
+            f"--config.steps={self.config.steps} is less than the {step} steps that the run in {self.workdir} has "
+            "done; ask for as many or more, or use another workdir",
+        )
         self._progress.say(f"resumed {self.workdir} at step {step}")
         return state, step
 

@@ -441,6 +441,17 @@ def test_the_balancers_windows_start_anew_where_they_cannot_go_on(config, workdi
     assert [line["window_steps"] for line in read_metrics(workdir)] == [1, 2, 1]
 
 
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_recorded(config, workdir):
+    before = (workdir / RECORD_FILE).read_text()
+    fewer = apply_overrides(config, {"steps": "1", "optimizer.warmup_steps": "0"})
+    trainer = Trainer(fewer, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir, override=True)
+    assert error_of(trainer.run) == (
+        f"--config.steps=1 is less than the 2 steps that the run in {workdir} has done; ask for as many or more, "
+        "or use another workdir"
+    )
+    assert (workdir / RECORD_FILE).read_text() == before
+
+
 def test_a_run_that_is_going_on_is_not_touched(config, workdir, monkeypatch):
     before = json.dumps(read_starts(workdir))
     trainer = Trainer(config, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir)
