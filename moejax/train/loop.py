@@ -27,7 +27,7 @@ from moejax.train.memory_guard import device_limit, memory_in_use
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
 from moejax.train.record import append_start, describe_start
-from moejax.train.resume import CHECKPOINTS, Run, check_data, check_run, read_record
+from moejax.train.resume import CHECKPOINTS, Run, check_data, check_run, compare, read_record
 from moejax.train.sample import Sample, sample_text
 from moejax.train.schedule import Bucket, Schedule
 from moejax.train.signals import Signals
@@ -82,8 +82,13 @@ class Trainer:
         self.config = config = self.schedule.configs[-1]
         self.train_step = self.schedule.train_steps[-1]
         self.program = self.train_step.program
-        with self._preparing("reading the text and its tokenizer") as report:
-            self.data: Data = load_data(config.data, workdir=self.workdir, report=report)
+        try:
+            with self._preparing("reading the text and its tokenizer") as report:
+                self.data: Data = load_data(config.data, workdir=self.workdir, report=report)
+        except ConfigError as error:
+            if record is None or any(difference.kind == "data" for difference in compare(record.run, asked)):
+                raise
+            raise ConfigError(f"{error} (the run in {self.workdir} recorded this value)") from None
         if record is not None:
             self._say(check_data(record, asked, self.data.fingerprint, self.workdir))
         check(

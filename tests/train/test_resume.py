@@ -441,6 +441,14 @@ def test_the_balancers_windows_start_anew_where_they_cannot_go_on(config, workdi
     assert [line["window_steps"] for line in read_metrics(workdir)] == [1, 2, 1]
 
 
+def test_recorded_data_that_is_gone_says_where_its_name_is_from(config, workdir):
+    path, (old,) = workdir / RECORD_FILE, config.data.paths
+    path.write_text(path.read_text().replace(old, "gone"))
+    gone = read_record(workdir).run.config
+    assert error_of(train, gone, workdir).endswith(f" (the run in {workdir} recorded this value)")
+    assert "recorded" not in error_of(train, config, workdir, **{"data.paths": "elsewhere"})
+
+
 def test_fewer_steps_than_are_done_are_refused_and_nothing_is_recorded(config, workdir):
     before = (workdir / RECORD_FILE).read_text()
     fewer = apply_overrides(config, {"steps": "1", "optimizer.warmup_steps": "0"})
