@@ -261,7 +261,7 @@ def split_overrides(argv: Sequence[str], prefix: str) -> tuple[dict[str, str], l
             continue
         path, equals, text = flag.removeprefix(f"{prefix}.").partition("=")
         if not equals:
-            if position == len(arguments) or _is_flag(arguments[position]):
+            if position == len(arguments) or is_flag(arguments[position]):
                 raise ConfigError(f"--{prefix}.{path} needs a value; write --{prefix}.{path}=VALUE")
             text = arguments[position]
             position += 1
@@ -270,8 +270,8 @@ def split_overrides(argv: Sequence[str], prefix: str) -> tuple[dict[str, str], l
     return overrides, remaining
 
 
-def _is_flag(argument: str) -> bool:
-    """Whether `argument` is a flag, and not a value such as -1 or -.5."""
+def is_flag(argument: str) -> bool:
+    """Returns whether `argument` is a flag, and not a value such as -1 or -.5."""
     return argument.startswith("-") and not argument.lstrip("-")[:1].isdigit() and not argument.startswith("-.")
 
 
@@ -283,8 +283,7 @@ def load_config_file(path: str | Path, expected_type: type[T]) -> T:
     """
     name = expected_type.__name__
     config = call_in_file(path, "get_config", name)
-    if config is None:
-        raise ConfigError(f"{path} has no get_config(); define get_config() -> {name}")
+    check(config is not None, f"{path} has no get_config(); define get_config() -> {name}")
     if not isinstance(config, expected_type):
         raise ConfigError(f"{path}: get_config() returned {config!r:.80}; it must return a {name}")
     return config
@@ -294,12 +293,13 @@ def call_in_file(path: str | Path, function: str, returns: str) -> Any:
     """Runs the Python file at `path` and then its `function()`, which `returns` something; None if it has none.
 
     Raises:
-      ConfigError: there is no such file, or it fails.
+      ConfigError: there is no such file, it fails or exits, or the function returns None.
     """
     path = Path(path)
     wanted = f"use a Python file with {function}() -> {returns}"
     try:
-        check(path.is_file(), f"{path} does not exist; {wanted}")
+        problem = "is no file" if path.exists() or path.is_symlink() else "does not exist"
+        check(path.is_file(), f"{path} {problem}; {wanted}")
     except OSError as error:  # its folder may not be entered, or its name is too long
         raise ConfigError(f"{path} cannot be read ({error.strerror}); {wanted}") from None
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
@@ -309,25 +309,30 @@ def call_in_file(path: str | Path, function: str, returns: str) -> Any:
     try:
         spec.loader.exec_module(module)
         called = getattr(module, function, None)
-        return called() if callable(called) else None
+        if not callable(called):
+            return None
+        returned = called()
+        check(returned is not None, f"{function}() returned None; it must return a {returns}")
+        return returned
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except Exception as error:
-        raise ConfigError(f"{path} failed{_line(error, path)}: {type(error).__name__}: {_one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
+        raise ConfigError(f"{path} failed{_line(error, path)}: {what}") from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _line(error: Exception, path: Path) -> str:
+def _line(error: BaseException, path: Path) -> str:
     """ " at line N" of `path`, where its own code last was when it failed."""
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f" at line {error.lineno}"
     numbers = []
     traceback = error.__traceback__
     while traceback is not None:
-        if Path(traceback.tb_frame.f_code.co_filename) == path:
+        if Path(traceback.tb_frame.f_code.co_filename).resolve() == path.resolve():
             numbers.append(traceback.tb_lineno)
         traceback = traceback.tb_next
     return f" at line {numbers[-1]}" if numbers else ""

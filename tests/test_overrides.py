@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -208,6 +210,9 @@ def test_config_file_runs(tmp_path):
         ("get_config = 3", "has no get_config()"),
         ("def get_config():\n    return 3", "get_config() returned 3; it must return a DataConfig"),
         ("def get_config():\n    x = 1\n    return 1 / 0", "failed at line 3: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    pass", ": get_config() returned None; it must return a DataConfig"),
+        ("import sys\nsys.exit()", "failed at line 2: SystemExit"),
+        ("import sys\ndef get_config():\n    sys.exit(3)", "failed at line 3: SystemExit: 3"),
         ("import nothing_of_that_name", "failed at line 1: ModuleNotFoundError"),
         ("\ndef get_config(:\n    pass", "failed at line 2: SyntaxError"),
         (
@@ -225,6 +230,20 @@ def test_config_file_that_cannot_be_used(tmp_path, source, expected):
     assert str(error.value).startswith(str(path))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_line_is_known_of_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("x = 1\n1 / 0\n")
+    with pytest.raises(ConfigError, match=r"^mine\.py failed at line 2: ZeroDivisionError"):
+        load_config_file("mine.py", DataConfig)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_config_file_must_be_a_file(tmp_path, make):
+    make(tmp_path / "mine.py")
+    with pytest.raises(ConfigError, match=r"mine\.py is no file; use a Python file with get_config\(\) -> DataConfig"):
+        load_config_file(tmp_path / "mine.py", DataConfig)
 
 
 def test_config_file_must_be_python(tmp_path):
