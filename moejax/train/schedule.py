@@ -132,7 +132,7 @@ def _source(value: Any, indent: int, before: int = 0) -> str:
         if isinstance(value, tuple):
             items = ", ".join(_source(item, indent) for item in value)
             return f"({items},)" if len(value) == 1 else f"({items})"
-        return json.dumps(value) if isinstance(value, str) else repr(value)
+        return _quoted(value) if isinstance(value, str) else repr(value)
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     name = type(value).__name__
     line = f"{name}({', '.join(f'{key}={_source(item, 0)}' for key, item in fields.items())})"
@@ -141,6 +141,11 @@ def _source(value: Any, indent: int, before: int = 0) -> str:
     inner = indent + 4
     lines = "".join(f"{' ' * inner}{key}={_source(item, inner, len(key) + 1)},\n" for key, item in fields.items())
     return f"{name}(\n{lines}{' ' * indent})"
+
+
+def _quoted(text: str) -> str:
+    """Returns `text` in double quotes, with what UTF-8 cannot encode spelled out: the bytes of some files' names."""
+    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 class Schedule:

@@ -71,7 +71,7 @@ class TestPlanFile:
             accumulate=2,
         )
         buckets = (dataclasses.replace(long, seq_len=128, accumulate=1), long)
-        model = '/models/of "mine"/small.py'
+        model = '/models/of "mine"/small \N{GRINNING FACE}\udcff.py'  # with a byte that is no Unicode
         write_plan_file(path, buckets, model, "Written by a test: two buckets.")
         assert load_buckets(path) == buckets
         assert load_plan_model(path) == model
