@@ -97,6 +97,10 @@ class ConfigFlags(Flags):
             if path in config_overrides:
                 raise ConfigError(f"--{flag} and --config.{path} are the same field; give one of them")
             config_overrides[path] = value
+        check(
+            bool(config_overrides.get("data.paths", "x").strip(" ,")),
+            "--data= names no file, glob or folder; leave out --data for Python's own library",
+        )
 
         self.__dict__["_mesh_overrides"] = mesh_overrides
         mesh_config = _apply("mesh", self._base_mesh(), mesh_overrides)

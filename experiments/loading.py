@@ -18,9 +18,13 @@ A script that takes neither --config nor --mesh reads:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import io
+import itertools
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -34,7 +38,7 @@ from absl import flags
 from moejax import plots, strict_json
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand
 from moejax.mesh import MeshConfig
-from moejax.overrides import call_in_file, load_config_file
+from moejax.overrides import call_in_file, is_flag, load_config_file
 from moejax.planner.hardware import Cluster
 from moejax.planner.published_models import find_architecture, what_is_missing
 from moejax.presets import PRESETS
@@ -132,6 +136,7 @@ class Flags(flags.FlagValues):
         """Returns the arguments that are not flags, and the one that asks for help, "" without one."""
         arguments = ["--help" if i == 0 and text == "help" else text for i, text in enumerate(argv[1:])]
         wants_help = next((argument for argument in arguments if argument in HELP), "")
+        self._check_arguments(arguments)
         self.unparse_flags()
         try:
             rest = self([argv[0], *(argument for argument in arguments if argument not in HELP)])[1:]
@@ -146,13 +151,40 @@ class Flags(flags.FlagValues):
             raise ConfigError(
                 f"argument {' '.join(rest)} is no flag; {self._hint_for_word(rest[0])}flags start with --"
             )
-        written: dict[Path, str] = {}
+        self._check_files()
+        return rest, wants_help
+
+    def _check_arguments(self, arguments: Sequence[str]) -> None:
+        """Refuses what absl would take for something else, such as `--workdir --config=tiny` for a folder's name."""
+        for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+            if argument == "--":
+                return
+            name, equals, _ = argument.lstrip("-").partition("=")
+            if not is_flag(argument):
+                continue
+            check(name not in ("flagfile", "undefok"), f"--{name} is not supported; give the flags themselves")
+            check(argument in HELP or name != "help", "--help takes no value but full")
+            if name in self and not self[name].boolean and not equals:
+                check(following is not None and not is_flag(following), f"--{name} needs a value; write --{name}=VALUE")
+
+    def _check_files(self) -> None:
+        """Refuses empty lists, and an output that is also an input or another output, however the two are spelled."""
+        read: dict[Any, str] = {}
+        for name in self:
+            flag, value = self[name], self[name].value
+            if isinstance(flag.parser, flags.BaseListParser):
+                check(value != [], f"--{name}= needs one value at least; leave out --{name} for the default")
+            if isinstance(value, str) and not isinstance(flag.parser, flags.EnumParser):
+                read |= {_identity(path): name for text in (value, *value.split(",")) for path in _named(text)}
+        written: dict[Any, str] = {}
         for name in self:
             value = self[name].value
-            if isinstance(self[name].parser, OutputParser) and value is not None:
-                check(value not in written, f"--{written.get(value)} and --{name} are both {value}; give two files")
-                written[value] = name
-        return rest, wants_help
+            if not isinstance(self[name].parser, OutputParser) or value is None:
+                continue
+            file = _identity(value)
+            check(file not in read, f"--{name}={value} is the file that --{read.get(file)} reads; give another file")
+            check(file not in written, f"--{written.get(file)} and --{name} are both {value}; give two files")
+            written[file] = name
 
     def with_flag(self, message: str) -> str:
         """Returns `message` with --name for the name that it begins with, if this is a flag's."""
@@ -209,13 +241,15 @@ def check_output(path: Path, *suffixes: str) -> Path:
     """Refuses a file that could not be written at the end of the work; returns it, and leaves nothing behind.
 
     Raises:
-      ConfigError: it is a folder, its folder does not exist or takes no files, or its suffix is not one of `suffixes`;
-        or it is a picture, and matplotlib is missing.
+      ConfigError: it is a folder or a device, its folder does not exist or takes no files, or its suffix is not one of
+        `suffixes`; or it is a picture, and matplotlib is missing.
     """
     check(not suffixes or path.suffix in suffixes, f"{path} must end in {', '.join(suffixes)}")
     try:
         check(not _leads_nowhere(path), f"{path} is a link that leads nowhere; give another file")
         check(not path.is_dir(), f"{path} is a folder; give a file")
+        regular = path.is_file() or not path.exists() or str(path) in ("/dev/null", "/dev/stdout")
+        check(regular, f"{path} is not a regular file; give a file")
         check(path.parent.is_dir(), f"{path} is in a folder that does not exist; make {path.parent} first")
         if not path.exists():
             tempfile.TemporaryFile(dir=path.parent).close()
@@ -250,6 +284,20 @@ def check_folder(path: Path) -> Path:
 def _leads_nowhere(path: Path) -> bool:
     """Returns whether `path` is a link to what does not exist, or to itself."""
     return path.is_symlink() and not path.exists()
+
+
+def _named(text: str) -> list[Path]:
+    """Returns the files that the value of a flag may name."""
+    paths = (Path(os.path.expanduser(text)), ROOT / text, CONFIGS / f"{text}.py", MESH_CONFIGS / f"{text}.py")
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _identity(path: Path) -> Any:
+    """Returns what two spellings of a file have in common."""
+    if not path.exists():
+        return path.resolve()
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def print_json(data: Any) -> None:
@@ -314,7 +362,7 @@ def find(name: str, folder: Path) -> Path | None:
     """The file that `name` stands for: itself if it ends in .py (from here or the repository), else in `folder`."""
     if name.endswith(".py"):
         path = expand(name)
-        return path if os.path.exists(path) or not os.path.exists(ROOT / path) else ROOT / path
+        return path if os.path.lexists(path) or not os.path.exists(ROOT / path) else ROOT / path
     path = folder / f"{name}.py"
     return path if os.path.exists(path) else None  # unlike `Path.exists`, False for a name that is too long
 
@@ -354,15 +402,43 @@ def run(main: Callable[[list[str]], int | None], script_flags: Flags) -> None:
     An error that begins with the name of a field of the configuration gets that of the flag which sets it, of
     `script_flags`.
 
-    The status is 2 for a `ConfigError`, 1 for checkpoints that cannot be used and for a loss that is not finite, and
-    130 for Ctrl-C.
+    The status is 2 for a `ConfigError`, 1 for checkpoints that cannot be used, a loss that is not finite and a full
+    disk, 130 for Ctrl-C, and 141 without a line where nobody reads on, as for other programs before `head`.
     """
+    sys.stdout = sys.stdout or io.StringIO()  # `>&-` has closed it
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # × where only ASCII can be written
     show_logs()
     try:
-        sys.exit(main(sys.argv))
+        try:
+            status = main(sys.argv)
+        finally:
+            sys.stdout.flush()  # what fails, fails here and not when Python exits
+        sys.exit(status)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except (ConfigError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {script_flags.with_flag(str(error))}", file=sys.stderr)
+        print(f"error: {_one_line(script_flags.with_flag(str(error)))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'an output'} cannot be written ({error.strerror})", file=sys.stderr)
+        _drop_output()
+        sys.exit(1)
+
+
+def _drop_output() -> None:
+    """Sends what standard output still holds nowhere, or Python would fail to write it again when it exits."""
+    with open(os.devnull, "w") as nowhere, contextlib.suppress(io.UnsupportedOperation):  # not a real file
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _one_line(message: str) -> str:
+    """Returns `message` with control characters spelled out and words of 200 characters cut."""
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    return re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}…", printable)

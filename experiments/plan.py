@@ -80,9 +80,10 @@ def main(argv: list[str]) -> None:
 def make_requests() -> list[Request]:
     """What the flags ask for, the shortest length first."""
     model, cluster = loading.load_model(_MODEL.value), loading.load_cluster(_CLUSTER.value)
-    if _CALIBRATION.value:
+    if _CALIBRATION.value is not None:
         cluster = dataclasses.replace(cluster, device=load_calibration(_CALIBRATION.value, cluster.device))
     lengths = _SEQ_LEN.value
+    check(len({*lengths}) == len(lengths), f"--seq_len={','.join(map(str, lengths))} has a length twice; give it once")
     batch_sizes = _BATCH_SIZE.value or [default_batch_size(n, cluster.num_devices) for n in lengths]
     if len(batch_sizes) == 1:
         batch_sizes = batch_sizes * len(lengths)
@@ -122,8 +123,13 @@ def write_plan(path: Path, choices: dict[int, Choice]) -> None:
     model, cluster = _MODEL.value, _CLUSTER.value
     if model.endswith(".py"):  # found from any folder
         model = str(loading.find(model, loading.CONFIGS).resolve())
-    write_plan_file(path, buckets, model, f"{Path(model).stem} on {Path(cluster).stem}, training")
+    write_plan_file(path, buckets, model, f"{_plain_stem(model)} on {_plain_stem(cluster)}, training")
     print(f"wrote {path}; run it with {loading.command('train', f'--mesh={path}')}", file=sys.stderr)
+
+
+def _plain_stem(path: str) -> str:
+    """Returns the name of a file, short enough for a title and without what a docstring cannot hold."""
+    return "".join(c for c in Path(path).stem if c.isprintable() and c not in '"\\')[:45]
 
 
 if __name__ == "__main__":

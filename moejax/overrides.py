@@ -298,7 +298,7 @@ def call_in_file(path: str | Path, function: str, returns: str) -> Any:
     path = Path(path)
     wanted = f"use a Python file with {function}() -> {returns}"
     try:
-        problem = "is no file" if path.exists() or path.is_symlink() else "does not exist"
+        problem = "is no file" if os.path.lexists(path) else "does not exist"
         check(path.is_file(), f"{path} {problem}; {wanted}")
     except OSError as error:  # its folder may not be entered, or its name is too long
         raise ConfigError(f"{path} cannot be read ({error.strerror}); {wanted}") from None

@@ -2,12 +2,14 @@ import ctypes
 import dataclasses
 import errno
 import importlib
+import io
 import os
 import re
 import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import common
 import jax
@@ -360,6 +362,35 @@ def test_run_turns_a_config_error_into_one_line(raised, status, capsys):
         loading.run(main, FLAGS)
     assert (stop.value.code or 0) == status
     assert capsys.readouterr().err == ("error: a=1 must be 2\n" if raised else "")
+
+
+def _write(stream):
+    """Has a script print × to `stream`; returns its status."""
+    with mock.patch.object(sys, "stdout", stream), pytest.raises(SystemExit) as stop:
+        loading.run(lambda argv: print("2 × 8"), FLAGS)
+    return stop.value.code or 0
+
+
+def test_a_reader_that_leaves_ends_a_script_quietly(capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        assert _write(stream) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_an_output_on_a_full_disk_is_one_line(capsys):
+    with open("/dev/full", "w") as stream:
+        assert _write(stream) == 1
+    assert capsys.readouterr().err == "error: an output cannot be written (No space left on device)\n"
+
+
+def test_standard_output_may_be_closed_or_ascii(capsys):
+    assert _write(None) == 0
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert _write(stream) == 0
+    assert stream.buffer.getvalue() == b"2 ? 8\n"
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.full

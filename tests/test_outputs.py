@@ -10,6 +10,7 @@ import pytest
 from scripts import run_script
 
 from moejax.config import ConfigError
+from moejax.train.schedule import load_plan_model
 
 FLAGS = loading.Flags("Writes.")
 FILE = FLAGS.define_output("file", "A file.")
@@ -39,6 +40,7 @@ def places(tmp_path, monkeypatch):
         ("--file=loop", "--file=loop is a link that leads nowhere; give another file"),
         ("--folder=loop/x", "--folder=loop/x cannot be a folder (a link leads nowhere); give another"),
         ("--file=folder", "--file=folder is a folder; give a file"),
+        ("--file=/dev/full", "--file=/dev/full is not a regular file; give a file"),
         ("--file=no/x", "--file=no/x is in a folder that does not exist; make no first"),
         ("--file=file/x", "--file=file/x is in a folder that does not exist; make file first"),
         ("--file=/proc/x", "--file=/proc/x cannot be written ("),
@@ -66,6 +68,37 @@ def test_a_file_that_may_not_be_changed_is_refused(monkeypatch):
 def test_two_outputs_are_two_files():
     with pytest.raises(ConfigError, match=r"--file and --picture are both x\.png; give two files"):
         FLAGS.parse(["script.py", "--file=x.png", "--picture=x.png"])
+
+
+def test_a_pipe_is_no_output(tmp_path_factory):
+    os.mkfifo(pipe := tmp_path_factory.mktemp("other") / "pipe")
+    with pytest.raises(ConfigError, match=r"--file=.*pipe is not a regular file; give a file"):
+        FLAGS.parse(["script.py", f"--file={pipe}"])
+    FLAGS.parse(["script.py", "--file=/dev/null"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan --model=mine.py --out=mine.py", "--out=mine.py is the file that --model reads; give another file"),
+        ("plan --model=mine.py --json=./other/../mine.py", "is the file that --model reads; give another file"),
+        ("plan --cluster=mine.py --out=link.py", "--out=link.py is the file that --cluster reads; give another file"),
+        ("plan --calibration=mine.py --json=hard.py", "--json=hard.py is the file that --calibration reads; give"),
+        (f"plan --out={common.MESH_CONFIGS}/h100_2x8.py --cluster=h100_2x8", "is the file that --cluster reads; give"),
+        ("memory --data=a,mine.py --json=mine.py", "--json=mine.py is the file that --data reads; give another file"),
+        ("plan --out=new.py --json=other/../new.py", "--out and --json are both other/../new.py; give two files"),
+    ],
+)
+def test_no_script_writes_over_what_it_reads(arguments, message, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("inputs")
+    monkeypatch.chdir(folder)
+    (folder / "mine.py").write_text("kept")
+    (folder / "other").mkdir()
+    (folder / "link.py").symlink_to("mine.py")
+    (folder / "hard.py").hardlink_to(folder / "mine.py")
+    assert message in run_script(*arguments.split(), status=2).error
+    assert (folder / "mine.py").read_text() == "kept"
+    assert not (folder / "new.py").exists()
 
 
 def test_a_picture_needs_matplotlib(monkeypatch):
@@ -102,6 +135,15 @@ def test_every_script_refuses_its_output_first(script, flag, monkeypatch):
 )
 def test_every_script_refuses_its_folder_first(script, flag):
     assert run_script(script, f"--{flag}=file/x", status=2).error.startswith(f"--{flag}=file/x cannot be a folder (")
+
+
+def test_a_plan_has_a_title_whatever_the_files_are_called(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("names")
+    monkeypatch.chdir(folder)
+    for name in ('a"b\\', "\udcff", 150 * "x"):
+        (folder / f"{name}.py").write_text((loading.CONFIGS / "tiny.py").read_text())
+        run_script("plan", f"--model={name}.py", "--cluster=cpu_16", "--seq_len=64", "--out=out.py")
+        assert load_plan_model("out.py") == str(folder / f"{name}.py")
 
 
 def test_a_plan_of_decoding_is_not_written():

@@ -26,6 +26,17 @@ CASES = [
     ("train steps=20", "argument steps=20 is no flag; did you mean --config.steps=20? flags start with --"),
     ("train small", "argument small is no flag; did you mean --config=small? flags start with --"),
     ("train --config.steps", "--config.steps needs a value; write --config.steps=VALUE"),
+    ("train --workdir --config=tiny", "--workdir needs a value; write --workdir=VALUE"),
+    ("train --workdir", "--workdir needs a value; write --workdir=VALUE"),
+    ("train --data=", "--data= names no file, glob or folder; leave out --data for Python's own library"),
+    ("train --config.data.paths=,", "--data= names no file, glob or folder; leave out --data for Python's own library"),
+    ("load_balance --methods=", "--methods= needs one value at least; leave out --methods for the default"),
+    ("overlap --target=", "--target= needs one value at least; leave out --target for the default"),
+    # Flags of absl that no script takes.
+    ("train --flagfile", "--flagfile is not supported; give the flags themselves"),
+    ("plan --flagfile=flags.txt", "--flagfile is not supported; give the flags themselves"),
+    ("train --undefok=lr --lr=1", "--undefok is not supported; give the flags themselves"),
+    ("plan --help=foo", "--help takes no value but full"),
     # Names.
     ("train --config=tinny", "--config=tinny does not exist; did you mean tiny? use one of "),
     ("train --mesh=cpu16", "--mesh=cpu16 does not exist; did you mean cpu_16? use one of "),
@@ -34,6 +45,10 @@ CASES = [
         "memory --target=h100",
         "--target=h100 does not exist; use one of a100_64gb_2x8, h100_2x8, tpu_v5p_16, tpu_v5e_16",
     ),
+    ("train --config=a\x1b[31mb", r"--config=a\x1b[31mb does not exist; use one of "),
+    ("train --mesh=" + 300 * "a" + ".py", 80 * "a" + "… does not exist; use a Python file with get_config() -> "),
+    ("train --mesh=~nosuchuser/x.py", "~nosuchuser/x.py does not exist; use a Python file with get_config() -> "),
+    ("plan --model=" + 300 * "a", "--model=" + 72 * "a" + "… does not exist; use one of "),
     # Values.
     ("train --config.steps=1e3", "--config.steps='1e3' must be a whole number (int)"),
     (
@@ -54,6 +69,9 @@ CASES = [
         "train --config.data.seq_len=20000",
         "--config.data.seq_len=20000 must be at most model.max_seq_len=10240",
     ),
+    ("plan --seq_len=64,128,64", "--seq_len=64,128,64 has a length twice; give it once"),
+    ("plan --seq_len=64,20480", "--seq_len=20480 must be at most the model's max_seq_len=10240"),
+    ("plan --calibration=", "--calibration=. cannot be read ("),
     ("plan --seq_len=1k", "--seq_len=1k: '1k' must be a whole number of at least 1"),
     ("overlap --chunks=two", "--chunks=two: 'two' must be a whole number of at least 1"),
     ("plan --calibration=nope.json", "--calibration=nope.json cannot be read ("),

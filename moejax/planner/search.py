@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, cast, get_args
 
-from moejax.config import DispatchConfig, ExpertAxis, ModelConfig, ParallelConfig
+from moejax.config import ConfigError, DispatchConfig, ExpertAxis, ModelConfig, ParallelConfig
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, HostAxis, MeshConfig
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Cluster, Constant
@@ -102,6 +102,11 @@ class Request:
     mode: Mode = "train"
     assumptions: Assumptions = Assumptions()
     dispatch: DispatchConfig = DispatchConfig()  # capacity_factor and payload, which are not searched over
+
+    def __post_init__(self) -> None:
+        longest = self.model.max_seq_len
+        if self.seq_len > longest and self.mode != "decode":
+            raise ConfigError(f"seq_len={self.seq_len} must be at most the model's max_seq_len={longest}")
 
     @property
     def limit_bytes(self) -> float:
