@@ -22,6 +22,7 @@ import audit_cases
 import common
 import jax
 import loading
+import outputs
 from absl import flags
 from audit_cases import Audited, Case, Compiled
 
@@ -50,7 +51,7 @@ _OUT = FLAGS.define_output("out", "Where --grid's table goes. Default: experimen
 def main(argv: list[str]) -> int:
     config, mesh_config = FLAGS.parse_configs(argv)
     if _GRID_FLAG.value:
-        audited = audit_grid(_OUT.value or loading.check_output(audit_cases.FOLDER / "results" / "memory_audit.md"))
+        audited = audit_grid(_OUT.value or outputs.check_output(audit_cases.FOLDER / "results" / "memory_audit.md"))
     elif _LINES.value:
         audited = audit_lines(_LINES.value)
     else:

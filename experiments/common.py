@@ -107,6 +107,8 @@ class ConfigFlags(Flags):
         plan_model = self._plan_model()
         name = self.config if self["config"].present or plan_model is None else plan_model
         config = _apply("config", self._base_config(name), config_overrides)
+        data = config.data
+        self._check_files({"config.data.paths": ",".join(data.paths), "config.data.tokenizer": data.tokenizer})
         buckets = self.plan_buckets()
         if buckets:
             self._check_undecided(config_overrides, mesh_overrides)

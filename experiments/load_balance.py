@@ -22,6 +22,7 @@ from typing import Any
 
 import common
 import loading
+import outputs
 from absl import flags
 from rich.console import Console
 
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
     FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     console = Console(stderr=True)
-    folder, rows = _WORKDIR.value or loading.check_folder(Path("runs/load_balance")), []
+    folder, rows = _WORKDIR.value or outputs.check_folder(Path("runs/load_balance")), []
     for number, (method, capacity) in enumerate(runs, start=1):
         console.rule(f"{number} of {len(runs)}: {method}, {capacity}")
         workdir = folder / f"{method}-{capacity}"

@@ -27,15 +27,15 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from outputs import OutputParser, identity
 
-from moejax import plots, strict_json
+from moejax import strict_json
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, is_flag, load_config_file
@@ -62,18 +62,6 @@ ALIASES = {  # other programs' names for flags and fields: what they may be here
     "fsdp": ("config.parallel.gather",), "tp": ("mesh.tensor",), "ep": ("mesh.expert",), "pp": ("mesh.pipeline",),
 }  # fmt: skip
 HELP = ("-h", "--h", "-help", "--help", "-helpshort", "--helpshort", *FULL_HELP)
-
-
-class OutputParser(flags.ArgumentParser[Path]):
-    """Reads the value of a flag for a file or folder to write, and refuses what could not be written in the end."""
-
-    def __init__(self, suffixes: tuple[str, ...], folder: bool) -> None:
-        self._suffixes, self._folder = suffixes, folder
-
-    def parse(self, argument: str) -> Path:
-        check(bool(argument), f" needs the name of a {'folder' if self._folder else 'file'}")
-        path = expand(argument)
-        return check_folder(path) if self._folder else check_output(path, *self._suffixes)
 
 
 class NumbersParser(flags.ArgumentParser[list[int]]):
@@ -151,7 +139,7 @@ class Flags(flags.FlagValues):
             raise ConfigError(
                 f"argument {' '.join(rest)} is no flag; {self._hint_for_word(rest[0])}flags start with --"
             )
-        self._check_files()
+        self._check_files({})
         return rest, wants_help
 
     def _check_arguments(self, arguments: Sequence[str]) -> None:
@@ -167,21 +155,24 @@ class Flags(flags.FlagValues):
             if name in self and not self[name].boolean and not equals:
                 check(following is not None and not is_flag(following), f"--{name} needs a value; write --{name}=VALUE")
 
-    def _check_files(self) -> None:
-        """Refuses empty lists, and an output that is also an input or another output, however the two are spelled."""
-        read: dict[Any, str] = {}
+    def _check_files(self, inputs: Mapping[str, str]) -> None:
+        """Refuses empty lists, and an output that is also an input or another output, however the two are spelled.
+
+        `inputs` are values by name that may name files beside those of the flags.
+        """
+        read = {identity(path): name for name, value in inputs.items() for path in _named(value)}
         for name in self:
             flag, value = self[name], self[name].value
             if isinstance(flag.parser, flags.BaseListParser):
                 check(value != [], f"--{name}= needs one value at least; leave out --{name} for the default")
             if isinstance(value, str) and not isinstance(flag.parser, flags.EnumParser):
-                read |= {_identity(path): name for text in (value, *value.split(",")) for path in _named(text)}
+                read |= {identity(path): name for path in _named(value)}
         written: dict[Any, str] = {}
         for name in self:
             value = self[name].value
             if not isinstance(self[name].parser, OutputParser) or value is None:
                 continue
-            file = _identity(value)
+            file = identity(value)
             check(file not in read, f"--{name}={value} is the file that --{read.get(file)} reads; give another file")
             check(file not in written, f"--{written.get(file)} and --{name} are both {value}; give two files")
             written[file] = name
@@ -237,67 +228,11 @@ class Flags(flags.FlagValues):
         return "\n".join(lines)
 
 
-def check_output(path: Path, *suffixes: str) -> Path:
-    """Refuses a file that could not be written at the end of the work; returns it, and leaves nothing behind.
-
-    Raises:
-      ConfigError: it is a folder or a device, its folder does not exist or takes no files, or its suffix is not one of
-        `suffixes`; or it is a picture, and matplotlib is missing.
-    """
-    check(not suffixes or path.suffix in suffixes, f"{path} must end in {', '.join(suffixes)}")
-    try:
-        check(not _leads_nowhere(path), f"{path} is a link that leads nowhere; give another file")
-        check(not path.is_dir(), f"{path} is a folder; give a file")
-        regular = path.is_file() or not path.exists() or str(path) in ("/dev/null", "/dev/stdout")
-        check(regular, f"{path} is not a regular file; give a file")
-        check(path.parent.is_dir(), f"{path} is in a folder that does not exist; make {path.parent} first")
-        if not path.exists():
-            tempfile.TemporaryFile(dir=path.parent).close()
-        elif not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); give another file") from None
-    check(
-        suffixes != plots.SUFFIXES or plots.installed(),
-        f"{path} is a picture, which needs matplotlib; pip install 'moejax[plots]'",
-    )
-    return path
-
-
-def check_folder(path: Path) -> Path:
-    """Refuses a folder that could not be written into, or not be made; returns it, and leaves nothing behind.
-
-    Raises:
-      ConfigError: it is a file, or the nearest folder above it that exists takes no files.
-    """
-    try:
-        folders = (path, *path.absolute().parents)
-        check(not any(map(_leads_nowhere, folders)), f"{path} cannot be a folder (a link leads nowhere); give another")
-        nearest = next(folder for folder in folders if folder.exists())
-        check(nearest.is_dir(), f"{path} cannot be a folder ({nearest} is a file); give another")
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be a folder ({error.strerror}); give another") from None
-    return path
-
-
-def _leads_nowhere(path: Path) -> bool:
-    """Returns whether `path` is a link to what does not exist, or to itself."""
-    return path.is_symlink() and not path.exists()
-
-
-def _named(text: str) -> list[Path]:
-    """Returns the files that the value of a flag may name."""
-    paths = (Path(os.path.expanduser(text)), ROOT / text, CONFIGS / f"{text}.py", MESH_CONFIGS / f"{text}.py")
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def _identity(path: Path) -> Any:
-    """Returns what two spellings of a file have in common."""
-    if not path.exists():
-        return path.resolve()
-    status = path.stat()
-    return status.st_dev, status.st_ino
+def _named(value: str) -> list[Path]:
+    """Returns the files that the value of a flag may name, by itself or with commas between."""
+    texts = [value, *value.split(",")]
+    places = [(Path(os.path.expanduser(t)), ROOT / t, CONFIGS / f"{t}.py", MESH_CONFIGS / f"{t}.py") for t in texts]
+    return [path for path in itertools.chain(*places) if os.path.isfile(path)]
 
 
 def print_json(data: Any) -> None:
@@ -406,6 +341,7 @@ def run(main: Callable[[list[str]], int | None], script_flags: Flags) -> None:
     disk, 130 for Ctrl-C, and 141 without a line where nobody reads on, as for other programs before `head`.
     """
     sys.stdout = sys.stdout or io.StringIO()  # `>&-` has closed it
+    sys.stderr = sys.stderr or io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # × where only ASCII can be written
     show_logs()

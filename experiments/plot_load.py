@@ -11,6 +11,7 @@ pipe, ends with one line of JSON.
 from __future__ import annotations
 
 import loading
+import outputs
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     check(bool(_WORKDIR.value), "--workdir is missing; give the directory of a run")
     workdir = expand(_WORKDIR.value, "workdir")
     history = LoadHistory.read(workdir)
-    out = _OUT.value or loading.check_output(workdir / "load.png", *SUFFIXES)
+    out = _OUT.value or outputs.check_output(workdir / "load.png", *SUFFIXES)
     figure(history).savefig(out, dpi=120)
     console = Console()
     console.print(table(history))

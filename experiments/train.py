@@ -24,6 +24,7 @@ if __name__ == "__main__":  # what is imported next takes seconds
     print("starting JAX", file=sys.stderr, flush=True)
 
 import loading
+import outputs
 import resuming
 from absl import flags, logging
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     profiled = range(0) if _PROFILE_STEPS.value is None else parse_steps(_PROFILE_STEPS.value, config.steps)
     FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
-    workdir = FLAGS.workdir or loading.check_folder(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
+    workdir = FLAGS.workdir or outputs.check_folder(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     console = make_console()
     console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}")
     meshes = [bucket.mesh for bucket in buckets] or [mesh_config]

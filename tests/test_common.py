@@ -27,7 +27,7 @@ from moejax.sharding import check_layout
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
     {path.stem for path in (ROOT / "experiments").glob("*.py")}
-    - {"common", "loading", "resuming", "audit_cases", "trace_report"}
+    - {"common", "loading", "outputs", "resuming", "audit_cases", "trace_report"}
 )
 FLAGS = common.ConfigFlags("What it does.")
 

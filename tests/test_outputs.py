@@ -86,6 +86,10 @@ def test_a_pipe_is_no_output(tmp_path_factory):
         ("plan --calibration=mine.py --json=hard.py", "--json=hard.py is the file that --calibration reads; give"),
         (f"plan --out={common.MESH_CONFIGS}/h100_2x8.py --cluster=h100_2x8", "is the file that --cluster reads; give"),
         ("memory --data=a,mine.py --json=mine.py", "--json=mine.py is the file that --data reads; give another file"),
+        (
+            "memory --config.data.paths=mine.py --json=mine.py",
+            "is the file that --config.data.paths reads; give another",
+        ),
         ("plan --out=new.py --json=other/../new.py", "--out and --json are both other/../new.py; give two files"),
     ],
 )

@@ -1,0 +1,83 @@
+"""Where scripts write: a file or folder that could not be written in the end is refused before the work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from moejax import plots
+from moejax.config import ConfigError, check, expand
+
+
+class OutputParser(flags.ArgumentParser[Path]):
+    """Reads the value of a flag for a file or folder to write, and refuses what could not be written in the end."""
+
+    def __init__(self, suffixes: tuple[str, ...], folder: bool) -> None:
+        self._suffixes, self._folder = suffixes, folder
+
+    def parse(self, argument: str) -> Path:
+        check(bool(argument), f" needs the name of a {'folder' if self._folder else 'file'}")
+        path = expand(argument)
+        return check_folder(path) if self._folder else check_output(path, *self._suffixes)
+
+
+def check_output(path: Path, *suffixes: str) -> Path:
+    """Refuses a file that could not be written at the end of the work; returns it, and leaves nothing behind.
+
+    Raises:
+      ConfigError: it is a folder or a device, its folder does not exist or takes no files, or its suffix is not one of
+        `suffixes`; or it is a picture, and matplotlib is missing.
+    """
+    check(not suffixes or path.suffix in suffixes, f"{path} must end in {', '.join(suffixes)}")
+    try:
+        check(not _leads_nowhere(path), f"{path} is a link that leads nowhere; give another file")
+        check(not path.is_dir(), f"{path} is a folder; give a file")
+        regular = path.is_file() or not path.exists() or str(path) in ("/dev/null", "/dev/stdout")
+        check(regular, f"{path} is not a regular file; give a file")
+        check(path.parent.is_dir(), f"{path} is in a folder that does not exist; make {path.parent} first")
+        if not path.exists():
+            tempfile.TemporaryFile(dir=path.parent).close()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); give another file") from None
+    check(
+        suffixes != plots.SUFFIXES or plots.installed(),
+        f"{path} is a picture, which needs matplotlib; pip install 'moejax[plots]'",
+    )
+    return path
+
+
+def check_folder(path: Path) -> Path:
+    """Refuses a folder that could not be written into, or not be made; returns it, and leaves nothing behind.
+
+    Raises:
+      ConfigError: it is a file, or the nearest folder above it that exists takes no files.
+    """
+    try:
+        folders = (path, *path.absolute().parents)
+        check(not any(map(_leads_nowhere, folders)), f"{path} cannot be a folder (a link leads nowhere); give another")
+        nearest = next(folder for folder in folders if folder.exists())
+        check(nearest.is_dir(), f"{path} cannot be a folder ({nearest} is a file); give another")
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be a folder ({error.strerror}); give another") from None
+    return path
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Returns whether `path` is a link to what does not exist, or to itself."""
+    return path.is_symlink() and not path.exists()
+
+
+def identity(path: Path) -> Any:
+    """Returns what two spellings of a file have in common."""
+    if not path.exists():
+        return path.resolve()
+    status = path.stat()
+    return status.st_dev, status.st_ino
