@@ -19,7 +19,7 @@ import loading
 from absl import flags
 
 from moejax import strict_json
-from moejax.config import ConfigError, DispatchConfig, check
+from moejax.config import MAX_CAPACITY_FACTOR, ConfigError, DispatchConfig, check
 from moejax.planner import report
 from moejax.planner.hardware import load_calibration
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan
@@ -47,7 +47,12 @@ _CALIBRATION = flags.DEFINE_string(
     "calibration", None, "Figures of the device as experiments/calibrate.py wrote them.", flag_values=FLAGS
 )
 _CAPACITY = flags.DEFINE_float(
-    "capacity_factor", 1.5, "Room of the dispatch's buffers over the balanced load.", 1e-3, flag_values=FLAGS
+    "capacity_factor",
+    1.5,
+    "Room of the dispatch's buffers over the balanced load.",
+    1e-3,
+    MAX_CAPACITY_FACTOR,
+    flag_values=FLAGS,
 )
 _OUT = FLAGS.define_output("out", "Where to write the plan as a mesh file that train.py --mesh takes.", ".py")
 _JSON = FLAGS.define_output("json", "Where to write the figures as JSON.")

@@ -8,11 +8,15 @@ experts, heads, layers, vocabulary, batch) is checked by `moejax.sharding.check_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
+import types
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Gather = Literal["step", "layer"]
@@ -22,6 +26,9 @@ RouterScore = Literal["softmax", "sigmoid"]
 Strategy = Literal["capacity", "dropless", "ragged"]
 Payload = Literal["full", "float8"]
 ExpertAxis = Literal["expert", "tensor"]
+
+MAX_CAPACITY_FACTOR = 1e6
+_EXPECTED = {int: "a whole number (int)", float: "a finite number (float)", str: "a text (str)", bool: "True or False"}
 
 
 class ConfigError(ValueError):
@@ -69,9 +76,53 @@ def _check_not_negative(config: object, *names: str) -> None:
         check(value >= 0, f"{name}={value} must be 0 or more")
 
 
-def _check_choice(config: object, name: str, choices: object) -> None:
-    value, allowed = getattr(config, name), get_args(choices)
-    check(value in allowed, f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+def check_types(config: object, *, infinite: tuple[str, ...] = ()) -> None:
+    """Checks that each field of a dataclass holds a value of its type; NumPy's numbers become Python's.
+
+    The fields named by `infinite` may be infinity.
+
+    Raises:
+      ConfigError: naming the field, if a value has another type, is not finite, or does not fit into 64 bits.
+    """
+    kind: Any = type(config)
+    for name, hint in _type_hints(kind).items():
+        value = getattr(config, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(config, name, value)
+        if not (name in infinite and value == math.inf):
+            _check_type(name, hint, value)
+
+
+_type_hints = functools.cache(get_type_hints)
+
+
+def _check_type(name: str, hint: Any, value: Any) -> None:
+    if type(value) is int:
+        check(-(2**63) <= value < 2**63, f"{name} has {value.bit_length()} bits; it must be within ±2**63")
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):  # of one type with None
+        if value is not None:
+            _check_type(name, arguments[0], value)
+        return
+    if origin is Literal:
+        ok, expected = isinstance(value, str) and value in arguments, f"one of {', '.join(map(repr, arguments))}"
+    elif origin is tuple:
+        ok, expected = isinstance(value, tuple), "a tuple" + f"; write ({value!r},)" * isinstance(value, str)
+    else:
+        ok, expected = _is(hint, value), _EXPECTED.get(hint) or f"a {hint.__name__}"
+    check(ok, f"{name}={value!r} must be {expected}")
+    if origin is tuple:
+        for position, item in enumerate(value):
+            _check_type(f"{name}[{position}]", arguments[0], item)
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +161,12 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"  # of activations and of the weights' compute copies; masters are always float32
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_positive(
             self, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_experts",
             "experts_per_token", "vocab_size", "max_seq_len", "rope_theta", "norm_eps",
         )  # fmt: skip
         _check_not_negative(self, "shared_d_ff", "num_dense_layers", "dense_d_ff")
-        _check_choice(self, "dtype", Dtype)
-        _check_choice(self, "router_score", RouterScore)
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -174,9 +224,12 @@ class DispatchConfig:
     payload: Payload = "full"  # how tokens travel to their experts
 
     def __post_init__(self) -> None:
-        _check_choice(self, "strategy", Strategy)
-        _check_choice(self, "payload", Payload)
+        check_types(self)
         _check_positive(self, "capacity_factor", "hosts", "chunks")
+        check(
+            self.capacity_factor <= MAX_CAPACITY_FACTOR,
+            f"capacity_factor={self.capacity_factor} must be at most {MAX_CAPACITY_FACTOR:,.0f}",
+        )
         check(
             self.expert_axes in (("expert",), ("expert", "tensor")),
             f"expert_axes={self.expert_axes!r} must be ('expert',) or ('expert', 'tensor')",
@@ -223,6 +276,7 @@ class BalanceConfig:
     max_idle_experts: int = 0  # warn above this number of experts that got nothing
 
     def __post_init__(self) -> None:
+        check_types(self, infinite=("max_load_cv", "max_dropped_fraction", "max_rounds"))
         _check_positive(self, "window")
         _check_not_negative(
             self, "aux_loss_weight", "sequence_loss_weight", "z_loss_weight", "bias_update_rate",
@@ -235,6 +289,10 @@ class BalanceConfig:
         check(
             all(size > 0 for size in sizes) and list(sizes) == sorted(set(sizes)),
             f"capacity_factors={sizes} must be positive and ascending",
+        )
+        check(
+            not sizes or sizes[-1] <= MAX_CAPACITY_FACTOR,
+            f"capacity_factors={sizes} must be at most {MAX_CAPACITY_FACTOR:,.0f}",
         )
 
     def check_moves_a_bias(self, model: ModelConfig) -> None:
@@ -276,11 +334,9 @@ class ParallelConfig:
     batch_split: int = 0  # parts of a microbatch that a layer works on side by side; 0: auto
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_positive(self, "num_microbatches", "repeats")
         _check_not_negative(self, "batch_split")
-        _check_choice(self, "gather", Gather)
-        _check_choice(self, "remat", Remat)
-        _check_choice(self, "bubble", Bubble)
 
     def remat_policy(self, seq_len: int) -> str:
         """The policy's name with `auto` resolved for sequences of `seq_len` tokens."""
@@ -313,11 +369,16 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # largest norm of the gradient
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_positive(self, "learning_rate", "eps", "clip_norm")
         _check_not_negative(self, "weight_decay", *(() if self.warmup_steps is None else ("warmup_steps",)))
-        for name in ("final_learning_rate_fraction", "b1", "b2"):
+        check(
+            0 <= self.final_learning_rate_fraction <= 1,
+            f"final_learning_rate_fraction={self.final_learning_rate_fraction} must be between 0 and 1",
+        )
+        for name in ("b1", "b2"):
             value = getattr(self, name)
-            check(0 <= value <= 1, f"{name}={value} must be between 0 and 1")
+            check(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
 
     def warmup(self, steps: int) -> int:
         """Returns how many of a run's `steps` warm up.
@@ -360,9 +421,7 @@ class DataConfig:
     block_steps: int = 16  # steps in a row on one mesh, where a plan has several
 
     def __post_init__(self) -> None:
-        check(
-            not isinstance(self.paths, str), f"paths={self.paths!r} must be a tuple of paths; write ({self.paths!r},)"
-        )
+        check_types(self)
         _check_positive(self, "seq_len", "batch_size", "block_steps")
         check(
             self.tokenizer_vocab_size > 256,
@@ -383,6 +442,7 @@ class CheckpointConfig:
     keep: int = 3  # how many of the newest stay
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_positive(self, "every", "keep")
 
 
@@ -411,6 +471,7 @@ class TrainConfig:
     seed: int = 0  # of the parameters
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_positive(self, "steps", "accumulate", "eval_every", "eval_batches")
         self.balance.check_moves_a_bias(self.model)
         _check_not_negative(self, "sample_tokens", "memory_limit_bytes")

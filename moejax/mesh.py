@@ -10,20 +10,22 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
-from typing import Final, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from moejax.compiler import Platform, set_process_options
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, check_types
 
 REPLICA: Final = "replica"
 EXPERT: Final = "expert"
 PIPELINE: Final = "pipeline"
 TENSOR: Final = "tensor"
+
+_MAX_LISTED = 1024  # the largest number of hosts along an axis that a message suggests
 
 HostAxis = Literal["replica", "expert", "pipeline", "tensor"]
 Hardware = Literal[
@@ -70,18 +72,16 @@ class MeshConfig:
     host_axis: HostAxis = "expert"  # the axis whose neighbors may be in different hosts
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (EXPERT, PIPELINE, TENSOR, REPLICA, "hosts"):
             value = getattr(self, name)
             check(value > 0, f"{name}={value} must be positive")
-        for name, choices in (("hardware", Hardware), ("host_axis", HostAxis)):
-            value, allowed = getattr(self, name), get_args(choices)
-            check(value in allowed, f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
         crossing, each = getattr(self, self.host_axis), 1 if self.host_axis == REPLICA else self.replica
-        possible = [each * n for n in range(1, crossing + 1) if crossing % n == 0]
+        possible = [each * n for n in range(1, min(crossing, _MAX_LISTED) + 1) if crossing % n == 0]
         replicas = f"replica={each} × a divisor of " if each > 1 else ""
         relation = "must be" if each > 1 else "must divide"
         check(
-            self.hosts == 1 or self.hosts in possible,
+            self.hosts == 1 or (self.hosts % each == 0 and crossing % (self.hosts // each) == 0),
             f"hosts={self.hosts} {relation} {replicas}{self.host_axis}={crossing}, the host_axis; "
             f"hosts can be {', '.join(map(str, [1, *possible] if each > 1 else possible))}",
         )
@@ -127,7 +127,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     Raises:
       ConfigError: the devices are not the hardware that `config` names, or are too few or too many for it.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = find_devices(jax.devices) if devices is None else list(devices)
     _check_hardware(config, devices)
     if len(devices) != config.num_devices:
         raise ConfigError(_device_count_message(config, devices))
@@ -168,7 +168,7 @@ def local_mesh_config(devices: Sequence[jax.Device] | None = None) -> MeshConfig
     The expert axis takes the largest power of two that divides their number, because numbers of experts are multiples
     of powers of two; the other factor becomes replicas.
     """
-    devices = jax.local_devices() if devices is None else list(devices)
+    devices = find_devices(jax.local_devices) if devices is None else list(devices)
     expert = len(devices) & -len(devices)
     hardware: set[Hardware] = {_hardware(device) or "custom" for device in devices}
     return MeshConfig(
@@ -176,6 +176,25 @@ def local_mesh_config(devices: Sequence[jax.Device] | None = None) -> MeshConfig
         replica=len(devices) // expert,
         hardware=hardware.pop() if len(hardware) == 1 else "custom",
     )
+
+
+def find_devices(ask: Callable[[], list[jax.Device]]) -> list[jax.Device]:
+    """Returns the devices of `jax.devices` or `jax.local_devices`, whichever `ask` is.
+
+    Raises:
+      ConfigError: JAX cannot start on the platform that it is to use.
+    """
+    try:
+        return ask()
+    except (AssertionError, RuntimeError) as error:  # an assertion: JAX has no plugin at all for JAX_PLATFORMS=cuda
+        forced = os.environ.get("JAX_PLATFORMS")
+        where = f"with JAX_PLATFORMS={forced}" if forced else "on this machine"
+        why = f" ({' '.join(str(error).split())})" if str(error) else ""
+        extra = "tpu" if forced == "tpu" else "cuda"
+        raise ConfigError(
+            f'JAX finds no devices {where}{why}; install JAX for them (pip install -e ".[{extra}]"), or '
+            f"{'unset JAX_PLATFORMS' if forced else 'set JAX_PLATFORMS=cpu'}"
+        ) from error
 
 
 def _hardware(device: jax.Device) -> Hardware | None:

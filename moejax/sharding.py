@@ -223,7 +223,7 @@ def _check_divides(name: str, value: int, axes: str, size: int) -> None:
     """Raises `ConfigError` unless `size`, the product of `axes`, divides `value`; says which of either would do."""
     if value % size == 0:
         return
-    *more, largest = (str(d) for d in range(1, size) if value % d == 0)
+    *more, largest = (str(d) for d in range(1, min(size, 2**16)) if value % d == 0)
     divisors = f"{', '.join(more)} or {largest}" if more else largest
     nearest = math.ceil(value / size) * size
     raise ConfigError(

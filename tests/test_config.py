@@ -1,7 +1,9 @@
 """Every check of config.py: the message names the field and its value and says what would be right."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moejax import config as config_module
@@ -16,6 +18,8 @@ from moejax.config import (
     ParallelConfig,
     TrainConfig,
 )
+from moejax.mesh import MeshConfig
+from moejax.train.schedule import Bucket
 
 POSITIVE = {
     ModelConfig: "num_layers d_model num_heads num_kv_heads head_dim d_ff num_experts experts_per_token vocab_size "
@@ -70,9 +74,11 @@ RELATIONS = [
     (BalanceConfig, {"capacity_factors": (2.0, 1.5)}, "capacity_factors=(2.0, 1.5) must be positive and ascending"),
     (BalanceConfig, {"capacity_factors": (0.0, 1.5)}, "capacity_factors=(0.0, 1.5) must be positive and ascending"),
     (BalanceConfig, {"capacity_factors": (1.5, 1.5)}, "capacity_factors=(1.5, 1.5) must be positive and ascending"),
+    (DispatchConfig, {"capacity_factor": 1e308}, "capacity_factor=1e+308 must be at most 1,000,000"),
+    (BalanceConfig, {"capacity_factors": (1.0, 1e7)}, "capacity_factors=(1.0, 10000000.0) must be at most 1,000,000"),
     (OptimizerConfig, {"final_learning_rate_fraction": 2}, "final_learning_rate_fraction=2 must be between 0 and 1"),
-    (OptimizerConfig, {"b1": -0.1}, "b1=-0.1 must be between 0 and 1"),
-    (OptimizerConfig, {"b2": 1.1}, "b2=1.1 must be between 0 and 1"),
+    (OptimizerConfig, {"b1": -0.1}, "b1=-0.1 must be at least 0 and below 1"),
+    (OptimizerConfig, {"b2": 1}, "b2=1 must be at least 0 and below 1"),
     (
         DataConfig,
         {"tokenizer_vocab_size": 256},
@@ -184,6 +190,45 @@ NO_EFFECT = [
 @pytest.mark.parametrize(("config", "words"), NO_EFFECT)
 def test_what_has_no_effect_is_documented(config, words):
     assert words in " ".join(config.__doc__.split())
+
+
+WRONG_TYPES = [
+    (DataConfig, {"paths": Path("t.txt")}, f"paths={Path('t.txt')!r} must be a tuple"),
+    (DataConfig, {"paths": None}, "paths=None must be a tuple"),
+    (DataConfig, {"paths": "t.txt"}, "paths='t.txt' must be a tuple; write ('t.txt',)"),
+    (DataConfig, {"paths": (1,)}, "paths[0]=1 must be a text (str)"),
+    (DataConfig, {"batch_size": 32.0}, "batch_size=32.0 must be a whole number (int)"),
+    (ModelConfig, {"d_model": 128.0}, "d_model=128.0 must be a whole number (int)"),
+    (ModelConfig, {"d_model": True}, "d_model=True must be a whole number (int)"),
+    (ModelConfig, {"tie_embeddings": 1}, "tie_embeddings=1 must be True or False"),
+    (ModelConfig, {"dtype": ["bfloat16"]}, "dtype=['bfloat16'] must be one of 'float32', 'bfloat16', 'float16'"),
+    (ModelConfig, {"rope_theta": float("inf")}, "rope_theta=inf must be a finite number (float)"),
+    (BalanceConfig, {"max_load_cv": float("nan")}, "max_load_cv=nan must be a finite number (float)"),
+    (OptimizerConfig, {"warmup_steps": 0.5}, "warmup_steps=0.5 must be a whole number (int)"),
+    (TrainConfig, {"steps": 1e4}, "steps=10000.0 must be a whole number (int)"),
+    (TrainConfig, {"steps": float("inf")}, "steps=inf must be a whole number (int)"),
+    (TrainConfig, {"steps": "10"}, "steps='10' must be a whole number (int)"),
+    (TrainConfig, {"steps": np.float32(10)}, "steps=10.0 must be a whole number (int)"),
+    (TrainConfig, {"seed": None}, "seed=None must be a whole number (int)"),
+    (TrainConfig, {"seed": 2**63}, "seed has 64 bits; it must be within ±2**63"),
+    (DispatchConfig, {"capacity_factor": 10**5000}, "capacity_factor has 16610 bits; it must be within ±2**63"),
+    (TrainConfig, {"model": None}, "model=None must be a ModelConfig"),
+    (MeshConfig, {"expert": 2.0}, "expert=2.0 must be a whole number (int)"),
+    (Bucket, {"seq_len": 8, "batch_size": 2, "mesh": None}, "mesh=None must be a MeshConfig"),
+]
+
+
+@pytest.mark.parametrize(("config", "fields", "message"), WRONG_TYPES)
+def test_a_value_of_another_type_is_refused(config, fields, message):
+    assert message_of(config, fields) == message
+
+
+def test_a_number_of_numpy_becomes_pythons():
+    assert type(TrainConfig(steps=np.int64(300)).steps) is int
+
+
+def test_a_bound_of_warnings_may_be_infinite():
+    assert BalanceConfig(max_load_cv=float("inf"), max_rounds=float("inf"))
 
 
 def test_no_number_is_left_unchecked():

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, DispatchConfig, ModelConfig
 from moejax.mesh import (
     EXPERT,
     PIPELINE,
@@ -23,6 +23,7 @@ from moejax.mesh import (
     platform,
     use_virtual_devices,
 )
+from moejax.sharding import check_moe_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -269,3 +270,30 @@ def test_an_abstract_mesh_has_everything_but_devices(hardware, kind):
 
 def test_the_platform_of_devices_that_are_there():
     assert platform(build_mesh(MeshConfig(), jax.devices()[:1])) == "cpu"
+
+
+@pytest.mark.parametrize(("forced", "fix"), [("cuda", "unset JAX_PLATFORMS"), (None, "set JAX_PLATFORMS=cpu")])
+@pytest.mark.parametrize(
+    ("find", "asked"), [(lambda: build_mesh(MeshConfig()), "devices"), (local_mesh_config, "local_devices")]
+)
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend")])
+def test_a_jax_without_its_platform_is_one_line(forced, fix, find, asked, error, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, asked, fail)
+    if forced:
+        monkeypatch.setenv("JAX_PLATFORMS", forced)
+    else:
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(ConfigError, match=r"^JAX finds no devices .*; install JAX for them .*\[cuda\]") as raised:
+        find()
+    assert str(raised.value).endswith(fix)
+
+
+def test_an_axis_of_any_size_is_checked_at_once():
+    assert MeshConfig(expert=10**12, hosts=10**6).num_devices == 10**12
+    with pytest.raises(ConfigError, match="hosts=3 must divide expert=1000000000000"):
+        MeshConfig(expert=10**12, hosts=3)
+    with pytest.raises(ConfigError, match="num_experts=16 must be a multiple of expert"):
+        check_moe_layout(ModelConfig(), DispatchConfig(), MeshConfig(expert=10**12))

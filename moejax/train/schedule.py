@@ -18,7 +18,7 @@ from typing import Any
 import grain
 from jax.sharding import Mesh
 
-from moejax.config import DispatchConfig, ParallelConfig, TrainConfig, check
+from moejax.config import DispatchConfig, ParallelConfig, TrainConfig, check, check_types
 from moejax.data import BucketShape, Data, make_bucketed_loader, make_loader
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
@@ -42,6 +42,7 @@ class Bucket:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("seq_len", "batch_size", "accumulate"):
             value = getattr(self, name)
             check(value > 0, f"{name}={value} must be positive")

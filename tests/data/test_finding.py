@@ -113,7 +113,7 @@ class TestNames:
         assert message(path).startswith(f"paths={path!r} cannot be read (Permission denied); name ")
 
     def test_one_path_is_not_many(self):
-        with pytest.raises(ConfigError, match=r"^paths='a.txt' must be a tuple of paths; write \('a.txt',\)$"):
+        with pytest.raises(ConfigError, match=r"^paths='a.txt' must be a tuple; write \('a.txt',\)$"):
             DataConfig(paths="a.txt")
 
 
