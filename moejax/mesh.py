@@ -201,7 +201,14 @@ def _hardware(device: jax.Device) -> Hardware | None:
     """Returns the name of what the device is, or None for an accelerator that has no name here."""
     if device.platform == "cpu":
         return "cpu"
-    return next((name for pattern, name in _KINDS if re.search(pattern, device.device_kind)), None)
+    return hardware_of_kind(device.device_kind)
+
+
+def hardware_of_kind(device_kind: str) -> Hardware | None:
+    """Returns the name of the hardware whose devices call themselves `device_kind`, or None if it has none here."""
+    if device_kind == "cpu":
+        return "cpu"
+    return next((name for pattern, name in _KINDS if re.search(pattern, device_kind)), None)
 
 
 def _check_hardware(config: MeshConfig, devices: Sequence[jax.Device]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moejax.config import ConfigError, check, expand
-from moejax.mesh import MeshConfig
+from moejax.config import ConfigError, check, check_types, expand
+from moejax.mesh import MeshConfig, hardware_of_kind
 
 Kind = Literal["datasheet", "published", "calibrated", "assumed"]
 
@@ -289,6 +290,7 @@ def _virtual_cpu() -> Device:
 
 
 DEVICES = _devices()
+_MAY_BE_0 = ("launch_s", "float8_flops")
 
 
 def get_device(name: str) -> Device:
@@ -312,6 +314,7 @@ class Cluster:
     devices_per_host: int
 
     def __post_init__(self) -> None:
+        check_types(self)
         check(self.hosts > 0, f"hosts={self.hosts} must be positive")
         check(self.devices_per_host > 0, f"devices_per_host={self.devices_per_host} must be positive")
 
@@ -338,25 +341,40 @@ def load_calibration(path: str | Path, device: Device) -> Device:
     """Returns the device with the figures that experiments/calibrate.py wrote to `path` in place of its own.
 
     Raises:
-      ConfigError: the file cannot be read, is something else, or names a figure that devices do not have.
+      ConfigError: the file cannot be read or is something else, was measured on another device, or has a figure that
+        devices do not have or that is not a number above 0.
     """
-    path = expand(path, "calibration")
+    file = expand(path, "calibration")
+    check(file.is_file() or not file.exists(), f"calibration={path} is not a regular file")  # a pipe may never end
     try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # ValueError: no text, or no JSON
+        saved = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no text, or no JSON
         raise ConfigError(f"calibration={path} cannot be read ({error}); give what calibrate.py --out wrote") from None
     written = isinstance(saved, dict) and {"figures", "device", "date"} <= saved.keys()
     check(written, f"calibration={path} has no figures, device and date; give what calibrate.py --out wrote")
-    return _replaced(device, saved["figures"], f"{saved['device']}, {saved['date']}")
+    measured = hardware_of_kind(str(saved["device"]))
+    check(
+        measured in (None, device.name) or device.name not in DEVICES,
+        f"calibration={path} was measured on {saved['device']!r}, which is {measured}, not {device.name}",
+    )
+    return _replaced(device, saved["figures"], f"{saved['device']}, {saved['date']}", f"calibration={path}: figures")
 
 
-def _replaced(target: Any, figures: dict[str, Any], source: str) -> Any:
-    names = {field.name for field in dataclasses.fields(target)}
+def _replaced(target: Any, figures: Any, source: str, path: str) -> Any:
+    """Returns a `Device` or `Link` with these figures; `path` says in messages where they are."""
+    check(isinstance(figures, dict), f"{path}={figures!r:.80} must be an object of figures")
+    own = {name: value for name, value in vars(target).items() if isinstance(value, Constant | Link)}
     changes = {}
     for name, value in figures.items():
-        check(name in names, f"figure {name!r} does not exist; use one of {', '.join(sorted(names))}")
-        old = getattr(target, name)
-        changes[name] = (
-            _replaced(old, value, source) if isinstance(value, dict) else Constant(value, "calibrated", source)
+        check(name in own, f"{path}.{name} does not exist; use one of {', '.join(sorted(own))}")
+        if isinstance(own[name], Link):
+            changes[name] = _replaced(own[name], value, source, f"{path}.{name}")
+            continue
+        least = 0 if name in _MAY_BE_0 else sys.float_info.min
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        check(
+            number and least <= value <= sys.float_info.max,
+            f"{path}.{name}={value!r:.80} must be a finite number {'of 0 or more' if least == 0 else 'above 0'}",
         )
+        changes[name] = Constant(value, "calibrated", source)
     return dataclasses.replace(target, **changes)

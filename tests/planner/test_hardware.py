@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -44,6 +45,63 @@ def test_what_is_no_calibration_is_one_line(text, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def written(path, figures, device="NVIDIA H100 80GB HBM3"):
+    path.write_text(json.dumps({"device": device, "date": "2026-11-22", "figures": figures}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "value", ["fast", "NaN", None, [1], {"a": 1}, True, 0, -1, float("inf"), float("nan"), 10**400]
+)
+def test_a_figure_is_a_finite_number_above_0(value, tmp_path):
+    path = written(tmp_path / "calibration.json", {"inside": {"latency_s": value}})
+    with pytest.raises(ConfigError, match=r": figures\.inside\.latency_s=.* must be a finite number above 0$"):
+        load_calibration(path, get_device("h100"))
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ([1], r"figures=\[1\] must be an object of figures"),
+        (None, "figures=None must be an object of figures"),
+        ({"inside": 5}, "figures.inside=5 must be an object of figures"),
+        ({"name": "x"}, "figures.name does not exist; use one of across, "),
+        ({"devices_per_host": 4}, "figures.devices_per_host does not exist"),
+    ],
+)
+def test_figures_are_those_of_a_device(figures, message, tmp_path):
+    path = written(tmp_path / "calibration.json", figures)
+    with pytest.raises(ConfigError, match=f"^calibration={path}: {message}"):
+        load_calibration(path, get_device("h100"))
+
+
+def test_figures_of_another_device_are_refused(tmp_path):
+    path = written(tmp_path / "calibration.json", {"launch_s": 0}, device="cpu")
+    assert load_calibration(path, get_device("cpu")).launch_s == 0
+    with pytest.raises(ConfigError, match=r"was measured on 'cpu', which is cpu, not h100$"):
+        load_calibration(path, get_device("h100"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_calibration_is_a_regular_file(kind, tmp_path):
+    path = tmp_path / "calibration.json"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ConfigError, match=f"calibration={path} is not a regular file"):
+        load_calibration(path, get_device("h100"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hosts": 2.0}, r"hosts=2\.0 must be a whole number \(int\)"),
+        ({"device": "h100"}, "device='h100' must be a Device"),
+    ],
+)
+def test_a_clusters_fields_are_of_their_types(fields, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        Cluster(**{"name": "x", "device": get_device("h100"), "hosts": 2, "devices_per_host": 8} | fields)
+
+
 def test_calibrated_figures_replace_the_devices_own(tmp_path):
     path = tmp_path / "calibration.json"
     figures = {"matmul_flops": 5e12, "inside": {"latency_s": 1e-3}}
@@ -53,5 +111,5 @@ def test_calibrated_figures_replace_the_devices_own(tmp_path):
     assert device.inside.latency_s == 1e-3
     assert device.inside.bytes_per_s == get_device("h100").inside.bytes_per_s
     path.write_text(json.dumps({"device": "H100", "date": "2026-11-22", "figures": {"speed": 1}}))
-    with pytest.raises(ConfigError, match="figure 'speed' does not exist; use one of "):
+    with pytest.raises(ConfigError, match="figures.speed does not exist; use one of "):
         load_calibration(path, get_device("h100"))
