@@ -64,8 +64,11 @@ ALIASES = {  # other programs' names for flags and fields: what they may be here
 HELP = ("-h", "--h", "-help", "--help", "-helpshort", "--helpshort", *FULL_HELP)
 
 
+MAX_NUMBER = 2**31 - 1  # of a list of numbers
+
+
 class NumbersParser(flags.ArgumentParser[list[int]]):
-    """Reads whole numbers of at least `lower`, with commas between."""
+    """Reads whole numbers from `lower` to `MAX_NUMBER`, with commas between."""
 
     def __init__(self, lower: int) -> None:
         self._lower = lower
@@ -74,10 +77,13 @@ class NumbersParser(flags.ArgumentParser[list[int]]):
         if isinstance(argument, list):  # the default
             return argument
         for text in argument.split(","):
+            digits = text.strip()
+            many = digits.isdecimal() and len(digits) > 10  # of which Python reads 4,300 at most
             check(
-                text.strip().isdecimal() and int(text) >= self._lower,
+                digits.isdecimal() and (many or int(text) >= self._lower),
                 f"{argument}: {text!r} must be a whole number of at least {self._lower}",
             )
+            check(not many and int(text) <= MAX_NUMBER, f"{argument:.40}: {text!r:.40} must be at most {MAX_NUMBER:,}")
         return [int(text) for text in argument.split(",")]
 
 

@@ -93,6 +93,16 @@ CASES = [
     ),
     (f"train --config={300 * 'x'}", f"--config={300 * 'x'} does not exist; use one of "),
     (f"train --mesh={300 * 'x'}.py", f"{300 * 'x'}.py cannot be read (File name too long); use a Python file with "),
+    ("plan --batch_size=1" + "0" * 30, f"--batch_size=1{'0' * 30}: '1{'0' * 30}' must be at most 2,147,483,647"),
+    ("plan --seq_len=2147483648", "--seq_len=2147483648: '2147483648' must be at most 2,147,483,647"),
+    ("plan --capacity_factor=1e400", "--capacity_factor=1e400 must be a number in the range [0.001, 1000000.0]"),
+    ("plan --calibration=", "--calibration= is not a regular file"),
+    (
+        "train --profile_steps=1:" + "9" * 20,
+        "--profile_steps=1:"
+        + "9" * 20
+        + " must be FIRST:END with 1 <= FIRST < END <= 111; 10:13 is steps 10, 11 and 12",
+    ),
     # Outputs.
     ("plan --json=no/plan.json", "--json=no/plan.json is in a folder that does not exist; make no first"),
     ("plan --mode=decode --out=plan.py", "--out=plan.py is for train.py; use it with --mode=train, not decode"),

@@ -205,10 +205,14 @@ def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
         path = expand(name)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists() or path.is_file():  # reading a pipe or a device might never end
-            return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), path.parent
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizer.encode(_PROBE)  # fails for what it has no token for, where it has no unknown token either
+            if tokenizer.get_vocab_size():
+                return tokenizer, path.parent
+            reason = "its vocabulary is empty"
     except OSError as error:
         reason = error.strerror
-    except Exception as error:  # the library raises bare Exception for what it cannot parse
+    except Exception as error:  # the library raises bare Exception for what it cannot parse or encode
         reason = " ".join(str(error).split())
     raise ConfigError(
         f"tokenizer={name!r} cannot be read ({reason}); use 'bytes', 'bpe', or the path of a tokenizer.json or of a "

@@ -234,7 +234,8 @@ def _layouts(request: Request, accumulate: int) -> Iterator[Plan]:
         folded += [("expert",)] if mesh.tensor > 1 else []
         chunks = m.num_moe_layers // mesh.pipeline
         repeats = [n for n in (1, 2, 4) if chunks % n == 0] if mesh.pipeline > 1 and r.mode != "decode" else [1]
-        microbatches = [n for n in _divisors(sequences) if n & (n - 1) == 0] if r.mode != "decode" else [1]
+        powers = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
+        microbatches = powers if r.mode != "decode" else [1]
         for axes, repeat, count in itertools.product(folded, repeats, microbatches):
             if mesh.pipeline == 1 and r.mode == "prefill" and count > 8:
                 continue

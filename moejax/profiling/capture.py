@@ -134,11 +134,12 @@ def parse_steps(text: str, last: int) -> range:
     Raises:
       ConfigError: it is no such range, or not of the run's steps.
     """
-    found = re.fullmatch(r"(\d+):(\d+)", text)
+    found = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text)
     steps = range(*map(int, found.groups())) if found else range(0)
     check(
         len(steps) > 0 and steps[0] > 0 and steps[-1] <= last,
-        f"--profile_steps={text} must be FIRST:END with 1 <= FIRST < END <= {last + 1}; 10:13 is steps 10, 11 and 12",
+        f"--profile_steps={text:.80} must be FIRST:END with 1 <= FIRST < END <= {last + 1}; 10:13 is steps 10, 11 "
+        "and 12",
     )
     return steps
 
@@ -201,7 +202,7 @@ class StepCapture:
             return 0
         text = trigger.read_text(errors="replace").strip()
         trigger.unlink()
-        if text and not (text.isdecimal() and int(text) > 0):
+        if text and not (text.isdecimal() and len(text) <= 18 and int(text) > 0):
             _log.warning("%s=%.20r must be a number of steps, or empty for %d.", trigger, text, TRIGGERED_STEPS)
             return 0
         return int(text or TRIGGERED_STEPS)

@@ -334,3 +334,18 @@ class TestVocabSize:
     def test_error_of_a_missing_file(self, tmp_path):
         with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\); use 'bytes', 'bpe', or"):
             tokenizer_vocab_size(DataConfig(tokenizer=str(tmp_path)))
+
+    @pytest.mark.parametrize("read", [tokenizer_vocab_size, lambda config: make_tokenizer(config, CORPUS)])
+    @pytest.mark.parametrize(
+        ("model", "reason"),
+        [
+            (models.WordLevel({"<s>": 0, "b": 1}, unk_token="[UNK]"), r"Missing \[UNK\] token from the vocabulary"),
+            (models.WordPiece({"<s>": 0, "b": 1}, unk_token="[UNK]"), r"Missing \[UNK\] token from the vocabulary"),
+            (models.Unigram([("<s>", -1.0), ("b", -2.0)]), "unknown token but `unk_id` is missing"),
+            (models.BPE(), "its vocabulary is empty"),
+        ],
+    )
+    def test_error_of_one_that_cannot_encode(self, model, reason, read, tmp_path):
+        tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ConfigError, match=rf"^tokenizer='.*' cannot be read \(.*{reason}\); use 'bytes', "):
+            read(DataConfig(tokenizer=str(tmp_path)))

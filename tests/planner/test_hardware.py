@@ -111,5 +111,5 @@ def test_calibrated_figures_replace_the_devices_own(tmp_path):
     assert device.inside.latency_s == 1e-3
     assert device.inside.bytes_per_s == get_device("h100").inside.bytes_per_s
     path.write_text(json.dumps({"device": "H100", "date": "2026-11-22", "figures": {"speed": 1}}))
-    with pytest.raises(ConfigError, match="figures.speed does not exist; use one of "):
+    with pytest.raises(ConfigError, match=r"figures\.speed does not exist; use one of "):
         load_calibration(path, get_device("h100"))

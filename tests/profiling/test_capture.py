@@ -145,7 +145,7 @@ def test_what_cannot_be_captured_is_one_line_and_leaves_the_profiler_free(tmp_pa
         pass
 
 
-@pytest.mark.parametrize("text", ["0:3", "5:5", "7:5", "5:22", "5", "a:b", "-1:3", "1:2:3"])
+@pytest.mark.parametrize("text", ["0:3", "5:5", "7:5", "5:22", "5", "a:b", "-1:3", "1:2:3", "1:" + "9" * 20])
 def test_steps_out_of_the_run_are_one_line(text):
     message = f"^--profile_steps={text} must be FIRST:END with 1 <= FIRST < END <= 21; 10:13 is steps 10, 11 and 12$"
     with pytest.raises(ConfigError, match=message):
