@@ -27,9 +27,10 @@ from absl import flags
 from rich.console import Console
 
 from moejax import strict_json
-from moejax.config import BalanceConfig, TrainConfig, check
+from moejax.config import BalanceConfig, ConfigError, TrainConfig, check
 from moejax.mesh import build_mesh
 from moejax.plots import installed, pyplot
+from moejax.train.files import replace_text
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
 
@@ -111,7 +112,7 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
     ended = workdir / "row.json"
     settings = json.loads(strict_json.dumps(dataclasses.asdict(config)))
     if ended.exists():
-        kept = json.loads(ended.read_text())
+        kept = _read_row(ended)
         check(kept["config"] == settings, f"{workdir} holds a run of another configuration; use another --workdir")
         return kept["row"]
     summary = Trainer(config, mesh, workdir).run()
@@ -126,8 +127,19 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
         "rounds": last["window_rounds"],
         "window_tokens": int(last["window_tokens"]),
     }
-    ended.write_text(strict_json.dumps({"config": settings, "row": row}))
+    replace_text(ended, strict_json.dumps({"config": settings, "row": row}))
     return row
+
+
+def _read_row(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); remove it to read the run's figures again") from None
+    row = kept.get("row") if isinstance(kept, dict) else None
+    whole = isinstance(row, dict) and "config" in kept and COLUMNS.keys() - {"method", "capacity"} <= row.keys()
+    check(whole, f"{path} has no config and row; remove it to read the run's figures again")
+    return kept
 
 
 def write(rows: list[dict[str, Any]], base: TrainConfig, mesh: dict[str, int], out: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from moejax.balance import load_cv_floor
-from moejax.config import check
+from moejax.config import BalanceConfig, ModelConfig, check
+from moejax.overrides import from_record
 from moejax.plots import pyplot
 from moejax.train.metrics import LOADS_FILE, METRICS_FILE, read_loads, read_metrics
 from moejax.train.record import RECORD_FILE, read_starts
@@ -22,6 +23,18 @@ MAX_COLUMNS = 200  # of the picture over steps: about two pixels each
 COLOR_LIMITS = (1.25, 1.5, 2.0, 4.0)  # load over the mean, and its inverse below
 LEAST = 1e-9  # stands for no load where a logarithm is taken
 MAX_NUMBERED = 20  # experts whose loads are written into the picture
+
+
+def _read_config(workdir: Path) -> dict[str, Any]:
+    """Returns the model and the balance of the run's last start, as `dataclasses.asdict` gives them."""
+    file = workdir / RECORD_FILE
+    config = read_starts(workdir)[-1].get("config")
+    config = config if isinstance(config, dict) else {}
+    for part in ("model", "balance"):
+        check(part in config, f"{file} has no config.{part}; give the --workdir of a whole run")
+    model, _ = from_record(ModelConfig, config["model"], f"{file}: config.model")
+    balance, _ = from_record(BalanceConfig, config["balance"], f"{file}: config.balance")
+    return {"model": dataclasses.asdict(model), "balance": dataclasses.asdict(balance)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +60,7 @@ class LoadHistory:
         steps_N, load_NLE = read_loads(workdir)
         metrics = read_metrics(workdir)
         check(len(steps_N) > 0 and len(metrics) > 0, f"the run in {workdir} has not ended a step yet")
-        return cls(workdir.resolve().name, steps_N, load_NLE, metrics, read_starts(workdir)[-1]["config"])
+        return cls(workdir.resolve().name, steps_N, load_NLE, metrics, _read_config(workdir))
 
     @property
     def window_steps(self) -> int:

@@ -101,7 +101,7 @@ def read_trace(directory: str | Path) -> Trace:
             "moejax.profiling.capture wrote"
         )
     facts_file = directory / FACTS
-    facts = json.loads(facts_file.read_text()) if facts_file.exists() else {}
+    facts = _read_facts(facts_file) if facts_file.exists() else {}
     files_of_programs = {name: directory / name for name in {*_programs(facts).values()}}
     for file in files_of_programs.values():
         check(file.exists(), f"{file} is not there, which {facts_file} names; copy the trace's whole directory")
@@ -119,6 +119,19 @@ def read_trace(directory: str | Path) -> Trace:
     platform = next(kind for kind in ("tpu", "gpu", "cpu") if any(_is_of(kind, event) for event in events))
     events = [event for event in events if _is_of(platform, event)]  # not what the host of a GPU ran by XLA
     return Trace(platform, events, steps, facts)
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); copy the trace's whole directory") from None
+    steps = facts.get("steps", []) if isinstance(facts, dict) else None
+    whole = isinstance(steps, list) and all(
+        isinstance(step, dict) and {"step", "program"} <= step.keys() for step in steps
+    )
+    check(whole, f"{file} is not what moejax.profiling.capture wrote; copy the trace's whole directory")
+    return facts
 
 
 def trace_files(directory: Path) -> list[Path]:

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from moejax import strict_json
-from moejax.config import ConfigError
+from moejax.config import ConfigError, check
 from moejax.train.files import AppendOnlyFile
 from moejax.train.load_image import load_image
 from moejax.train.tensorboard import EventFile
@@ -179,15 +179,27 @@ def read_loads(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
       FileNotFoundError: the run has recorded none.
-      ConfigError: naming the file and line, if any other line is not a JSON object.
-      ValueError: the shapes differ.
+      ConfigError: naming the file and line, if any other line is not a JSON object, or has no loads of the first
+        line's shape.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / LOADS_FILE
-    records = [record for _, record in _records(path)]
-    load_NLE = np.asarray([record["load_LE"] for record in records], np.int64)
-    return np.asarray([record["step"] for record in records], np.int64), load_NLE
+    steps: list[int] = []
+    loads: list[np.ndarray] = []
+    for number, (_, record) in enumerate(_records(path), start=1):
+        try:
+            load_LE = np.asarray(record["load_LE"], np.int64)
+        except (LookupError, ValueError, TypeError, OverflowError):  # none, ragged, or no whole numbers
+            load_LE = np.empty(0, np.int64)
+        check(
+            load_LE.ndim == 2 and (not loads or load_LE.shape == loads[0].shape),
+            f"{path}, line {number} has no load_LE of layers × experts, as many as line 1 has; delete that line, or "
+            "move the file away",
+        )
+        steps.append(record["step"])
+        loads.append(load_LE)
+    return np.asarray(steps, np.int64), np.asarray(loads, np.int64)
 
 
 def _to_float(name: str, value: SupportsFloat | str) -> float | str:

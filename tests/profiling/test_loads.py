@@ -1,6 +1,7 @@
 """Figures of recorded loads by hand, and a picture in which everything can be read."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from moejax.balance import load_cv_floor
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig
 from moejax.plots import pyplot
 from moejax.profiling.loads import LoadHistory, figure
-from moejax.train.metrics import MetricsWriter
-from moejax.train.record import append_start
+from moejax.train.metrics import LOADS_FILE, MetricsWriter
+from moejax.train.record import RECORD_FILE, append_start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +76,33 @@ def test_a_run_that_is_none_or_has_no_step_is_one_line(tmp_path):
         LoadHistory.read(tmp_path)
     record(tmp_path, random_loads(0, 2, 4))
     with pytest.raises(ConfigError, match="has not ended a step yet"):
+        LoadHistory.read(tmp_path)
+
+
+def run_json(*starts):
+    return json.dumps({"starts": starts})
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (RECORD_FILE, run_json(), r"run\.json is not the record of a run \(.*starts must be a list"),
+        (RECORD_FILE, run_json(5), r"run\.json is not the record of a run \(.*must be a JSON object"),
+        (RECORD_FILE, run_json({"config": None}), r"run\.json has no config\.model; give"),
+        (RECORD_FILE, run_json({"config": {"model": {}}}), r"run\.json has no config\.balance; give"),
+        (
+            RECORD_FILE,
+            run_json({"config": {"model": {}, "balance": {"window": "x"}}}),
+            r"run\.json: .*\.window='x' must",
+        ),
+        (LOADS_FILE, '{"step": 1}\n', r"line 1 has no load_LE of layers × experts"),
+        (LOADS_FILE, '{"step": 1, "load_LE": [[1, 2], [3]]}\n', r"line 1 has no load_LE"),
+        (LOADS_FILE, '{"step": 1, "load_LE": [[1, 2]]}\n{"step": 2, "load_LE": [[1]]}\n', r"line 2 has no load_LE"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_one_line_that_names_it(file, text, message, tmp_path):
+    (record(tmp_path, random_loads(2, 2, 4)) / file).write_text(text)
+    with pytest.raises(ConfigError, match=f"^{tmp_path}.*{message}"):
         LoadHistory.read(tmp_path)
 
 

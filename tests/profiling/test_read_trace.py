@@ -247,6 +247,22 @@ def test_what_is_no_trace_is_one_line(tmp_path):
         read_trace(write(tmp_path, plane("/host:CPU", {}, {}, line("python", []))))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[1]", "is not what moejax"),
+        ('{"steps": 5}', "is not what moejax"),
+        ('{"steps": [{"step": 6}]}', "is not what moejax"),
+    ],
+)
+def test_facts_that_are_none_are_one_line(text, message, tmp_path):
+    folder = cpu_trace(tmp_path)
+    (folder / FACTS).write_text(text)
+    with pytest.raises(ConfigError, match=rf"capture\.json {message}.*; copy the trace's whole directory$"):
+        read_trace(folder)
+
+
 def test_a_trace_that_lacks_a_part_is_one_line(tmp_path):
     folder = cpu_trace(tmp_path)
     (folder / "program_0.txt").unlink()
