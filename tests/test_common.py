@@ -443,3 +443,14 @@ def test_flags_of_scripts_are_apart():
     assert "chunks" not in train.FLAGS
     assert overlap.FLAGS.config == "moe_16x10b"
     assert train.FLAGS.config == "quickstart"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"config": {}, "row": {"load_cv": 1}}'])
+def test_a_broken_row_of_the_table_is_one_line(text, tmp_path):
+    file = tmp_path / "none-dropless" / "row.json"
+    file.parent.mkdir()
+    file.write_text(text)
+    arguments = [f"--workdir={tmp_path}", "--methods=none", "--capacities=dropless", "--mesh=cpu_16"]
+    error = run_script("load_balance", *arguments, status=2).stderr.splitlines()[-1]  # after the run's headline
+    assert error.startswith(f"error: {file} ")
+    assert error.endswith("remove it to read the run's figures again")
