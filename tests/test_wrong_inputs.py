@@ -71,7 +71,6 @@ CASES = [
     ),
     ("plan --seq_len=64,128,64", "--seq_len=64,128,64 has a length twice; give it once"),
     ("plan --seq_len=64,20480", "--seq_len=20480 must be at most the model's max_seq_len=10240"),
-    ("plan --calibration=", "--calibration=. cannot be read ("),
     ("plan --seq_len=1k", "--seq_len=1k: '1k' must be a whole number of at least 1"),
     ("overlap --chunks=two", "--chunks=two: 'two' must be a whole number of at least 1"),
     ("plan --calibration=nope.json", "--calibration=nope.json cannot be read ("),
