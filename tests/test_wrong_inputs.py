@@ -46,8 +46,7 @@ CASES = [
         "--target=h100 does not exist; use one of a100_64gb_2x8, h100_2x8, tpu_v5p_16, tpu_v5e_16",
     ),
     ("train --config=a\x1b[31mb", r"--config=a\x1b[31mb does not exist; use one of "),
-    ("train --mesh=" + 300 * "a" + ".py", 80 * "a" + "… does not exist; use a Python file with get_config() -> "),
-    ("train --mesh=~nosuchuser/x.py", "~nosuchuser/x.py does not exist; use a Python file with get_config() -> "),
+    ("train --mesh=" + 300 * "a" + ".py", 80 * "a" + "… cannot be read (File name too long); use a Python file with "),
     ("plan --model=" + 300 * "a", "--model=" + 72 * "a" + "… does not exist; use one of "),
     # Values.
     ("train --config.steps=1e3", "--config.steps='1e3' must be a whole number (int)"),
@@ -90,8 +89,6 @@ CASES = [
             ("profile ~nosuchuser/run", "TRACE=~nosuchuser/run"),
         )
     ),
-    (f"train --config={300 * 'x'}", f"--config={300 * 'x'} does not exist; use one of "),
-    (f"train --mesh={300 * 'x'}.py", f"{300 * 'x'}.py cannot be read (File name too long); use a Python file with "),
     ("plan --batch_size=1" + "0" * 30, f"--batch_size=1{'0' * 30}: '1{'0' * 30}' must be at most 2,147,483,647"),
     ("plan --seq_len=2147483648", "--seq_len=2147483648: '2147483648' must be at most 2,147,483,647"),
     ("plan --capacity_factor=1e400", "--capacity_factor=1e400 must be a number in the range [0.001, 1000000.0]"),
