@@ -46,7 +46,7 @@ CONTENTS = {  # what is in a file -> the format, whatever its name
     "ArrayRecord": ARRAY_RECORD,
     "NumPy": npy(),
     TOKEN_IDS: b"MMIDIDX\x00\x00\x01",
-    "gzip-compressed": gzip.compress(b"text"),
+    "gzip-compressed": gzip.compress(b"text", mtime=0),
     "zstd-compressed": b"\x28\xb5\x2f\xfd\x04\x58\x21",
     "bzip2-compressed": bz2.compress(b"text"),
     "xz-compressed": lzma.compress(b"text"),
