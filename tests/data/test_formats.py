@@ -32,7 +32,7 @@ def npy():
 def zipped():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.txt", "text")
+        archive.writestr(zipfile.ZipInfo("a.txt"), "text")  # which has a fixed date
     return buffer.getvalue()
 
 
