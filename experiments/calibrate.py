@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     console = Console(stderr=True)
     curves: dict[str, dict[int, float]] = {"product": {}, "copy": {}, "all_to_all": {}}
     for kind, sizes, measure in (
-        ("product", products, lambda n: product_seconds(mesh, n, dtype)),
+        ("product", products, lambda n: matmul_seconds(mesh, n, dtype)),
         ("copy", copies, lambda n: copy_seconds(mesh, n)),
         ("all_to_all", exchanges if mesh.size > 1 else (), lambda n: exchange_seconds(mesh, n)),
     ):
@@ -95,7 +95,7 @@ def fit(curves: dict[str, dict[int, float]], launch_s: float, *, crosses_hosts: 
     return figures
 
 
-def product_seconds(mesh: Mesh, width: int, dtype: Any) -> float:
+def matmul_seconds(mesh: Mesh, width: int, dtype: Any) -> float:
     """A product of two square matrices of random numbers, on every device at once."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((mesh.size, width, width), np.float32), dtype)

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from moejax.planner.hardware import Device
-from moejax.planner.work import Product, Transfer
+from moejax.planner.work import Matmul, Collective
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "float4": 0.5625}
 _WIDE_TPUS = ("tpu_v6e", "tpu7x")  # units of 256 × 256
@@ -38,7 +38,7 @@ class Assumptions:
       float8: rate of float8 products, as a fraction of the datasheet's, before `sustained`: 0.71 on H100, 0.76 on B200,
         0.72 on GB200 (S. Bekman, Machine Learning Engineering, compute/accelerator). Casts are counted apart.
       float32: rate of float32 products against bfloat16 (TF32).
-      large_link: fraction of the wire that transfers of 64 MB and more reach inside a host: 371 of 450 GB/s, all-to-all
+      large_link: fraction of the wire that collectives of 64 MB and more reach inside a host: 371 of 450 GB/s, all-to-all
         of 470 MB between 8 H100 (arXiv 2603.07685, table 7).
       peer_s: seconds an all-to-all needs for each further peer that it sends to, as NCCL's tests show on small buffers.
       gather_hidden: part of the gathers of parameters and the sums of their gradients that runs behind computation.
@@ -83,7 +83,7 @@ class Rates(NamedTuple):
     flops: dict[str, float]
     copy: float
     launch: float
-    near: tuple[float, float, float]  # bytes/s of small and of large transfers, seconds
+    near: tuple[float, float, float]  # bytes/s of small and of large collectives, seconds
     far: tuple[float, float]
     peer: float
     torus: int  # dims, 0 for a switch
@@ -91,7 +91,7 @@ class Rates(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def rates(device: Device, assumptions: Assumptions) -> Rates:
-    """What products, sweeps and transfers run at on the device."""
+    """What products, sweeps and collectives run at on the device."""
     tpu, cpu = device.name.startswith("tpu"), device.name == "cpu"
     plain = float(device.matmul_flops)
     float8 = max(plain, device.float8_flops * assumptions.float8)
@@ -121,7 +121,7 @@ def rates(device: Device, assumptions: Assumptions) -> Rates:
     )
 
 
-def product_efficiency(m: float, n: float, k: float, groups: float, rate: Rates) -> float:
+def matmul_efficiency(m: float, n: float, k: float, groups: float, rate: Rates) -> float:
     """Part of a large product's rate that `groups` products [m, k] × [k, n] reach, in (0, 1), rising in each of them.
 
     Half a tile is lost at each edge of m and n, `depth` terms at the start of each tile, and on a GPU half a wave of
@@ -133,7 +133,7 @@ def product_efficiency(m: float, n: float, k: float, groups: float, rate: Rates)
     return m / edge_m * n / edge_n * k / (k + rate.depth) * tiles / (tiles + rate.half_wave)
 
 
-def product_bytes(item: Product) -> float:
+def matmul_bytes(item: Matmul) -> float:
     """Bytes that one of the entry's `times` reads and writes at least.
 
     Grouped products of the phase "attention" are those of a fused kernel, whose scores never reach memory.
@@ -143,25 +143,25 @@ def product_bytes(item: Product) -> float:
     return elements * groups * _BYTES[item.dtype]
 
 
-def product_seconds(item: Product, rate: Rates) -> tuple[float, float]:
+def matmul_seconds(item: Matmul, rate: Rates) -> tuple[float, float]:
     """Seconds that one of the entry's `times` computes, and that it moves bytes: it takes the longer of the two, and a
     launch. See the module's docstring.
     """
     m, n, k, groups = item.m, item.n, item.k, item.groups
     if m <= 0 or n <= 0 or k <= 0 or groups <= 0:
         return 0.0, 0.0
-    flops_per_s = rate.flops[item.dtype] * product_efficiency(m, n, k, groups, rate)
+    flops_per_s = rate.flops[item.dtype] * matmul_efficiency(m, n, k, groups, rate)
     if groups > 1:
         flops_per_s *= rate.grouped.get(item.phase, 1.0)
-    return 2.0 * m * n * k * groups / flops_per_s, product_bytes(item) / rate.copy
+    return 2.0 * m * n * k * groups / flops_per_s, matmul_bytes(item) / rate.copy
 
 
 def _bandwidth(rate: Rates, size: float) -> float:
-    """Inside a host, of a transfer of `size` bytes: the fitted line's, rising to that of large ones."""
+    """Inside a host, of a collective of `size` bytes: the fitted line's, rising to that of large ones."""
     return rate.near[0] + rate.near[1] * size / (size + 64e6)
 
 
-def transfer_seconds(item: Transfer, span: tuple[int, int], rate: Rates) -> float:
+def collective_seconds(item: Collective, span: tuple[int, int], rate: Rates) -> float:
     """Seconds of one of the entry's `times`, alone on its links, between `span`: (devices inside a host, hosts).
 
     all_to_all: each device sends 1/n of its operand to each other, over both links at once; what leaves a host goes

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
-from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer
+from moejax.planner.work import Kind, Phase, Matmul, MemoryOp, Collective
 
 # What a result is to a rematerialization policy, see `moejax.remat`:
 #   projection  a named product: queries, keys and values, gate and up
@@ -20,9 +20,9 @@ from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer
 #   network     what crossed the network, and so the product whose result it was: attention's output, experts' results
 #   result      what nothing names: logits, sorted gates
 #   routing     what the router's kernel gives
-#   anew        what no policy keeps: weights gathered for a layer, integers that devices agree on
+#   recomputed  what no policy keeps: weights gathered for a layer, integers that devices agree on
 #   unused      the backward pass does not ask for it
-Result = Literal["projection", "scores", "network", "result", "routing", "anew", "unused"]
+Result = Literal["projection", "scores", "network", "result", "routing", "recomputed", "unused"]
 KEPT: dict[str, frozenset[Result]] = {
     "none": frozenset(("projection", "scores", "network", "result", "routing", "unused")),
     "minimal": frozenset(("projection", "scores", "network", "routing", "unused")),
@@ -47,19 +47,19 @@ class Passes:
         self.kept = KEPT[policy]
         self._devices: dict[frozenset[str], tuple[tuple[str, ...], int]] = {}
 
-    def stages(self, result: Result) -> tuple[Literal["forward", "recompute"], ...]:
+    def passes_of(self, result: Result) -> tuple[Literal["forward", "recompute"], ...]:
         """The passes in which something is computed whose result is such."""
         return ("forward",) if result in self.kept else ("forward", "recompute")
 
-    def product(
+    def matmul(
         self, phase: Phase, m: float, n: float, k: float, times: float, result: Result, groups: float = 1,
         filled: float = 1,
-    ) -> Iterator[Product]:  # fmt: skip
+    ) -> Iterator[Matmul]:  # fmt: skip
         """[m, k] × [k, n] by a weight, and the gradients of both."""
-        for stage in self.stages(result):
-            yield Product(phase, stage, m, n, k, groups, times, self.dtype, filled)
-        yield Product(phase, "backward", m, k, n, groups, times, self.dtype, filled)
-        yield Product(phase, "backward", k, n, m, groups, times, self.dtype, filled)
+        for pass_ in self.passes_of(result):
+            yield Matmul(phase, pass_, m, n, k, groups, times, self.dtype, filled)
+        yield Matmul(phase, "backward", m, k, n, groups, times, self.dtype, filled)
+        yield Matmul(phase, "backward", k, n, m, groups, times, self.dtype, filled)
 
     def devices(self, axes: Iterable[str]) -> tuple[tuple[str, ...], int]:
         """Those of the axes that have more than one device, as the mesh orders them, and their devices."""
@@ -69,39 +69,39 @@ class Passes:
             self._devices[key] = found, math.prod(self.size[axis] for axis in found)
         return self._devices[key]
 
-    def transfer(
+    def collective(
         self, phase: Phase, kind: Kind, axes: Iterable[str], num_bytes: float, times: float, result: Result = "unused",
         *, back_bytes: float | None = None, hosts: int = 1,
-    ) -> Iterator[Transfer]:  # fmt: skip
+    ) -> Iterator[Collective]:  # fmt: skip
         """A collective of operands of `num_bytes`, and its counterpart in the backward pass, of `back_bytes`."""
         axes, num_devices = self.devices(axes)
         if num_devices == 1:
             return
-        for stage in self.stages(result):
-            yield Transfer(phase, stage, kind, axes, num_bytes, num_devices, times, hosts)
+        for pass_ in self.passes_of(result):
+            yield Collective(phase, pass_, kind, axes, num_bytes, num_devices, times, hosts)
         back = _TRANSPOSED[kind]
         if back:
             arrived = {"all_gather": num_bytes * num_devices, "reduce_scatter": num_bytes / num_devices}
             back_bytes = arrived.get(kind, num_bytes) if back_bytes is None else back_bytes
-            yield Transfer(phase, "backward", back, axes, back_bytes, num_devices, times, hosts)
+            yield Collective(phase, "backward", back, axes, back_bytes, num_devices, times, hosts)
 
-    def told(
+    def without_gradient(
         self, phase: Phase, kind: Kind, axes: Iterable[str], num_bytes: float, times: float, result: Result = "unused"
-    ) -> Iterator[Transfer]:
+    ) -> Iterator[Collective]:
         """A collective of what has no gradient."""
-        return (t for t in self.transfer(phase, kind, axes, num_bytes, times, result) if t.stage != "backward")
+        return (t for t in self.collective(phase, kind, axes, num_bytes, times, result) if t.pass_ != "backward")
 
-    def only(
-        self, phase: Phase, stage: Literal["backward", "update"], axes: Iterable[str], num_bytes: float, times: float
-    ) -> Iterator[Transfer]:
+    def in_pass(
+        self, phase: Phase, pass_: Literal["backward", "update"], axes: Iterable[str], num_bytes: float, times: float
+    ) -> Iterator[Collective]:
         """A sum over devices in one pass."""
         axes, num_devices = self.devices(axes)
         if num_devices > 1:
-            yield Transfer(phase, stage, "all_reduce", axes, num_bytes, num_devices, times)
+            yield Collective(phase, pass_, "all_reduce", axes, num_bytes, num_devices, times)
 
-    def sweep(self, phase: Phase, elements: float, times: float, forward: float, backward: float) -> Iterator[Sweep]:
+    def memory_op(self, phase: Phase, elements: float, times: float, forward: float, backward: float) -> Iterator[MemoryOp]:
         """Elements of the compute dtype that a pass reads or writes `forward` times, its gradient `backward` times."""
-        yield Sweep(phase, "forward", forward * elements * self.itemsize, times)
+        yield MemoryOp(phase, "forward", forward * elements * self.itemsize, times)
         if not self.kept >= {"projection"}:
-            yield Sweep(phase, "recompute", forward * elements * self.itemsize, times)
-        yield Sweep(phase, "backward", backward * elements * self.itemsize, times)
+            yield MemoryOp(phase, "recompute", forward * elements * self.itemsize, times)
+        yield MemoryOp(phase, "backward", backward * elements * self.itemsize, times)

@@ -27,7 +27,7 @@ from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
 from moejax.pipeline import num_ticks
 from moejax.planner.passes import Passes, Result
 from moejax.planner.plan import Plan
-from moejax.planner.work import Kind, Pass, Phase, Product, Sweep, Transfer, Work
+from moejax.planner.work import Kind, Pass, Phase, Matmul, MemoryOp, Collective, Work
 from moejax.sharding import Param
 
 # Products of queries by tokens in the attention kernels, forward and backward.
@@ -50,7 +50,7 @@ def work(plan: Plan) -> Work:
     step = _Step(plan)
     items = [*step.embed(), *step.dense_layers(), *step.layers(), *step.pipeline(), *step.weights()]
     if plan.mode == "prefill":
-        return [item for item in (*items, *step.next_token()) if item.stage == "forward"]
+        return [item for item in (*items, *step.next_token()) if item.pass_ == "forward"]
     return [*step.count_ahead(), *items, *step.logits(), *step.loss(), *step.update()]
 
 
@@ -74,9 +74,9 @@ class _Step(Passes):
         mesh, m = plan.mesh, plan.model
         self.platform = "tpu" if mesh.hardware.startswith("tpu") else "gpu"
         self.table = sharding.param_table(m, plan.dispatch, plan.parallel, mesh)
-        self.passes = plan.accumulate if plan.mode == "train" else 1
+        self.num_slices = plan.accumulate if plan.mode == "train" else 1
 
-        self.B = plan.batch_size // (self.size[REPLICA] * self.size[EXPERT] * self.passes)
+        self.B = plan.batch_size // (self.size[REPLICA] * self.size[EXPERT] * self.num_slices)
         self.S, self.s = plan.seq_len, plan.seq_len // self.size[TENSOR]
         microbatch = self.B // plan.parallel.num_microbatches
         self.exchanges = self.size[EXPERT] * self.size[TENSOR] > 1
@@ -84,71 +84,71 @@ class _Step(Passes):
         self.microbatch, self.b = microbatch, microbatch // self.parts
         self.ticks = num_ticks(plan.parallel.num_microbatches, self.size[PIPELINE], plan.parallel.repeats)
         self.chunk = m.num_moe_layers // (plan.parallel.repeats * self.size[PIPELINE])
-        self.layer_runs = self.passes * self.ticks * self.chunk
+        self.layer_runs = self.num_slices * self.ticks * self.chunk
 
     # The parts, in the order of the program.
 
-    def count_ahead(self) -> Iterator[Product | Transfer | Sweep]:
+    def count_ahead(self) -> Iterator[Matmul | Collective | MemoryOp]:
         """The forward pass over all accumulated slices that counts assignments for their load-balance loss."""
-        if self.passes == 1 or not self.plan.balance.aux_loss_weight:
+        if self.num_slices == 1 or not self.plan.balance.aux_loss_weight:
             return
         items = (*self.embed(), *self.dense_layers(), *self.layers(), *self.pipeline(), *self.weights(output=False))
-        yield from (item for item in items if item.stage == "forward")
+        yield from (item for item in items if item.pass_ == "forward")
 
-    def embed(self) -> Iterator[Product | Transfer | Sweep]:
+    def embed(self) -> Iterator[Matmul | Collective | MemoryOp]:
         """Rows of this device's part of the table, summed over the parts of the vocabulary."""
         whole, local = (self.B * length * self.model.d_model for length in (self.S, self.s))
-        yield Sweep("embed", "forward", 2 * whole * self.itemsize, self.passes)
-        yield Sweep("embed", "backward", 2 * whole * 4, self.passes)
-        yield from self.transfer("embed", "reduce_scatter", (TENSOR,), whole * self.itemsize, self.passes)
+        yield MemoryOp("embed", "forward", 2 * whole * self.itemsize, self.num_slices)
+        yield MemoryOp("embed", "backward", 2 * whole * 4, self.num_slices)
+        yield from self.collective("embed", "reduce_scatter", (TENSOR,), whole * self.itemsize, self.num_slices)
         kind: Kind = "reduce_scatter" if self.model.num_dense_layers else "all_reduce"
-        yield from self.transfer("embed", kind, (PIPELINE,), local * self.itemsize, self.passes)
+        yield from self.collective("embed", kind, (PIPELINE,), local * self.itemsize, self.num_slices)
 
-    def attention(self, b: float, times: float) -> Iterator[Product | Transfer | Sweep]:
+    def attention(self, b: float, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """A layer's attention on `b` sequences: heads split over `tensor`, all tokens gathered."""
         m, t = self.model, self.size[TENSOR]
         heads, kv_heads, tokens = m.num_heads // t, m.num_kv_heads // t, b * self.S
         local = b * self.s * m.d_model * self.itemsize
-        yield from self.transfer("attention", "all_gather", (TENSOR,), local, times, "network")
-        yield from self.product("attention", tokens, heads * m.head_dim, m.d_model, times, "projection")
-        yield from self.product("attention", tokens, 2 * kv_heads * m.head_dim, m.d_model, times, "projection")
+        yield from self.collective("attention", "all_gather", (TENSOR,), local, times, "network")
+        yield from self.matmul("attention", tokens, heads * m.head_dim, m.d_model, times, "projection")
+        yield from self.matmul("attention", tokens, 2 * kv_heads * m.head_dim, m.d_model, times, "projection")
         yield from self.scores(b, heads, times)
-        yield from self.product("attention", tokens, m.d_model, heads * m.head_dim, times, "network")
-        yield from self.transfer("attention", "reduce_scatter", (TENSOR,), local * t, times, "network")
-        yield from self.sweep("attention", b * self.s * m.d_model, times, forward=5, backward=8)  # norm, residual
+        yield from self.matmul("attention", tokens, m.d_model, heads * m.head_dim, times, "network")
+        yield from self.collective("attention", "reduce_scatter", (TENSOR,), local * t, times, "network")
+        yield from self.memory_op("attention", b * self.s * m.d_model, times, forward=5, backward=8)  # norm, residual
         rotated = tokens * (heads + kv_heads) * m.head_dim
-        yield from self.sweep("attention", rotated, times, forward=2, backward=2)
+        yield from self.memory_op("attention", rotated, times, forward=2, backward=2)
 
-    def scores(self, b: float, heads: int, times: float) -> Iterator[Product]:
+    def scores(self, b: float, heads: int, times: float) -> Iterator[Matmul]:
         """The kernel on padded tokens; causality leaves half of each product of queries by tokens."""
         m = self.model
         S, H = cost.padded(self.platform, self.S, m.head_dim, self.itemsize)
         forward, backward = _ATTENTION_PRODUCTS[self.platform]
-        for stage in self.stages("scores"):
-            yield Product("attention", stage, S, S / 2, H, b * heads, forward * times, m.dtype)
-        yield Product("attention", "backward", S, S / 2, H, b * heads, backward * times, m.dtype)
+        for pass_ in self.passes_of("scores"):
+            yield Matmul("attention", pass_, S, S / 2, H, b * heads, forward * times, m.dtype)
+        yield Matmul("attention", "backward", S, S / 2, H, b * heads, backward * times, m.dtype)
         if self.platform == "tpu":  # the result times its gradient, which GPUs have another kernel for
-            yield Product("attention", "backward", 1, 1, H, b * heads * S, times, "float32")
+            yield Matmul("attention", "backward", 1, 1, H, b * heads * S, times, "float32")
 
-    def swiglu(self, tokens: float, d_ff: int, times: float) -> Iterator[Product | Sweep]:
+    def swiglu(self, tokens: float, d_ff: int, times: float) -> Iterator[Matmul | MemoryOp]:
         """A feed-forward that every token visits: shared experts, and that of dense layers."""
-        yield from self.product("expert", tokens, 2 * d_ff, self.model.d_model, times, "projection")
-        yield from self.product("expert", tokens, self.model.d_model, d_ff, times, "unused")
-        yield from self.sweep("expert", tokens * d_ff, times, forward=3, backward=5)
+        yield from self.matmul("expert", tokens, 2 * d_ff, self.model.d_model, times, "projection")
+        yield from self.matmul("expert", tokens, self.model.d_model, d_ff, times, "unused")
+        yield from self.memory_op("expert", tokens * d_ff, times, forward=3, backward=5)
 
-    def dense_layers(self) -> Iterator[Product | Transfer | Sweep]:
+    def dense_layers(self) -> Iterator[Matmul | Collective | MemoryOp]:
         """The leading dense layers, each stage of the pipeline on its share of the batch."""
         m, stages = self.model, self.size[PIPELINE]
         if not m.num_dense_layers:
             return
-        b, times = self.B / stages, self.passes * m.num_dense_layers
+        b, times = self.B / stages, self.num_slices * m.num_dense_layers
         yield from self.attention(b, times)
         yield from self.swiglu(b * self.s, m.dense_d_ff, times)
-        yield from self.sweep("expert", b * self.s * m.d_model, times, forward=3, backward=5)
+        yield from self.memory_op("expert", b * self.s * m.d_model, times, forward=3, backward=5)
         local = b * self.s * m.d_model * self.itemsize
-        yield from self.transfer("pipeline", "all_gather", (PIPELINE,), local, self.passes)
+        yield from self.collective("pipeline", "all_gather", (PIPELINE,), local, self.num_slices)
 
-    def layers(self) -> Iterator[Product | Transfer | Sweep]:
+    def layers(self) -> Iterator[Matmul | Collective | MemoryOp]:
         """The layers of this stage in every tick of the pipeline, on each part of the microbatch."""
         times = self.layer_runs * self.parts
         yield from self.attention(self.b, times)
@@ -161,17 +161,17 @@ class _Step(Passes):
     def T(self) -> int:
         return self.b * self.s
 
-    def route(self, times: float) -> Iterator[Product | Sweep]:
+    def route(self, times: float) -> Iterator[Matmul | MemoryOp]:
         """The router's kernel; its backward pass makes the logits again."""
         m = self.model
-        for stage in self.stages("routing"):
-            yield Product("route", stage, self.T, m.num_experts, m.d_model, times=times, dtype="float32")
-        yield Product("route", "backward", self.T, m.num_experts, m.d_model, times=times, dtype="float32")
-        yield Product("route", "backward", self.T, m.d_model, m.num_experts, times=times, dtype="float32")
-        yield Product("route", "backward", m.d_model, m.num_experts, self.T, times=times, dtype="float32")
-        yield from self.sweep("route", self.T * m.d_model, times, forward=3, backward=5)  # norm
+        for pass_ in self.passes_of("routing"):
+            yield Matmul("route", pass_, self.T, m.num_experts, m.d_model, times=times, dtype="float32")
+        yield Matmul("route", "backward", self.T, m.num_experts, m.d_model, times=times, dtype="float32")
+        yield Matmul("route", "backward", self.T, m.d_model, m.num_experts, times=times, dtype="float32")
+        yield Matmul("route", "backward", m.d_model, m.num_experts, self.T, times=times, dtype="float32")
+        yield from self.memory_op("route", self.T * m.d_model, times, forward=3, backward=5)  # norm
 
-    def mixture(self, times: float) -> Iterator[Product | Transfer | Sweep]:
+    def mixture(self, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """Tokens to their experts and back, by the strategy of the dispatch."""
         assignments = self.T * self.model.experts_per_token
         if self.grouped and not self.exchanges:
@@ -183,8 +183,8 @@ class _Step(Passes):
         else:
             rows = self.capacity * self.model.num_experts
             yield from self.buffers(times)
-        yield from self.sweep("dispatch", (rows + assignments) * self.model.d_model, times, forward=1, backward=1)
-        yield from self.sweep("combine", (rows + assignments) * self.model.d_model, times, forward=1, backward=1)
+        yield from self.memory_op("dispatch", (rows + assignments) * self.model.d_model, times, forward=1, backward=1)
+        yield from self.memory_op("combine", (rows + assignments) * self.model.d_model, times, forward=1, backward=1)
         yield from self.weighted_sum(times)
 
     @property
@@ -192,27 +192,27 @@ class _Step(Passes):
         """Whether experts take rows sorted by expert, not buffers of equal size."""
         return self.dispatch.strategy == "ragged" or (self.dispatch.strategy == "dropless" and not self.exchanges)
 
-    def weighted_sum(self, times: float) -> Iterator[Product]:
+    def weighted_sum(self, times: float) -> Iterator[Matmul]:
         """Of a token's results, by its gates: a product of [1, K] and [K, D] for each."""
         m = self.model
         passes: tuple[tuple[Pass, int], ...] = (("forward", 1), ("backward", 2))
-        for stage, number in passes:
-            yield Product("combine", stage, 1, m.d_model, m.experts_per_token, self.T, number * times, "float32")
+        for pass_, number in passes:
+            yield Matmul("combine", pass_, 1, m.d_model, m.experts_per_token, self.T, number * times, "float32")
 
     @property
     def capacity(self) -> int:
         return self.dispatch.capacity(self.T, self.model)
 
-    def buffers(self, times: float) -> Iterator[Product | Transfer | Sweep]:
+    def buffers(self, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """One round of buffers of equal size, in chunks that travel and compute by themselves."""
         m, d = self.model, self.dispatch
         if d.strategy == "capacity":
             yield from self.highest_gates(times)
-        yield from self.told("dispatch", "all_reduce", _SENDERS, 4, times, "anew")  # the number of rounds
+        yield from self.without_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")  # the number of rounds
         rows, chunks = m.num_experts * self.capacity / d.chunks, times * d.chunks
         full, packed = rows * m.d_model * self.itemsize, self.packed_bytes(rows)
         exchange = functools.partial(
-            self.transfer, kind="all_to_all", axes=d.expert_axes, times=chunks, result="network", hosts=d.hosts
+            self.collective, kind="all_to_all", axes=d.expert_axes, times=chunks, result="network", hosts=d.hosts
         )
         yield from exchange("dispatch", num_bytes=packed, back_bytes=full)
         yield from self.experts(rows, chunks)
@@ -223,15 +223,15 @@ class _Step(Passes):
         D = self.model.d_model
         return rows * (D + 4 if self.dispatch.payload == "float8" else D * self.itemsize)
 
-    def highest_gates(self, times: float) -> Iterator[Product | Transfer]:
+    def highest_gates(self, times: float) -> Iterator[Matmul | Collective]:
         """Every device sorts all senders' assignments by gate, and counts positions anew by a product."""
         assignments, E = self.T * self.model.experts_per_token, self.model.num_experts
         for _ in ("gate", "expert"):
-            yield from self.told("dispatch", "all_gather", _SENDERS, 4 * assignments, times, "result")  # sorted
-        yield from self.told("dispatch", "all_reduce", _SENDERS, 4 * E, times, "result")
+            yield from self.without_gradient("dispatch", "all_gather", _SENDERS, 4 * assignments, times, "result")  # sorted
+        yield from self.without_gradient("dispatch", "all_reduce", _SENDERS, 4 * E, times, "result")
         block = min(_POSITIONS_BLOCK, self.T)
-        for stage in self.stages("result"):
-            yield Product("dispatch", stage, block, E, block, math.ceil(self.T / block), times, "float32")
+        for pass_ in self.passes_of("result"):
+            yield Matmul("dispatch", pass_, block, E, block, math.ceil(self.T / block), times, "float32")
 
     @property
     def ragged_rows(self) -> int:
@@ -240,17 +240,17 @@ class _Step(Passes):
         room = self.capacity * self.model.num_experts // self.dispatch.chunks
         return min(room, senders * self.T * self.model.experts_per_token)
 
-    def ragged(self, times: float) -> Iterator[Product | Transfer | Sweep]:
+    def ragged(self, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """Exactly the rows that are assigned; as the trace does, as many as sender and receiver have room for."""
         m, d = self.model, self.dispatch
-        yield from self.told("dispatch", "all_gather", d.expert_axes, 4 * m.num_experts, times, "anew")
-        yield from self.told("dispatch", "all_reduce", _SENDERS, 4, times, "anew")
+        yield from self.without_gradient("dispatch", "all_gather", d.expert_axes, 4 * m.num_experts, times, "recomputed")
+        yield from self.without_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")
         chunks = times * d.chunks
         yield from self.ragged_hops("dispatch", chunks)
         yield from self.experts(self.ragged_rows, chunks)
         yield from self.ragged_hops("combine", chunks)
 
-    def ragged_hops(self, phase: Phase, times: float) -> Iterator[Transfer]:
+    def ragged_hops(self, phase: Phase, times: float) -> Iterator[Collective]:
         """Inside the host from the sender's rows to those for all hosts' receivers, then across to one receiver's."""
         axes, num_devices = self.devices(self.dispatch.expert_axes)
         hosts, here = self.dispatch.hosts, self.T * self.model.experts_per_token
@@ -259,12 +259,12 @@ class _Step(Passes):
             there, back = self.packed_bytes(rows), rows * self.model.d_model * self.itemsize
             if phase == "combine":
                 there, back = back, there
-            passes: tuple[Pass, ...] = (*self.stages("network"), "backward")
-            for stage in passes if devices > 1 else ():
-                num_bytes = back if stage == "backward" else there
-                yield Transfer(phase, stage, "all_to_all", axes, num_bytes, devices, times)
+            passes: tuple[Pass, ...] = (*self.passes_of("network"), "backward")
+            for pass_ in passes if devices > 1 else ():
+                num_bytes = back if pass_ == "backward" else there
+                yield Collective(phase, pass_, "all_to_all", axes, num_bytes, devices, times)
 
-    def experts(self, rows: float, times: float) -> Iterator[Product | Transfer | Sweep]:
+    def experts(self, rows: float, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """This device's experts on its rows. Where their width is split, rows of all of `tensor` are gathered."""
         m, t = self.model, self.size[TENSOR]
         _, expert_devices = self.devices(self.dispatch.expert_axes)
@@ -272,69 +272,69 @@ class _Step(Passes):
         if TENSOR not in self.dispatch.expert_axes:
             num_bytes, width, rows = rows * m.d_model * self.itemsize, m.d_ff // t, rows * t
             if self.dispatch.strategy == "ragged":
-                yield from self.told("expert", "all_gather", (TENSOR,), 4 * e, times, "result")  # rows of each expert
-            yield from self.transfer("expert", "all_gather", (TENSOR,), num_bytes, times, "network")
-            yield from self.transfer("expert", "reduce_scatter", (TENSOR,), num_bytes * t, times, "network")
+                yield from self.without_gradient("expert", "all_gather", (TENSOR,), 4 * e, times, "result")  # rows of each expert
+            yield from self.collective("expert", "all_gather", (TENSOR,), num_bytes, times, "network")
+            yield from self.collective("expert", "reduce_scatter", (TENSOR,), num_bytes * t, times, "network")
         filled = 1.0
         if self.grouped:
             balanced = self.T * m.experts_per_token * (1 if TENSOR in self.dispatch.expert_axes else t)
             rows = padded_rows(self.platform, int(rows))
             filled = min(1.0, balanced / self.dispatch.chunks / rows)
-        yield from self.product("expert", rows / e, 2 * width, m.d_model, times, "projection", e, filled)
-        yield from self.product("expert", rows / e, m.d_model, width, times, "network", e, filled)
-        yield from self.sweep("expert", rows * width, times, forward=3, backward=5)
+        yield from self.matmul("expert", rows / e, 2 * width, m.d_model, times, "projection", e, filled)
+        yield from self.matmul("expert", rows / e, m.d_model, width, times, "network", e, filled)
+        yield from self.memory_op("expert", rows * width, times, forward=3, backward=5)
 
-    def pipeline(self) -> Iterator[Transfer | Sweep]:
+    def pipeline(self) -> Iterator[Collective | MemoryOp]:
         """Every tick hands the next stage its microbatch; at the end the first stage hands all of them to all."""
         one = self.microbatch * self.s * self.model.d_model * self.itemsize
-        times, everything = self.passes * self.ticks, one * self.parallel.num_microbatches
-        yield from self.transfer("pipeline", "ppermute", (PIPELINE,), one, times)
-        yield from self.told("pipeline", "all_reduce", (PIPELINE,), everything, self.passes)
+        times, everything = self.num_slices * self.ticks, one * self.parallel.num_microbatches
+        yield from self.collective("pipeline", "ppermute", (PIPELINE,), one, times)
+        yield from self.without_gradient("pipeline", "all_reduce", (PIPELINE,), everything, self.num_slices)
         if not self.model.num_dense_layers:  # what every stage has embedded: the sum of its gradient
-            yield from self.only("pipeline", "backward", (PIPELINE,), everything, self.passes)
-        yield Sweep("pipeline", "forward", 4 * one, times)
-        yield Sweep("pipeline", "backward", 4 * one, times)
+            yield from self.in_pass("pipeline", "backward", (PIPELINE,), everything, self.num_slices)
+        yield MemoryOp("pipeline", "forward", 4 * one, times)
+        yield MemoryOp("pipeline", "backward", 4 * one, times)
         for numbers in self.statistics():
-            yield from self.told("route", "all_reduce", (REPLICA, EXPERT, TENSOR), 4 * numbers, self.passes)
+            yield from self.without_gradient("route", "all_reduce", (REPLICA, EXPERT, TENSOR), 4 * numbers, self.num_slices)
 
     def statistics(self) -> list[int]:
         """Numbers in each array of sums that the router's losses and figures need of this stage's layers."""
         layers, (by_expert, alone) = self.parallel.repeats * self.chunk, _STATISTICS
         return [layers * self.model.num_experts] * by_expert + [layers] * alone
 
-    def logits(self) -> Iterator[Product | Transfer | Sweep]:
+    def logits(self) -> Iterator[Matmul | Collective | MemoryOp]:
         """This device's columns for every token of a microbatch, all stages on the same tokens."""
-        m, times = self.model, self.passes * self.parallel.num_microbatches
+        m, times = self.model, self.num_slices * self.parallel.num_microbatches
         tokens, local = self.microbatch * self.S, self.microbatch * self.s * m.d_model
-        yield from self.transfer("logits", "all_gather", (TENSOR,), local * self.itemsize, times, "network")
-        yield from self.product("logits", tokens, self.vocabulary, m.d_model, times, "result")
-        yield from self.only("logits", "backward", (PIPELINE,), tokens * m.d_model * self.itemsize, times)
-        yield from self.sweep("logits", local, times, forward=3, backward=5)  # the last norm
+        yield from self.collective("logits", "all_gather", (TENSOR,), local * self.itemsize, times, "network")
+        yield from self.matmul("logits", tokens, self.vocabulary, m.d_model, times, "result")
+        yield from self.in_pass("logits", "backward", (PIPELINE,), tokens * m.d_model * self.itemsize, times)
+        yield from self.memory_op("logits", local, times, forward=3, backward=5)  # the last norm
 
-    def next_token(self) -> Iterator[Product | Transfer]:
+    def next_token(self) -> Iterator[Matmul | Collective]:
         """Logits of one position of each sequence."""
         m = self.model
         local = self.B * self.s * m.d_model * self.itemsize
-        yield from self.told("logits", "all_gather", (TENSOR,), local, self.passes)
-        yield Product("logits", "forward", self.B, self.vocabulary, m.d_model, times=self.passes, dtype=m.dtype)
+        yield from self.without_gradient("logits", "all_gather", (TENSOR,), local, self.num_slices)
+        yield Matmul("logits", "forward", self.B, self.vocabulary, m.d_model, times=self.num_slices, dtype=m.dtype)
 
     @property
     def vocabulary(self) -> int:
         """Columns of the output table on this device."""
         return self.model.vocab_size // (self.size[PIPELINE] * self.size[TENSOR])
 
-    def loss(self) -> Iterator[Transfer | Sweep]:
+    def loss(self) -> Iterator[Collective | MemoryOp]:
         """The softmax over columns of all devices, and means over all tokens."""
-        times, tokens = self.passes * self.parallel.num_microbatches, self.microbatch * self.S
+        times, tokens = self.num_slices * self.parallel.num_microbatches, self.microbatch * self.S
         results: tuple[Result, ...] = ("network", "network", "unused")  # largest logit, normalizer, the target's logit
         for result in results:
-            yield from self.told("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
-        yield from self.only("loss", "update", (REPLICA, EXPERT), 3 * 4, 1)  # targets counted, ids out of range
-        yield from self.told("loss", "all_reduce", (REPLICA, EXPERT), 4, self.passes)
-        yield from self.told("loss", "all_reduce", (PIPELINE,), 4, self.passes)  # of the router
-        for stage in self.stages("result"):
-            yield Sweep("loss", stage, 3 * 4 * tokens * self.vocabulary, times)
-        yield Sweep("loss", "backward", 3 * 4 * tokens * self.vocabulary, times)
+            yield from self.without_gradient("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
+        yield from self.in_pass("loss", "update", (REPLICA, EXPERT), 3 * 4, 1)  # targets counted, ids out of range
+        yield from self.without_gradient("loss", "all_reduce", (REPLICA, EXPERT), 4, self.num_slices)
+        yield from self.without_gradient("loss", "all_reduce", (PIPELINE,), 4, self.num_slices)  # of the router
+        for pass_ in self.passes_of("result"):
+            yield MemoryOp("loss", pass_, 3 * 4 * tokens * self.vocabulary, times)
+        yield MemoryOp("loss", "backward", 3 * 4 * tokens * self.vocabulary, times)
 
     # Weights and what becomes of them.
 
@@ -342,7 +342,7 @@ class _Step(Passes):
         """Of a parameter, on one device."""
         return math.prod(p.shape) / math.prod(self.size[axis] for axes in p.stored for axis in axes)
 
-    def weights(self, *, output: bool = True) -> Iterator[Transfer | Sweep]:
+    def weights(self, *, output: bool = True) -> Iterator[Collective | MemoryOp]:
         """Gathers of stored shards, compute copies, and sums of gradients over devices with other tokens.
 
         Without `output`, the output layer is not used.
@@ -351,33 +351,33 @@ class _Step(Passes):
             if path[-1] == "w_DV" and not output:
                 continue
             elements = self.stored_elements(p)
-            yield from self.only("gather", "backward", (REPLICA,), 4 * elements, self.passes)
+            yield from self.in_pass("gather", "backward", (REPLICA,), 4 * elements, self.num_slices)
             if path[-1] == "router_bias_E":  # used as it lies; its gradient is zeros
                 continue
             if p.gather:
                 pieces, times, result = self.gathers(path, output)
-                yield from self.transfer("gather", "all_gather", p.gather[1], 4 * elements / pieces, times, result)
+                yield from self.collective("gather", "all_gather", p.gather[1], 4 * elements / pieces, times, result)
                 elements *= self.devices(p.gather[1])[1]
             stored_over = {axis for axes in p.stored for axis in axes}
             for pieces, times, itemsize, tokens_over in self.copies(path, output):
                 num_bytes = itemsize * elements / pieces
-                yield from self.only("gather", "backward", set(tokens_over) - stored_over, num_bytes, times)
-                for stage in ("forward", "backward"):
-                    yield Sweep("gather", stage, (4 + itemsize) * elements / pieces, times)
+                yield from self.in_pass("gather", "backward", set(tokens_over) - stored_over, num_bytes, times)
+                for pass_ in ("forward", "backward"):
+                    yield MemoryOp("gather", pass_, (4 + itemsize) * elements / pieces, times)
 
     def gathers(self, path: tuple[str, ...], output: bool) -> tuple[int, float, Result]:
         """In how many pieces a parameter is gathered, how many pieces in all, and what they are to a policy."""
         if path[0] == "dense_layers":
             layers = self.model.num_dense_layers
-            return layers, self.passes * layers, "anew"
+            return layers, self.num_slices * layers, "recomputed"
         if path[0] == "layers" and self.parallel.gather == "layer":
-            return self.parallel.repeats * self.chunk, self.layer_runs, "anew"
+            return self.parallel.repeats * self.chunk, self.layer_runs, "recomputed"
         tables = 2 if path[0] == "embed" and self.model.tie_embeddings and output else 1
-        return 1, self.passes * tables, "unused"
+        return 1, self.num_slices * tables, "unused"
 
     def copies(self, path: tuple[str, ...], output: bool) -> list[tuple[int, float, int, tuple[str, ...]]]:
         """The uses of a parameter: pieces, times, bytes of an element, and axes that a replica's tokens differ over."""
-        group, name, passes = path[0], path[-1], self.passes
+        group, name, passes = path[0], path[-1], self.num_slices
         everywhere = (EXPERT, PIPELINE, TENSOR)
         itemsize = 4 if name.endswith("norm_D") or name == "w_router_DE" else self.itemsize
         logits = (1, passes * self.parallel.num_microbatches, self.itemsize, (EXPERT, TENSOR))
@@ -392,15 +392,15 @@ class _Step(Passes):
             itemsize = 4  # rounds take the weights as they are stored
         return [(self.parallel.repeats * self.chunk, self.layer_runs * self.parts, itemsize, everywhere)]
 
-    def update(self) -> Iterator[Transfer | Sweep]:
+    def update(self) -> Iterator[Collective | MemoryOp]:
         """The norm of the gradients, AdamW on what is stored here, and the balancer's figures."""
         parameters = [p for _, p in _named(self.table)]
         for axes in {frozenset(axis for axes in p.stored for axis in axes) for p in parameters}:
-            yield from self.only("optimizer", "update", axes, 4, 1)
+            yield from self.in_pass("optimizer", "update", axes, 4, 1)
         # Read: parameter, gradient twice, both moments; written: parameter and moments.
-        yield Sweep("optimizer", "update", 8 * 4 * sum(map(self.stored_elements, parameters)))
+        yield MemoryOp("optimizer", "update", 8 * 4 * sum(map(self.stored_elements, parameters)))
         for numbers in self.statistics():
-            yield from self.only("route", "update", (PIPELINE,), 4 * numbers * self.size[PIPELINE], 1)
+            yield from self.in_pass("route", "update", (PIPELINE,), 4 * numbers * self.size[PIPELINE], 1)
 
 
 def _named(table: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Param]]:

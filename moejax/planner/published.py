@@ -24,7 +24,7 @@ from moejax.planner.architecture import (
 from moejax.planner.costs import Assumptions
 from moejax.planner.layouts import Run
 from moejax.planner.time import Placement, Step, StepTime, predict_time
-from moejax.planner.work import Kind, Pass, Phase, Product, Sweep, Transfer, Work
+from moejax.planner.work import Kind, Pass, Phase, Matmul, MemoryOp, Collective, Work
 
 _EXCHANGES: tuple[Phase, ...] = ("dispatch", "combine")
 
@@ -82,20 +82,20 @@ class _Builder:
             ("backward", rows, d_in, d_out, times),
             ("backward", d_in, d_out, rows, times),
         )
-        self.work += [Product(phase, stage, m, n, k, groups, t, dtype) for stage, m, n, k, t in products if t]
+        self.work += [Matmul(phase, pass_, m, n, k, groups, t, dtype) for pass_, m, n, k, t in products if t]
         if dtype != "bfloat16":  # casts of what goes in and of its gradient, and their transposes
-            self.sweep(phase, 4.0 * rows * groups * (d_in + d_out), times, backward=0.0)
+            self.memory_op(phase, 4.0 * rows * groups * (d_in + d_out), times, backward=0.0)
 
-    def sweep(self, phase: Phase, moved: float, times: float, *, backward: float = 2.0, again: float = 0.0) -> None:
+    def memory_op(self, phase: Phase, moved: float, times: float, *, backward: float = 2.0, again: float = 0.0) -> None:
         """A pass over memory, its backward pass `backward` times as large."""
         passes: tuple[tuple[Pass, float], ...] = (("forward", 1.0), ("backward", backward), ("recompute", again))
-        self.work += [Sweep(phase, stage, moved * size * self.eager, times) for stage, size in passes if size]
+        self.work += [MemoryOp(phase, pass_, moved * size * self.eager, times) for pass_, size in passes if size]
 
-    def transfer(
-        self, phase: Phase, stage: Pass, kind: Kind, axis: str, size: float, devices: int, times: float
+    def collective(
+        self, phase: Phase, pass_: Pass, kind: Kind, axis: str, size: float, devices: int, times: float
     ) -> None:
         if devices > 1 and size and times:
-            self.work.append(Transfer(phase, stage, kind, (axis,), size, devices, times))
+            self.work.append(Collective(phase, pass_, kind, (axis,), size, devices, times))
 
     def recomputed(self, what: str) -> float:
         """How much of the forward products of "attention", "scores", "ffn" or "experts" is done twice."""
@@ -111,7 +111,7 @@ class _Builder:
     def layer(self, layer: Layer, times: float) -> None:
         d, ends = self.run.model.d_model, (layer.mixer is not None) + (layer.ffn is not None)
         again = 1.0 if self.run.recompute in ("full", "half", "custom", "minimal") else 0.0
-        self.sweep("attention", 10.0 * d * self.spread * ends, times, again=again)  # norms and residual sums
+        self.memory_op("attention", 10.0 * d * self.spread * ends, times, again=again)  # norms and residual sums
         if isinstance(layer.mixer, StateSpace):
             self.state_space(layer.mixer, times)
         elif layer.mixer is not None:
@@ -126,10 +126,10 @@ class _Builder:
         run, size = self.run, 2.0 * self.tokens * self.run.model.d_model
         again = 1 + (run.recompute == "full")
         if run.sequence_parallel:
-            self.transfer(phase, "forward", "all_gather", "tensor", size / run.tp, run.tp, times * (again + 2))
-            self.transfer(phase, "forward", "reduce_scatter", "tensor", size, run.tp, times * (again + 1))
+            self.collective(phase, "forward", "all_gather", "tensor", size / run.tp, run.tp, times * (again + 2))
+            self.collective(phase, "forward", "reduce_scatter", "tensor", size, run.tp, times * (again + 1))
         else:
-            self.transfer(phase, "forward", "all_reduce", "tensor", size, run.tp, times * (again + 1))
+            self.collective(phase, "forward", "all_reduce", "tensor", size, run.tp, times * (again + 1))
 
     def attention(self, mixer: Attention | LatentAttention, times: float) -> None:
         run, d, again = self.run, self.run.model.d_model, self.recomputed("attention")
@@ -147,14 +147,14 @@ class _Builder:
             ("backward", seen, mixer.score_dim, 3 * times),  # scores again, their gradient into queries and keys
             ("backward", mixer.value_dim, seen, 2 * times),
         )
-        for stage, n, k, repeats in products:
-            self.work.append(Product("attention", stage, rows, n, k, groups, repeats))
+        for pass_, n, k, repeats in products:
+            self.work.append(Matmul("attention", pass_, rows, n, k, groups, repeats))
         rope = 4.0 * self.tokens * (mixer.q_dim + mixer.kv_dim) / tp
         normed = isinstance(mixer, LatentAttention) or bool(mixer.qk_norm)
-        self.sweep("attention", rope * (1 + normed), times, again=again, backward=1.5)
+        self.memory_op("attention", rope * (1 + normed), times, again=again, backward=1.5)
         if run.cp > 1:
             size = 2.0 * self.tokens * mixer.cache_dim / tp
-            self.transfer("attention", "forward", "all_gather", "context", size, run.cp, 2 * times)
+            self.collective("attention", "forward", "all_gather", "context", size, run.cp, 2 * times)
         self.tensor_collectives("attention", times)
 
     def state_space(self, mixer: StateSpace, times: float) -> None:
@@ -165,17 +165,17 @@ class _Builder:
         self.linear("attention", self.tokens, inner / tp, d, times, again=again)
         chunks, heads, q = self.tokens / mixer.chunk, mixer.num_heads / tp, mixer.chunk
         passes: tuple[tuple[Pass, float], ...] = (("forward", times * (1 + again)), ("backward", 2 * times))
-        for stage, repeats in passes:
+        for pass_, repeats in passes:
             for n, k, count in ((mixer.head_dim, q, 1), (mixer.head_dim, mixer.state, 2)):
-                self.work.append(Product("attention", stage, q, n, k, chunks * heads, repeats * count))
-        self.sweep("attention", 2.0 * self.tokens * (3 * wide + 4 * inner) / tp, times, again=again)
+                self.work.append(Matmul("attention", pass_, q, n, k, chunks * heads, repeats * count))
+        self.memory_op("attention", 2.0 * self.tokens * (3 * wide + 4 * inner) / tp, times, again=again)
         self.tensor_collectives("attention", times)
 
     def dense(self, ffn: FeedForward, times: float) -> None:
         d, tp, again = self.run.model.d_model, self.run.tp, self.recomputed("ffn")
         self.linear("expert", self.tokens, d, ffn.d_ff * (1 + ffn.gated) / tp, times, again=again)
         self.linear("expert", self.tokens, ffn.d_ff / tp, d, times, again=again)
-        self.sweep("expert", (4.0 + 2 * ffn.gated) * ffn.d_ff * self.tokens / tp, times, again=again)
+        self.memory_op("expert", (4.0 + 2 * ffn.gated) * ffn.d_ff * self.tokens / tp, times, again=again)
         self.tensor_collectives("expert", times)
 
     def experts(self, ffn: Experts, times: float) -> None:
@@ -183,7 +183,7 @@ class _Builder:
         tokens = self.tokens / run.tp  # the tensor axis holds other tokens, or the same work split
         width, local = ffn.width(d), max(1.0, ffn.num / run.ep)
         self.linear("route", tokens, d, ffn.num, times, again=again, dtype="bfloat16")
-        self.sweep("route", 16.0 * tokens * ffn.num, times, again=again)
+        self.memory_op("route", 16.0 * tokens * ffn.num, times, again=again)
         if ffn.latent:
             self.linear("expert", tokens, d, width, times, again=again)
             self.linear("expert", tokens, width, d, times, again=again)
@@ -193,16 +193,16 @@ class _Builder:
         rows = tokens * ffn.per_token * (run.capacity if run.capacity and run.dense_dispatch else 1.0)
         if run.etp > 1:  # the tokens of all who share an expert's width come together, and the results are summed
             size = 2.0 * width * rows
-            self.transfer("expert", "forward", "all_gather", "tensor", size, run.etp, times * (2 + again))
-            self.transfer("expert", "forward", "reduce_scatter", "tensor", size * run.etp, run.etp, times * (2 + again))
+            self.collective("expert", "forward", "all_gather", "tensor", size, run.etp, times * (2 + again))
+            self.collective("expert", "forward", "reduce_scatter", "tensor", size * run.etp, run.etp, times * (2 + again))
         rows *= run.etp
         self.linear(
             "expert", rows / local, width, ffn.d_ff * (1 + ffn.gated) / run.etp, times, again=again, groups=local
         )
         self.linear("expert", rows / local, ffn.d_ff / run.etp, width, times, again=again, groups=local)
-        self.sweep("expert", (4.0 + 2 * ffn.gated) * ffn.d_ff * rows / run.etp, times, again=again)
+        self.memory_op("expert", (4.0 + 2 * ffn.gated) * ffn.d_ff * rows / run.etp, times, again=again)
         if ffn.bias:  # added to what grouped products return, read and written
-            self.sweep("expert", 4.0 * rows * (ffn.d_ff * (1 + ffn.gated) + width), times, backward=0.5, again=again)
+            self.memory_op("expert", 4.0 * rows * (ffn.d_ff * (1 + ffn.gated) + width), times, backward=0.5, again=again)
         self.move_tokens(ffn, tokens, rows / run.etp, times, again)
 
     def move_tokens(self, ffn: Experts, tokens: float, rows: float, times: float, again: float) -> None:
@@ -212,13 +212,13 @@ class _Builder:
             slots = run.seq * ffn.per_token * (run.capacity or 1.0)
             passes: tuple[tuple[Pass, float], ...] = (("forward", times * (1 + again)), ("backward", times))
             for phase in _EXCHANGES:
-                for stage, repeats in passes:
-                    self.work.append(Product(phase, stage, slots, width, run.seq, run.mbs, repeats))
-            self.sweep("dispatch", 4.0 * tokens * slots, times, again=again)
+                for pass_, repeats in passes:
+                    self.work.append(Matmul(phase, pass_, slots, width, run.seq, run.mbs, repeats))
+            self.memory_op("dispatch", 4.0 * tokens * slots, times, again=again)
             return
         copies = 1 if run.deduplicated or run.ep == 1 else 2  # sorted by device before, by expert after
         for phase in _EXCHANGES:
-            self.sweep(phase, 2.0 * width * (tokens + (2 * copies - 1) * rows), times, backward=1.0, again=again)
+            self.memory_op(phase, 2.0 * width * (tokens + (2 * copies - 1) * rows), times, backward=1.0, again=again)
         inside, hosts = _span(run, run.ep, run.etp)
         wire = 1.0 if run.dtype != "bfloat16" and run.deduplicated else 2.0
         repeats = times * (2 + again)
@@ -226,20 +226,20 @@ class _Builder:
             size = wire * width if phase == "dispatch" else 2.0 * width
             if not run.deduplicated or hosts == 1:
                 sent = distinct(run.ep, ffn.per_token) * tokens if run.deduplicated else rows
-                self.transfer(phase, "forward", "all_to_all", "expert", size * sent, run.ep, repeats)
+                self.collective(phase, "forward", "all_to_all", "expert", size * sent, run.ep, repeats)
                 continue
             # Once to every host that wants it, then inside the host to every device that does.
             across = distinct(hosts, ffn.per_token) * tokens
-            self.transfer(phase, "forward", "all_to_all", "expert_hosts", size * across, hosts, repeats)
+            self.collective(phase, "forward", "all_to_all", "expert_hosts", size * across, hosts, repeats)
             spread = distinct(run.ep, ffn.per_token) * tokens
-            self.transfer(phase, "forward", "all_to_all", "expert_inside", size * spread, inside, repeats)
+            self.collective(phase, "forward", "all_to_all", "expert_inside", size * spread, inside, repeats)
 
     def logits(self, times: float) -> None:
         run = self.run
         vocab = run.model.vocab_size / run.tp
         self.linear("logits", self.tokens, run.model.d_model, vocab, times, dtype="bfloat16")
-        self.sweep("loss", 12.0 * self.tokens * vocab, times, backward=0.5)
-        self.sweep("embed", 4.0 * self.tokens * run.model.d_model, times)
+        self.memory_op("loss", 12.0 * self.tokens * vocab, times, backward=0.5)
+        self.memory_op("embed", 4.0 * self.tokens * run.model.d_model, times)
 
     def parameters(self) -> None:
         """Gathers of parameters, sums of gradients, and the update."""
@@ -255,10 +255,10 @@ class _Builder:
                 gathers, sums = 2 * run.microbatches, run.microbatches
             else:
                 gathers = sums = 1
-            self.transfer("gather", "forward", "all_gather", axis, 2.0 * size / devices, devices, gathers)
-            self.transfer("gather", "backward", "reduce_scatter", axis, gradient * size, devices, sums)
-            self.work.append(Sweep("optimizer", "update", OPTIMIZER_BYTES * size / devices))
-            self.work.append(Sweep("optimizer", "update", 2 * gradient * size))  # zeroed, and its norm taken
+            self.collective("gather", "forward", "all_gather", axis, 2.0 * size / devices, devices, gathers)
+            self.collective("gather", "backward", "reduce_scatter", axis, gradient * size, devices, sums)
+            self.work.append(MemoryOp("optimizer", "update", OPTIMIZER_BYTES * size / devices))
+            self.work.append(MemoryOp("optimizer", "update", 2 * gradient * size))  # zeroed, and its norm taken
 
 
 def _span(run: Run, size: int, stride: int) -> tuple[int, int]:
@@ -310,7 +310,7 @@ def training_work(run: Run) -> Work:
     builder.logits(share + more * builder.passes)
     if run.pp > 1:
         size = 2.0 * builder.spread * run.model.d_model
-        builder.transfer("pipeline", "forward", "ppermute", "pipeline", size, run.pp, 2 * run.microbatches * run.vp)
+        builder.collective("pipeline", "forward", "ppermute", "pipeline", size, run.pp, 2 * run.microbatches * run.vp)
     builder.parameters()
     return builder.work
 

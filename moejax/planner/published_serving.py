@@ -19,7 +19,7 @@ from moejax.planner.hardware import Constant
 from moejax.planner.layouts import Run
 from moejax.planner.published import placement
 from moejax.planner.time import predict_time
-from moejax.planner.work import Phase, Product, Sweep, Transfer, Work
+from moejax.planner.work import Phase, Matmul, MemoryOp, Collective, Work
 
 # An engine's own time for a step (scheduling, sampling).
 STEP_S = 1.0e-3
@@ -52,27 +52,27 @@ def forward_work(run: Run, requests: float, tokens: float, seen: float) -> Work:
     rows, d, dtype = requests * tokens, run.model.d_model, run.dtype
 
     def linear(phase: Phase, m: float, n: float, k: float, times: float, groups: float = 1) -> None:
-        work.append(Product(phase, "forward", m, n, k, groups, times, dtype))
+        work.append(Matmul(phase, "forward", m, n, k, groups, times, dtype))
 
     def reduce(phase: Phase, times: float) -> None:
         if run.tp > 1:
-            work.append(Transfer(phase, "forward", "all_reduce", ("tensor",), 2.0 * rows * d, run.tp, times))
+            work.append(Collective(phase, "forward", "all_reduce", ("tensor",), 2.0 * rows * d, run.tp, times))
 
     for count, layer in run.model:
-        work.append(Sweep("attention", "forward", 16.0 * rows * d, 2 * count))
+        work.append(MemoryOp("attention", "forward", 16.0 * rows * d, 2 * count))
         _mix(work, run, layer, count, requests, tokens, seen, linear)
         if layer.mixer is not None:
             reduce("attention", count)
         if isinstance(layer.ffn, FeedForward):
             linear("expert", rows, layer.ffn.d_ff * (1 + layer.ffn.gated) / run.tp, d, count)
             linear("expert", rows, d, layer.ffn.d_ff / run.tp, count)
-            work.append(Sweep("expert", "forward", 6.0 * rows * layer.ffn.d_ff / run.tp, count))
+            work.append(MemoryOp("expert", "forward", 6.0 * rows * layer.ffn.d_ff / run.tp, count))
         elif layer.ffn is not None:
             _experts(work, run, layer.ffn, count, rows, linear)
         if layer.ffn is not None:
             reduce("expert", count)
     work.append(
-        Product("logits", "forward", requests, run.model.vocab_size / run.tp, d, dtype="bfloat16")
+        Matmul("logits", "forward", requests, run.model.vocab_size / run.tp, d, dtype="bfloat16")
     )  # only the last token's
     return work
 
@@ -89,7 +89,7 @@ def _mix(
     linear("attention", rows, d, inner / run.tp, count)
     if isinstance(mixer, StateSpace):
         state = 4.0 * mixer.inner * mixer.state / run.tp  # float32, read and written once a request
-        work.append(Sweep("attention", "forward", requests * 2 * state + 12.0 * rows * mixer.inner / run.tp, 2 * count))
+        work.append(MemoryOp("attention", "forward", requests * 2 * state + 12.0 * rows * mixer.inner / run.tp, 2 * count))
         return
     window = min(seen, mixer.window) if mixer.window else seen
     latent, score, value = False, mixer.score_dim, mixer.value_dim
@@ -99,13 +99,13 @@ def _mix(
     if tokens == 1:  # the cache is what costs: heads of one group read the same keys
         heads = 1.0 if latent else max(1.0, mixer.num_kv_heads / run.tp)
         per = mixer.num_heads / run.tp if latent else shared
-        work.append(Product("attention", "forward", per, window, score, requests * heads, count))
-        work.append(Product("attention", "forward", per, value, window, 0 if latent else requests * heads, count))
+        work.append(Matmul("attention", "forward", per, window, score, requests * heads, count))
+        work.append(Matmul("attention", "forward", per, value, window, 0 if latent else requests * heads, count))
     else:
         heads = mixer.num_heads / run.tp
-        work.append(Product("attention", "forward", tokens, window, score, requests * heads, count))
-        work.append(Product("attention", "forward", tokens, value, window, requests * heads, count))
-    work.append(Sweep("attention", "forward", 8.0 * rows * (mixer.q_dim + mixer.kv_dim) / run.tp, count))
+        work.append(Matmul("attention", "forward", tokens, window, score, requests * heads, count))
+        work.append(Matmul("attention", "forward", tokens, value, window, requests * heads, count))
+    work.append(MemoryOp("attention", "forward", 8.0 * rows * (mixer.q_dim + mixer.kv_dim) / run.tp, count))
 
 
 def _experts(work: Work, run: Run, ffn: Experts, count: int, rows: float, linear: Linear) -> None:
@@ -114,8 +114,8 @@ def _experts(work: Work, run: Run, ffn: Experts, count: int, rows: float, linear
     split = max(1, run.tp // run.ep) if run.ep > 1 else run.tp
     chosen = ffn.num * (1 - (1 - ffn.per_token / ffn.num) ** rows)
     groups, each = chosen / run.ep, rows * ffn.per_token / chosen
-    work.append(Product("route", "forward", rows, ffn.num, d, times=count))
-    work.append(Sweep("route", "forward", 8.0 * rows * ffn.num, 3 * count))  # scores, choice, order
+    work.append(Matmul("route", "forward", rows, ffn.num, d, times=count))
+    work.append(MemoryOp("route", "forward", 8.0 * rows * ffn.num, 3 * count))  # scores, choice, order
     for a, b in ((d, width), (width, d)) if ffn.latent else ():
         linear("expert", rows, b, a, count)
     linear("expert", each, ffn.d_ff * (1 + ffn.gated) / split, width, count, groups)
@@ -124,7 +124,7 @@ def _experts(work: Work, run: Run, ffn: Experts, count: int, rows: float, linear
         linear("expert", rows, ffn.shared_d_ff * (1 + ffn.gated) / run.tp, d, count)
         linear("expert", rows, d, ffn.shared_d_ff / run.tp, count)
     moved = 4.0 * rows * ffn.per_token / run.ep * (width + ffn.d_ff / split)
-    work.append(Sweep("dispatch", "forward", moved, 2 * count))
+    work.append(MemoryOp("dispatch", "forward", moved, 2 * count))
 
 
 def predict_serving(run: Run, assumptions: Assumptions = Assumptions()) -> ServingTime:

@@ -15,7 +15,7 @@ import math
 
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.planner.plan import Plan
-from moejax.planner.work import Kind, Phase, Product, Sweep, Transfer, Work
+from moejax.planner.work import Kind, Phase, Matmul, MemoryOp, Collective, Work
 from moejax.sharding import VOCAB_AXES
 
 BYTES = 2  # of an activation, a weight, a key or a value
@@ -30,25 +30,25 @@ def decode_work(plan: Plan) -> Work:
     layers = stages * math.ceil(m.num_moe_layers / stages)  # groups × layers of a stage
     heads, kv_heads, H, D = m.num_heads / tensor, m.num_kv_heads / tensor, m.head_dim, m.d_model
 
-    def product(phase: Phase, rows: float, n: float, k: float, times: float, groups: float = 1) -> Product:
-        return Product(phase, "forward", rows, n, k, groups, times, m.dtype)
+    def matmul(phase: Phase, rows: float, n: float, k: float, times: float, groups: float = 1) -> Matmul:
+        return Matmul(phase, "forward", rows, n, k, groups, times, m.dtype)
 
-    def transfer(
+    def collective(
         phase: Phase, kind: Kind, axes: tuple[str, ...], rows: float, times: float, hosts: int = 1
-    ) -> Transfer:
+    ) -> Collective:
         size = math.prod(mesh.shape[axis] for axis in axes)
-        return Transfer(phase, "forward", kind, axes, rows * D * BYTES, size, times, hosts)
+        return Collective(phase, "forward", kind, axes, rows * D * BYTES, size, times, hosts)
 
     def cached(phase: Phase, groups: float, rows: float, context: int, times: float) -> Work:
         """A few queries by every key and value of the cache: it takes as long as reading them, not as its products."""
-        scores = Product(phase, "forward", rows, context, H, groups, times, m.dtype, filled=0)
-        values = Product(phase, "forward", rows, H, context, groups, times, m.dtype, filled=0)
-        return [scores, values, Sweep(phase, "forward", groups * 2 * context * H * BYTES, times)]
+        scores = Matmul(phase, "forward", rows, context, H, groups, times, m.dtype, filled=0)
+        values = Matmul(phase, "forward", rows, H, context, groups, times, m.dtype, filled=0)
+        return [scores, values, MemoryOp(phase, "forward", groups * 2 * context * H * BYTES, times)]
 
     def attention(times: float) -> Work:
         context = plan.seq_len + 1
         return [
-            Sweep("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
+            MemoryOp("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
             transfer("attention", "all_gather", (TENSOR,), T, times),
             product("attention", b, (heads + 2 * kv_heads) * H, D, times),
             *cached("attention", b * kv_heads, heads / kv_heads, context, times),
@@ -69,18 +69,18 @@ def decode_work(plan: Plan) -> Work:
     work = [
         transfer("embed", "all_reduce", (PIPELINE,), T, stages),
         *attention(layers),
-        Sweep("route", "forward", 4 * T * D * BYTES, layers),
+        MemoryOp("route", "forward", 4 * T * D * BYTES, layers),
         product("route", T, m.num_experts, D, layers),
-        Sweep("dispatch", "forward", 2 * sent * D * BYTES, layers),
+        MemoryOp("dispatch", "forward", 2 * sent * D * BYTES, layers),
         transfer("dispatch", "all_to_all", d.expert_axes, sent, layers, d.hosts),
         product("expert", rows, 2 * width, D, layers, groups=touched),
         product("expert", rows, D, width, layers, groups=touched),
         transfer("combine", "all_to_all", d.expert_axes, sent, layers, d.hosts),
-        Sweep("combine", "forward", 2 * sent * D * BYTES, layers),
+        MemoryOp("combine", "forward", 2 * sent * D * BYTES, layers),
         transfer("pipeline", "ppermute", (PIPELINE,), T, stages),
         product("logits", b, m.vocab_size / (stages * tensor), D, stages),
         transfer("logits", "all_gather", (TENSOR,), T, stages),
-        Transfer("loss", "forward", "all_reduce", VOCAB_AXES, b * 8, stages * tensor, stages),  # the most likely token
+        Collective("loss", "forward", "all_reduce", VOCAB_AXES, b * 8, stages * tensor, stages),  # the most likely token
     ]
     if TENSOR not in d.expert_axes:
         gathered = touched * rows / tensor
@@ -92,4 +92,4 @@ def decode_work(plan: Plan) -> Work:
         work += feed_forward(m.shared_d_ff, layers)
     if m.num_dense_layers:
         work += attention(stages * m.num_dense_layers) + feed_forward(m.dense_d_ff, stages * m.num_dense_layers)
-    return [item for item in work if not isinstance(item, Transfer) or item.num_devices > 1]
+    return [item for item in work if not isinstance(item, Collective) or item.num_devices > 1]

@@ -5,8 +5,8 @@
     print(time.expected, time.by_category, time.mfu, time.dominant)
 
 A matrix product runs at the rate that the device reaches on large ones, times an efficiency in (0, 1] that falls
-smoothly where a dimension is small (`product_efficiency`), and never faster than memory delivers its operands. A sweep
-runs at the bandwidth of a copy. A collective takes α + β·bytes on the links that it uses (`transfer_seconds`). What can
+smoothly where a dimension is small (`matmul_efficiency`), and never faster than memory delivers its operands. A sweep
+runs at the bandwidth of a copy. A collective takes α + β·bytes on the links that it uses (`collective_seconds`). What can
 run behind computation is hidden up to the fractions of `Assumptions`, and costs a part of itself in return, for it
 takes cores and bandwidth from what it hides behind.
 
@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from moejax.config import check
 from moejax.mesh import MeshConfig
-from moejax.planner.costs import Assumptions, product_seconds, rates, transfer_seconds
+from moejax.planner.costs import Assumptions, matmul_seconds, rates, collective_seconds
 from moejax.planner.hardware import Cluster
-from moejax.planner.work import Product, Sweep, Transfer
+from moejax.planner.work import Matmul, MemoryOp, Collective
 
 PIPELINED = frozenset(("attention", "route", "dispatch", "expert", "combine", "pipeline"))
 _ROUTED = frozenset(("dispatch", "expert", "combine"))
@@ -92,7 +92,7 @@ class StepTime:
     """Seconds of one step: `expected` within `low` and `high`, and what they are spent on.
 
     `by_phase` (the phases of the work, "bubble" and "host") and `by_category` each add up to `expected`.
-    `communication` is every transfer's time by phase, hidden or not. `mfu` counts model FLOPs, `hfu` executed ones,
+    `communication` is every collective's time by phase, hidden or not. `mfu` counts model FLOPs, `hfu` executed ones,
     both against the device's datasheet peak. `spreads` are the seconds that each assumption moves the step by.
     """
 
@@ -120,7 +120,7 @@ class StepTime:
         return 1 - idle / self.expected if self.expected else 0.0
 
 
-# Which fraction of `Assumptions` says how much of a phase's transfers is hidden; all others' is the tensor axis's.
+# Which fraction of `Assumptions` says how much of a phase's collectives is hidden; all others' is the tensor axis's.
 _CLASSES = {
     "gather": "gather",
     "optimizer": "gather",
@@ -131,7 +131,7 @@ _CLASSES = {
 
 
 def _hidden(seconds: Mapping[str, float], cover: float, parts: int, assumptions: Assumptions) -> dict[str, float]:
-    """Seconds of each class of transfers that run behind `cover` seconds of computation, which they share in turn."""
+    """Seconds of each class of collectives that run behind `cover` seconds of computation, which they share in turn."""
     fractions = (
         ("gather", assumptions.gather_hidden),
         ("exchange", assumptions.exchange_hidden * (1 - 1 / parts)),
@@ -146,7 +146,7 @@ def _hidden(seconds: Mapping[str, float], cover: float, parts: int, assumptions:
 
 
 def predict_time(
-    work: Iterable[Product | Transfer | Sweep],
+    work: Iterable[Matmul | Collective | MemoryOp],
     cluster: Cluster,
     placement: Placement,
     assumptions: Assumptions = Assumptions(),
@@ -155,27 +155,27 @@ def predict_time(
 ) -> StepTime:
     """The time of one step in which a device of `cluster` does `work`.
 
-    `placement` says which axes of the transfers leave a host. `step` says what the list does not; without it there is
+    `placement` says which axes of the collectives leave a host. `step` says what the list does not; without it there is
     no bubble, nothing to hide exchanges behind, balanced load, and throughput and MFU are 0.
     """
     rate = rates(cluster.device, assumptions)
     routed = step.load * step.rounds
     compute: dict[str, float] = defaultdict(float)
     memory: dict[str, float] = defaultdict(float)
-    transfers: dict[str, float] = defaultdict(float)
+    collectives: dict[str, float] = defaultdict(float)
     executed = wasted = optimizer = 0.0
     for item in work:
         phase = item.phase
         factor = item.times * routed if phase in _ROUTED else item.times
-        if isinstance(item, Product):
-            computing, moving = product_seconds(item, rate)
+        if isinstance(item, Matmul):
+            computing, moving = matmul_seconds(item, rate)
             bound = compute if computing >= moving else memory
             bound[phase] += factor * item.filled * (max(computing, moving) + rate.launch)
             flops = 2.0 * item.m * item.n * item.k * item.groups * item.times * item.filled
             executed += flops
             if phase in PIPELINED:
                 wasted += flops
-        elif isinstance(item, Sweep):
+        elif isinstance(item, MemoryOp):
             seconds = factor * (item.moved_bytes / rate.copy + rate.launch)
             if phase == "optimizer":
                 optimizer += seconds
@@ -184,9 +184,9 @@ def predict_time(
         else:
             n = item.num_devices
             span = (n, 1) if cluster.one_network else placement.span(item.axes, n)
-            transfers[phase] += factor * transfer_seconds(item, span, rate)
+            collectives[phase] += factor * collective_seconds(item, span, rate)
     executed -= wasted * step.bubble if step.bubble_counted else 0.0
-    sums = _Sums(compute, memory, transfers, optimizer, executed, rate.tpu)
+    sums = _Sums(compute, memory, collectives, optimizer, executed, rate.tpu)
     return _assemble(sums, cluster, assumptions, step)
 
 
@@ -195,7 +195,7 @@ class _Sums(NamedTuple):
 
     compute: dict[str, float]
     memory: dict[str, float]
-    transfers: dict[str, float]
+    collectives: dict[str, float]
     optimizer: float
     executed: float
     tpu: bool
@@ -204,13 +204,13 @@ class _Sums(NamedTuple):
 def _assemble(sums: _Sums, cluster: Cluster, assumptions: Assumptions, step: Step) -> StepTime:
     """Takes off what overlaps, adds what waits, and moves each assumption by its spread."""
     totals = dict.fromkeys(("gather", "exchange", "stage", "tensor"), 0.0)
-    for phase, seconds in sums.transfers.items():
+    for phase, seconds in sums.collectives.items():
         totals[_CLASSES.get(phase, "tensor")] += seconds
     compute_s, memory_s = sum(sums.compute.values()), sum(sums.memory.values())
     hidden = _hidden(totals, compute_s + memory_s, step.parts, assumptions)
     hidden_s = sum(hidden.values())
     contention = 0.0 if sums.tpu else assumptions.contention
-    paid = {  # of each second of a transfer, what the step takes longer for it
+    paid = {  # of each second of a collective, what the step takes longer for it
         name: 1 - (1 - contention) * hidden[name] / seconds if seconds else 0.0 for name, seconds in totals.items()
     }
     communication_s = sum(paid[name] * seconds for name, seconds in totals.items())
@@ -251,7 +251,7 @@ def _by_phase(sums: _Sums, paid: Mapping[str, float]) -> dict[str, float]:
     found = dict(sums.compute)
     for phase, seconds in sums.memory.items():
         found[phase] = found.get(phase, 0.0) + seconds
-    for phase, seconds in sums.transfers.items():
+    for phase, seconds in sums.collectives.items():
         found[phase] = found.get(phase, 0.0) + seconds * paid[_CLASSES.get(phase, "tensor")]
     if sums.optimizer:
         found["optimizer"] = found.get("optimizer", 0.0) + sums.optimizer
@@ -277,7 +277,7 @@ def _result(
         high=expected + half,
         by_phase=by_phase,
         by_category=by_category,
-        communication=dict(sums.transfers),
+        communication=dict(sums.collectives),
         spreads=spreads,
         mfu=step.model_flops / devices * per_s / peak,
         hfu=sums.executed * per_s / peak,

@@ -11,7 +11,7 @@ The program is the trainer's own, on a mesh that has only names, sizes and a pla
 - FLOPs are those of matrix products: `dot_general` as its shapes say; grouped products as if every row of their
   operand were some expert's; attention kernels by their products of queries and keys, of which causality leaves half
   (`moejax.kernels.attention.cost`).
-- Bytes sent are those of `moejax.planner.work.Transfer`, at axes of more than one device, in the order of the mesh. A
+- Bytes sent are those of `moejax.planner.work.Collective`, at axes of more than one device, in the order of the mesh. A
   ragged exchange moves as many rows as both its ends have room for.
 - Bytes moved are operands and results of every operation but reshapes and casts of type alone, which is more than a
   compiler that fuses them would move.
@@ -40,7 +40,7 @@ from moejax.kernels.attention import cost
 from moejax.mesh import abstract_mesh
 from moejax.model import FORWARD_ONLY, Program
 from moejax.planner.plan import Plan
-from moejax.planner.work import Kind, Pass, Phase, Transfer
+from moejax.planner.work import Kind, Pass, Phase, Collective
 from moejax.train.step import make_train_step
 
 KINDS: dict[str, Kind] = {
@@ -168,10 +168,10 @@ def count(jaxpr: core.Jaxpr, axis_sizes: dict[str, int], *, training: bool = Tru
         counts.flops_by_pass[where] += times * flops(equation)
         if equation.primitive.name not in _MOVES_NOTHING:
             counts.moved_by_pass[where] += times * sum(map(_num_bytes, (*equation.invars, *equation.outvars)))
-        for transfer in _transfers(equation, where, axis_sizes):
-            key = (*where, transfer.kind, transfer.axes)
-            counts.sent_by_pass[key] += times * transfer.sent_bytes
-            counts.operands_by_pass[key] += times * transfer.operand_bytes
+        for collective in _collectives(equation, where, axis_sizes):
+            key = (*where, collective.kind, collective.axes)
+            counts.sent_by_pass[key] += times * collective.sent_bytes
+            counts.operands_by_pass[key] += times * collective.operand_bytes
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and _pass(str(equation.source_info.name_stack), update) == "forward":
             for name, num_bytes in _stacked(equation):
@@ -217,7 +217,7 @@ def _pass(stack: str, update: Pass) -> Pass:
     return "forward" if "jvp(" in stack or FORWARD_ONLY in stack else update
 
 
-def _transfers(equation: core.JaxprEqn, where: tuple[str, Pass], sizes: dict[str, int]) -> Iterator[Transfer]:
+def _collectives(equation: core.JaxprEqn, where: tuple[str, Pass], sizes: dict[str, int]) -> Iterator[Collective]:
     """The collective that an equation is, if it is one and has more than one device."""
     kind = KINDS.get(equation.primitive.name)
     if kind is None:
@@ -231,8 +231,8 @@ def _transfers(equation: core.JaxprEqn, where: tuple[str, Pass], sizes: dict[str
         num_bytes = sum(map(_num_bytes, equation.invars))
         if equation.primitive.name == "ragged_all_to_all":
             num_bytes = min(map(_num_bytes, equation.invars[:2]))
-        phase, stage = where
-        yield Transfer(phase, stage, kind, axes, num_bytes, num_devices)  # type: ignore[arg-type]  # OTHER, too
+        phase, pass_ = where
+        yield Collective(phase, pass_, kind, axes, num_bytes, num_devices)  # type: ignore[arg-type]  # OTHER, too
 
 
 def flops(equation: core.JaxprEqn) -> float:

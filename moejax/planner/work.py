@@ -1,4 +1,4 @@
-"""What one device does in one step, as a list: matrix products, transfers, and passes over memory.
+"""What one device does in one step, as a list: matrix products, collectives, and passes over memory.
 
 It is the common language of the planner. Closed forms write it (`moejax.planner.program` for moejax's own step,
 `moejax.planner.published` for other systems' runs); its sums by phase are held against the trace of the program
@@ -39,7 +39,7 @@ Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "pper
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Matmul:
     """`groups` matrix products [m, k] × [k, n], done `times` times.
 
     `filled` is the part of the rows that are expected to hold anything: `flops` count them all, as the trace does, but
@@ -47,7 +47,7 @@ class Product:
     """
 
     phase: Phase
-    stage: Pass
+    pass_: Pass
     m: float
     n: float
     k: float
@@ -62,11 +62,11 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfer:
+class Collective:
     """A collective over mesh axes. `operand_bytes` are those of its operand on one device, once."""
 
     phase: Phase
-    stage: Pass
+    pass_: Pass
     kind: Kind
     axes: tuple[str, ...]
     operand_bytes: float
@@ -93,31 +93,31 @@ class Transfer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class MemoryOp:
     """What reads and writes device memory without a matrix product: norms, gathers of rows, casts, the optimizer."""
 
     phase: Phase
-    stage: Pass
+    pass_: Pass
     moved_bytes: float
     times: float = 1
 
 
-Work = list[Product | Transfer | Sweep]
+Work = list[Matmul | Collective | MemoryOp]
 
 
-def flops_by_phase(work: Iterable[Product | Transfer | Sweep]) -> dict[str, float]:
+def flops_by_phase(work: Iterable[Matmul | Collective | MemoryOp]) -> dict[str, float]:
     """FLOPs of the matrix products by phase, all passes together."""
     total: dict[str, float] = defaultdict(float)
     for item in work:
-        if isinstance(item, Product):
+        if isinstance(item, Matmul):
             total[item.phase] += item.flops
     return dict(total)
 
 
-def sent_by_phase(work: Iterable[Product | Transfer | Sweep]) -> dict[tuple[str, str, tuple[str, ...]], float]:
-    """Bytes sent by (phase, kind, axes), all passes together; transfers that send nothing are left out."""
+def sent_by_phase(work: Iterable[Matmul | Collective | MemoryOp]) -> dict[tuple[str, str, tuple[str, ...]], float]:
+    """Bytes sent by (phase, kind, axes), all passes together; collectives that send nothing are left out."""
     total: dict[tuple[str, str, tuple[str, ...]], float] = defaultdict(float)
     for item in work:
-        if isinstance(item, Transfer) and item.sent_bytes:
+        if isinstance(item, Collective) and item.sent_bytes:
             total[item.phase, item.kind, item.axes] += item.sent_bytes
     return dict(total)

@@ -13,7 +13,7 @@ from moejax.mesh import MeshConfig
 from moejax.planner.plan import Plan
 from moejax.planner.program import param_bytes, work
 from moejax.planner.trace import trace
-from moejax.planner.work import Product, Sweep, Transfer, flops_by_phase, sent_by_phase
+from moejax.planner.work import Matmul, MemoryOp, Collective, flops_by_phase, sent_by_phase
 from moejax.presets import moe_16x10b
 
 EXACT = 1e-12  # of a sum of floats
@@ -23,10 +23,10 @@ traced = functools.cache(trace)
 def by_pass(items):
     flops, sent = Counter(), Counter()
     for item in items:
-        if isinstance(item, Product):
-            flops[item.phase, item.stage] += item.flops
-        elif isinstance(item, Transfer) and item.sent_bytes:
-            sent[item.phase, item.stage, item.kind, item.axes] += item.sent_bytes
+        if isinstance(item, Matmul):
+            flops[item.phase, item.pass_] += item.flops
+        elif isinstance(item, Collective) and item.sent_bytes:
+            sent[item.phase, item.pass_, item.kind, item.axes] += item.sent_bytes
     return flops, sent
 
 
@@ -100,7 +100,7 @@ def test_sweeps_are_less_than_the_unfused_program_moves():
     plan = CORNERS["full"]
     moved, swept = traced(plan).moved_bytes, Counter()
     for item in work(plan):
-        if isinstance(item, Sweep):
+        if isinstance(item, MemoryOp):
             swept[item.phase] += item.moved_bytes * item.times
     assert swept.keys() <= moved.keys()
     assert all(0 < swept[phase] < moved[phase] for phase in swept)

@@ -14,7 +14,7 @@ from moejax.planner.published import distinct, predict_training, training_step, 
 from moejax.planner.published_memory import stage_memory, training_memory
 from moejax.planner.published_models import architectures, find_architecture, what_is_missing
 from moejax.planner.published_serving import predict_serving
-from moejax.planner.work import Product
+from moejax.planner.work import Matmul
 from moejax.presets import PRESETS, mixtral_8x7b
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ def test_numbers_in_cells():
 def test_work_holds_the_models_flops_whatever_the_layout(model, layout):
     """Three forward passes' worth over all devices; more only where the last stage has the logits alone."""
     found = dataclasses.replace(run(model=model, layout=layout), predicts_more=False)
-    useful = [item for item in training_work(found) if isinstance(item, Product) and item.stage != "recompute"]
+    useful = [item for item in training_work(found) if isinstance(item, Matmul) and item.pass_ != "recompute"]
     total = sum(item.flops for item in useful if item.phase != "logits") * found.devices
     logits = 6.0 * found.gbs * found.seq * found.model.vocab_size * found.model.d_model
     again = 1.25  # attention's scores again in the backward pass, and under full recompute in the forward

@@ -7,7 +7,7 @@ from moejax.mesh import MeshConfig
 from moejax.planner.flops import decode_flops
 from moejax.planner.plan import Plan
 from moejax.planner.serve import decode_work
-from moejax.planner.work import Product, Sweep, Transfer, flops_by_phase, sent_by_phase
+from moejax.planner.work import Matmul, MemoryOp, Collective, flops_by_phase, sent_by_phase
 from moejax.presets import moe_16x10b
 
 
@@ -27,7 +27,7 @@ def test_the_cache_is_read_once_a_token():
     """Of one device: keys and values of its sequences, layers and heads."""
     found = plan()
     m = found.model
-    sweeps = [item for item in decode_work(found) if isinstance(item, Sweep) and item.phase == "attention"]
+    sweeps = [item for item in decode_work(found) if isinstance(item, MemoryOp) and item.phase == "attention"]
     reads = sum(item.moved_bytes * item.times for item in sweeps) - 4 * 16 * m.d_model * 2 * m.num_layers
     cache = found.batch_size * (found.seq_len + 1) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 2
     assert reads == pytest.approx(cache / 16)
@@ -35,7 +35,7 @@ def test_the_cache_is_read_once_a_token():
 
 def test_experts_that_no_token_picks_are_not_read():
     def weights(batch_size):
-        items = [item for item in decode_work(plan(1, 1, 1, batch_size=batch_size)) if isinstance(item, Product)]
+        items = [item for item in decode_work(plan(1, 1, 1, batch_size=batch_size)) if isinstance(item, Matmul)]
         return [item.groups for item in items if item.phase == "expert"]
 
     assert weights(1) == pytest.approx([2, 2])
@@ -53,7 +53,7 @@ def test_every_assignment_travels_and_returns():
 
 
 def test_one_device_sends_nothing():
-    assert not [item for item in decode_work(plan(1, 1, 1)) if isinstance(item, Transfer)]
+    assert not [item for item in decode_work(plan(1, 1, 1)) if isinstance(item, Collective)]
 
 
 def test_split_experts_meet_over_tensor():

@@ -8,28 +8,28 @@ from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.planner.costs import (
     Assumptions,
-    product_bytes,
-    product_efficiency,
-    product_seconds,
+    matmul_bytes,
+    matmul_efficiency,
+    matmul_seconds,
     rates,
-    transfer_seconds,
+    collective_seconds,
 )
 from moejax.planner.hardware import Cluster, Constant, get_device
 from moejax.planner.time import Placement, Step, predict_time
-from moejax.planner.work import Product, Sweep, Transfer
+from moejax.planner.work import Matmul, MemoryOp, Collective
 
 H100 = get_device("h100")
 CLUSTER = Cluster("2x8", H100, 2, 8)
 PLACEMENT = Placement({"expert": (16, 2), "tensor": (1, 1)})
 WORK = [
-    Product("attention", "forward", 4096, 4096, 3072, times=16),
-    Product("expert", "forward", 1024, 4096, 3072, groups=2, times=16),
-    Product("logits", "forward", 4096, 32000, 3072),
-    Sweep("attention", "forward", 1e8, 16),
-    Sweep("optimizer", "update", 8e9),
-    Transfer("dispatch", "forward", "all_to_all", ("expert",), 5e7, 16, times=16),
-    Transfer("gather", "forward", "all_gather", ("expert",), 1e6, 16, times=16),
-    Transfer("pipeline", "forward", "ppermute", ("pipeline",), 1e7, 2, times=4),
+    Matmul("attention", "forward", 4096, 4096, 3072, times=16),
+    Matmul("expert", "forward", 1024, 4096, 3072, groups=2, times=16),
+    Matmul("logits", "forward", 4096, 32000, 3072),
+    MemoryOp("attention", "forward", 1e8, 16),
+    MemoryOp("optimizer", "update", 8e9),
+    Collective("dispatch", "forward", "all_to_all", ("expert",), 5e7, 16, times=16),
+    Collective("gather", "forward", "all_gather", ("expert",), 1e6, 16, times=16),
+    Collective("pipeline", "forward", "ppermute", ("pipeline",), 1e7, 2, times=4),
 ]
 
 
@@ -67,10 +67,10 @@ def test_phases_and_categories_add_up_and_the_interval_holds_the_step(step):
 @pytest.mark.parametrize("name", ["h100", "tpu_v5p", "a100_64gb"])
 def test_no_product_is_faster_than_the_roofline(shape, name):
     device = get_device(name)
-    item = Product("expert", "forward", *shape, groups=2)
-    seconds = max(product_seconds(item, rates(device, Assumptions())))
+    item = Matmul("expert", "forward", *shape, groups=2)
+    seconds = max(matmul_seconds(item, rates(device, Assumptions())))
     assert seconds >= item.flops / device.peak_flops
-    assert seconds >= product_bytes(item) / device.memory_bytes_per_s
+    assert seconds >= matmul_bytes(item) / device.memory_bytes_per_s
 
 
 @pytest.mark.parametrize("name", ["h100", "tpu_v6e"])
@@ -78,40 +78,40 @@ def test_efficiency_rises_with_every_dimension(name):
     for i in range(3):
         small, large = [512.0, 512.0, 512.0, 4.0], [512.0, 512.0, 512.0, 4.0]
         large[i] *= 2
-        efficiency = [product_efficiency(*shape, rates(get_device(name), Assumptions())) for shape in (small, large)]
+        efficiency = [matmul_efficiency(*shape, rates(get_device(name), Assumptions())) for shape in (small, large)]
         assert 0 < efficiency[0] < efficiency[1] < 1
 
 
 def test_scores_of_a_fused_attention_never_reach_memory():
-    scores = Product("attention", "forward", 8192, 8192, 128, groups=32)
-    values = Product("attention", "forward", 8192, 128, 8192, groups=32)
-    assert product_bytes(scores) == product_bytes(values) == 2 * 8192 * 128 * 2 * 32
-    decode = Product("attention", "forward", 1, 8192, 128, groups=32)
-    assert product_bytes(decode) == pytest.approx(8192 * 128 * 2 * 32, rel=1e-3)
+    scores = Matmul("attention", "forward", 8192, 8192, 128, groups=32)
+    values = Matmul("attention", "forward", 8192, 128, 8192, groups=32)
+    assert matmul_bytes(scores) == matmul_bytes(values) == 2 * 8192 * 128 * 2 * 32
+    decode = Matmul("attention", "forward", 1, 8192, 128, groups=32)
+    assert matmul_bytes(decode) == pytest.approx(8192 * 128 * 2 * 32, rel=1e-3)
 
 
 @pytest.mark.parametrize(("devices", "measured_us"), [(8, 1265), (16, 5774), (32, 8059), (64, 9164)])
 def test_all_to_all_is_near_what_nccl_was_measured_at(devices, measured_us):
     """arXiv 2603.07685, table 7: 4,096 tokens of width 7,168 to 8 experts each, H100."""
     hosts = devices // 8
-    item = Transfer("dispatch", "forward", "all_to_all", ("expert",), 4096 * 8 * 7168 * 2, devices)
-    seconds = transfer_seconds(item, (8, hosts), rates(H100, Assumptions()))
+    item = Collective("dispatch", "forward", "all_to_all", ("expert",), 4096 * 8 * 7168 * 2, devices)
+    seconds = collective_seconds(item, (8, hosts), rates(H100, Assumptions()))
     assert seconds * 1e6 == pytest.approx(measured_us, rel=0.15)
 
 
 def test_two_hops_pay_where_messages_are_many_and_small():
     def seconds(size, hosts):
-        item = Transfer("dispatch", "forward", "all_to_all", ("expert",), size, 256, hosts=hosts)
-        return transfer_seconds(item, (8, 32), rates(H100, Assumptions()))
+        item = Collective("dispatch", "forward", "all_to_all", ("expert",), size, 256, hosts=hosts)
+        return collective_seconds(item, (8, 32), rates(H100, Assumptions()))
 
     assert seconds(1e6, 32) < seconds(1e6, 1)
     assert seconds(1e9, 32) >= seconds(1e9, 1)
 
 
 def test_inside_a_host_is_faster_than_across():
-    item = Transfer("gather", "forward", "all_gather", ("expert",), 1e7, 8)
-    inside = transfer_seconds(item, (8, 1), rates(H100, Assumptions()))
-    across = transfer_seconds(item, (1, 8), rates(H100, Assumptions()))
+    item = Collective("gather", "forward", "all_gather", ("expert",), 1e7, 8)
+    inside = collective_seconds(item, (8, 1), rates(H100, Assumptions()))
+    across = collective_seconds(item, (1, 8), rates(H100, Assumptions()))
     assert inside < across
 
 

@@ -14,7 +14,7 @@ from moejax.kernels.manual import vary
 from moejax.mesh import MeshConfig
 from moejax.planner.plan import Plan
 from moejax.planner.trace import OTHER, count, device_program, trace
-from moejax.planner.work import Transfer
+from moejax.planner.work import Collective
 from moejax.presets import moe_16x10b
 from moejax.remat import checkpoint, named
 
@@ -130,7 +130,7 @@ def test_two_hops_are_one_transfer_of_the_planner():
         return x
 
     sent = on_mesh(two_hops, (16, 8)).sent_bytes[OTHER, "all_to_all", ("expert",)]
-    transfer = Transfer("dispatch", "forward", "all_to_all", ("expert",), 4 * 16 * 8, num_devices=4, hosts=2)
+    transfer = Collective("dispatch", "forward", "all_to_all", ("expert",), 4 * 16 * 8, num_devices=4, hosts=2)
     assert sent == transfer.sent_bytes == 4 * 16 * 8
 
 
