@@ -15,7 +15,7 @@ def get_config() -> TrainConfig:
         model=model,
         # Virtual devices share a CPU, where experts that compute empty rows of a buffer cost time: a step takes 1.0 s
         # instead of 1.5 s with "dropless". XLA has no ragged exchange for CPUs, so an all-gather stands in for it.
-        # Its buffers stay at one size, because every other size would be compiled on these cores beside the first steps.
+        # Its buffers keep one size, because every other one would be compiled on these cores beside the first steps.
         dispatch=DispatchConfig(strategy="ragged", capacity_factor=2.0),
         # A short run must balance its experts in fewer steps: with the usual rate the load is still uneven at the end.
         balance=dataclasses.replace(BalanceConfig.suited_to(model), bias_update_rate=0.03, capacity_factors=()),

@@ -70,7 +70,7 @@ def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
     module = hlo.parse(compiled.as_text(), kernel_flops(plan))
     sent, written, asynchronous = (defaultdict[str, float](float) for _ in range(3))
     for computation, instruction, times in executed(module):
-        found = hlo.transfer(module, computation, instruction)
+        found = hlo.collective(module, computation, instruction)
         if found and found.sent_bytes:
             kind = _KINDS[found.kind]
             sent[kind] += times * found.sent_bytes

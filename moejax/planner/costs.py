@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from moejax.planner.hardware import Device
-from moejax.planner.work import Matmul, Collective
+from moejax.planner.work import Collective, Matmul
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "float4": 0.5625}
 _WIDE_TPUS = ("tpu_v6e", "tpu7x")  # units of 256 × 256
@@ -38,8 +38,8 @@ class Assumptions:
       float8: rate of float8 products, as a fraction of the datasheet's, before `sustained`: 0.71 on H100, 0.76 on B200,
         0.72 on GB200 (S. Bekman, Machine Learning Engineering, compute/accelerator). Casts are counted apart.
       float32: rate of float32 products against bfloat16 (TF32).
-      large_link: fraction of the wire that collectives of 64 MB and more reach inside a host: 371 of 450 GB/s, all-to-all
-        of 470 MB between 8 H100 (arXiv 2603.07685, table 7).
+      large_link: fraction of the wire that collectives of 64 MB and more reach inside a host: 371 of 450 GB/s, an
+        all-to-all of 470 MB between 8 H100 (arXiv 2603.07685, table 7).
       peer_s: seconds an all-to-all needs for each further peer that it sends to, as NCCL's tests show on small buffers.
       gather_hidden: part of the gathers of parameters and the sums of their gradients that runs behind computation.
       exchange_hidden: part of dispatch and combine that does so when work is cut in many parts; with n parts (n-1)/n
@@ -91,7 +91,7 @@ class Rates(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def rates(device: Device, assumptions: Assumptions) -> Rates:
-    """What products, sweeps and collectives run at on the device."""
+    """What products, memory operations and collectives run at on the device."""
     tpu, cpu = device.name.startswith("tpu"), device.name == "cpu"
     plain = float(device.matmul_flops)
     float8 = max(plain, device.float8_flops * assumptions.float8)

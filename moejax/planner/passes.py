@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
-from moejax.planner.work import Kind, Phase, Matmul, MemoryOp, Collective
+from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Phase
 
 # What a result is to a rematerialization policy, see `moejax.remat`:
 #   projection  a named product: queries, keys and values, gate and up
@@ -85,7 +85,7 @@ class Passes:
             back_bytes = arrived.get(kind, num_bytes) if back_bytes is None else back_bytes
             yield Collective(phase, "backward", back, axes, back_bytes, num_devices, times, hosts)
 
-    def without_gradient(
+    def no_gradient(
         self, phase: Phase, kind: Kind, axes: Iterable[str], num_bytes: float, times: float, result: Result = "unused"
     ) -> Iterator[Collective]:
         """A collective of what has no gradient."""
@@ -99,7 +99,9 @@ class Passes:
         if num_devices > 1:
             yield Collective(phase, pass_, "all_reduce", axes, num_bytes, num_devices, times)
 
-    def memory_op(self, phase: Phase, elements: float, times: float, forward: float, backward: float) -> Iterator[MemoryOp]:
+    def memory_op(
+        self, phase: Phase, elements: float, times: float, forward: float, backward: float
+    ) -> Iterator[MemoryOp]:
         """Elements of the compute dtype that a pass reads or writes `forward` times, its gradient `backward` times."""
         yield MemoryOp(phase, "forward", forward * elements * self.itemsize, times)
         if not self.kept >= {"projection"}:

@@ -1,4 +1,4 @@
-"""What one step of moejax costs one device, in closed form: every matrix product, every transfer, the main sweeps.
+"""What one step of moejax costs one device, in closed form: every matmul and collective, the main memory operations.
 
 It reads as the program does (`moejax.model`): embedding, layers with attention, routing, dispatch, experts, combine,
 then logits and loss; what weights cost by themselves; the optimizer. Each part says what its forward pass does and
@@ -6,7 +6,7 @@ what a rematerialization policy knows the result as; `moejax.planner.passes` wri
 
 For FLOPs by phase and pass, bytes sent by (phase, pass, kind, axes) and bytes of parameters it equals the trace of the
 program for accelerators exactly (tests/planner/test_program.py), a microsecond an entry. Bubbles are computed there, so
-they count. Sweeps are the main ones of a compiler that fuses elementwise work, which no trace can tell.
+they count. Memory operations are the main ones of a compiler that fuses elementwise work, which no trace can tell.
 
 Names: B sequences of a device in one forward-backward pass, b those of a part of a microbatch, S sequence, s = S /
 tensor, T = b s tokens of a part, D model, E experts, e this device's, C rows a sender reserves for an expert.
@@ -27,7 +27,7 @@ from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
 from moejax.pipeline import num_ticks
 from moejax.planner.passes import Passes, Result
 from moejax.planner.plan import Plan
-from moejax.planner.work import Kind, Pass, Phase, Matmul, MemoryOp, Collective, Work
+from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Pass, Phase, Work
 from moejax.sharding import Param
 
 # Products of queries by tokens in the attention kernels, forward and backward.
@@ -208,7 +208,7 @@ class _Step(Passes):
         m, d = self.model, self.dispatch
         if d.strategy == "capacity":
             yield from self.highest_gates(times)
-        yield from self.without_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")  # the number of rounds
+        yield from self.no_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")  # the number of rounds
         rows, chunks = m.num_experts * self.capacity / d.chunks, times * d.chunks
         full, packed = rows * m.d_model * self.itemsize, self.packed_bytes(rows)
         exchange = functools.partial(
@@ -227,8 +227,8 @@ class _Step(Passes):
         """Every device sorts all senders' assignments by gate, and counts positions anew by a product."""
         assignments, E = self.T * self.model.experts_per_token, self.model.num_experts
         for _ in ("gate", "expert"):
-            yield from self.without_gradient("dispatch", "all_gather", _SENDERS, 4 * assignments, times, "result")  # sorted
-        yield from self.without_gradient("dispatch", "all_reduce", _SENDERS, 4 * E, times, "result")
+            yield from self.no_gradient("dispatch", "all_gather", _SENDERS, 4 * assignments, times, "result")  # sorted
+        yield from self.no_gradient("dispatch", "all_reduce", _SENDERS, 4 * E, times, "result")
         block = min(_POSITIONS_BLOCK, self.T)
         for pass_ in self.passes_of("result"):
             yield Matmul("dispatch", pass_, block, E, block, math.ceil(self.T / block), times, "float32")
@@ -243,8 +243,8 @@ class _Step(Passes):
     def ragged(self, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """Exactly the rows that are assigned; as the trace does, as many as sender and receiver have room for."""
         m, d = self.model, self.dispatch
-        yield from self.without_gradient("dispatch", "all_gather", d.expert_axes, 4 * m.num_experts, times, "recomputed")
-        yield from self.without_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")
+        yield from self.no_gradient("dispatch", "all_gather", d.expert_axes, 4 * m.num_experts, times, "recomputed")
+        yield from self.no_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")
         chunks = times * d.chunks
         yield from self.ragged_hops("dispatch", chunks)
         yield from self.experts(self.ragged_rows, chunks)
@@ -272,7 +272,9 @@ class _Step(Passes):
         if TENSOR not in self.dispatch.expert_axes:
             num_bytes, width, rows = rows * m.d_model * self.itemsize, m.d_ff // t, rows * t
             if self.dispatch.strategy == "ragged":
-                yield from self.without_gradient("expert", "all_gather", (TENSOR,), 4 * e, times, "result")  # rows of each expert
+                yield from self.no_gradient(
+                    "expert", "all_gather", (TENSOR,), 4 * e, times, "result"
+                )  # rows of each expert
             yield from self.collective("expert", "all_gather", (TENSOR,), num_bytes, times, "network")
             yield from self.collective("expert", "reduce_scatter", (TENSOR,), num_bytes * t, times, "network")
         filled = 1.0
@@ -289,13 +291,13 @@ class _Step(Passes):
         one = self.microbatch * self.s * self.model.d_model * self.itemsize
         times, everything = self.num_slices * self.ticks, one * self.parallel.num_microbatches
         yield from self.collective("pipeline", "ppermute", (PIPELINE,), one, times)
-        yield from self.without_gradient("pipeline", "all_reduce", (PIPELINE,), everything, self.num_slices)
+        yield from self.no_gradient("pipeline", "all_reduce", (PIPELINE,), everything, self.num_slices)
         if not self.model.num_dense_layers:  # what every stage has embedded: the sum of its gradient
             yield from self.in_pass("pipeline", "backward", (PIPELINE,), everything, self.num_slices)
         yield MemoryOp("pipeline", "forward", 4 * one, times)
         yield MemoryOp("pipeline", "backward", 4 * one, times)
         for numbers in self.statistics():
-            yield from self.without_gradient("route", "all_reduce", (REPLICA, EXPERT, TENSOR), 4 * numbers, self.num_slices)
+            yield from self.no_gradient("route", "all_reduce", (REPLICA, EXPERT, TENSOR), 4 * numbers, self.num_slices)
 
     def statistics(self) -> list[int]:
         """Numbers in each array of sums that the router's losses and figures need of this stage's layers."""
@@ -315,7 +317,7 @@ class _Step(Passes):
         """Logits of one position of each sequence."""
         m = self.model
         local = self.B * self.s * m.d_model * self.itemsize
-        yield from self.without_gradient("logits", "all_gather", (TENSOR,), local, self.num_slices)
+        yield from self.no_gradient("logits", "all_gather", (TENSOR,), local, self.num_slices)
         yield Matmul("logits", "forward", self.B, self.vocabulary, m.d_model, times=self.num_slices, dtype=m.dtype)
 
     @property
@@ -328,10 +330,10 @@ class _Step(Passes):
         times, tokens = self.num_slices * self.parallel.num_microbatches, self.microbatch * self.S
         results: tuple[Result, ...] = ("network", "network", "unused")  # largest logit, normalizer, the target's logit
         for result in results:
-            yield from self.without_gradient("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
+            yield from self.no_gradient("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
         yield from self.in_pass("loss", "update", (REPLICA, EXPERT), 3 * 4, 1)  # targets counted, ids out of range
-        yield from self.without_gradient("loss", "all_reduce", (REPLICA, EXPERT), 4, self.num_slices)
-        yield from self.without_gradient("loss", "all_reduce", (PIPELINE,), 4, self.num_slices)  # of the router
+        yield from self.no_gradient("loss", "all_reduce", (REPLICA, EXPERT), 4, self.num_slices)
+        yield from self.no_gradient("loss", "all_reduce", (PIPELINE,), 4, self.num_slices)  # of the router
         for pass_ in self.passes_of("result"):
             yield MemoryOp("loss", pass_, 3 * 4 * tokens * self.vocabulary, times)
         yield MemoryOp("loss", "backward", 3 * 4 * tokens * self.vocabulary, times)

@@ -24,7 +24,7 @@ from moejax.planner.architecture import (
 from moejax.planner.costs import Assumptions
 from moejax.planner.layouts import Run
 from moejax.planner.time import Placement, Step, StepTime, predict_time
-from moejax.planner.work import Kind, Pass, Phase, Matmul, MemoryOp, Collective, Work
+from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Pass, Phase, Work
 
 _EXCHANGES: tuple[Phase, ...] = ("dispatch", "combine")
 
@@ -194,7 +194,9 @@ class _Builder:
         if run.etp > 1:  # the tokens of all who share an expert's width come together, and the results are summed
             size = 2.0 * width * rows
             self.collective("expert", "forward", "all_gather", "tensor", size, run.etp, times * (2 + again))
-            self.collective("expert", "forward", "reduce_scatter", "tensor", size * run.etp, run.etp, times * (2 + again))
+            self.collective(
+                "expert", "forward", "reduce_scatter", "tensor", size * run.etp, run.etp, times * (2 + again)
+            )
         rows *= run.etp
         self.linear(
             "expert", rows / local, width, ffn.d_ff * (1 + ffn.gated) / run.etp, times, again=again, groups=local
@@ -202,7 +204,9 @@ class _Builder:
         self.linear("expert", rows / local, ffn.d_ff / run.etp, width, times, again=again, groups=local)
         self.memory_op("expert", (4.0 + 2 * ffn.gated) * ffn.d_ff * rows / run.etp, times, again=again)
         if ffn.bias:  # added to what grouped products return, read and written
-            self.memory_op("expert", 4.0 * rows * (ffn.d_ff * (1 + ffn.gated) + width), times, backward=0.5, again=again)
+            self.memory_op(
+                "expert", 4.0 * rows * (ffn.d_ff * (1 + ffn.gated) + width), times, backward=0.5, again=again
+            )
         self.move_tokens(ffn, tokens, rows / run.etp, times, again)
 
     def move_tokens(self, ffn: Experts, tokens: float, rows: float, times: float, again: float) -> None:

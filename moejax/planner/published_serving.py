@@ -19,7 +19,7 @@ from moejax.planner.hardware import Constant
 from moejax.planner.layouts import Run
 from moejax.planner.published import placement
 from moejax.planner.time import predict_time
-from moejax.planner.work import Phase, Matmul, MemoryOp, Collective, Work
+from moejax.planner.work import Collective, Matmul, MemoryOp, Phase, Work
 
 # An engine's own time for a step (scheduling, sampling).
 STEP_S = 1.0e-3
@@ -89,7 +89,9 @@ def _mix(
     linear("attention", rows, d, inner / run.tp, count)
     if isinstance(mixer, StateSpace):
         state = 4.0 * mixer.inner * mixer.state / run.tp  # float32, read and written once a request
-        work.append(MemoryOp("attention", "forward", requests * 2 * state + 12.0 * rows * mixer.inner / run.tp, 2 * count))
+        work.append(
+            MemoryOp("attention", "forward", requests * 2 * state + 12.0 * rows * mixer.inner / run.tp, 2 * count)
+        )
         return
     window = min(seen, mixer.window) if mixer.window else seen
     latent, score, value = False, mixer.score_dim, mixer.value_dim

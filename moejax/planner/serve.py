@@ -15,7 +15,7 @@ import math
 
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.planner.plan import Plan
-from moejax.planner.work import Kind, Phase, Matmul, MemoryOp, Collective, Work
+from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Phase, Work
 from moejax.sharding import VOCAB_AXES
 
 BYTES = 2  # of an activation, a weight, a key or a value
@@ -49,15 +49,15 @@ def decode_work(plan: Plan) -> Work:
         context = plan.seq_len + 1
         return [
             MemoryOp("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
-            transfer("attention", "all_gather", (TENSOR,), T, times),
-            product("attention", b, (heads + 2 * kv_heads) * H, D, times),
+            collective("attention", "all_gather", (TENSOR,), T, times),
+            matmul("attention", b, (heads + 2 * kv_heads) * H, D, times),
             *cached("attention", b * kv_heads, heads / kv_heads, context, times),
-            product("attention", b, D, heads * H, times),
-            transfer("attention", "reduce_scatter", (TENSOR,), T * tensor, times),
+            matmul("attention", b, D, heads * H, times),
+            collective("attention", "reduce_scatter", (TENSOR,), T * tensor, times),
         ]
 
     def feed_forward(width: int, times: float) -> Work:
-        return [product("expert", T, 2 * width, D, times), product("expert", T, D, width, times)]
+        return [matmul("expert", T, 2 * width, D, times), matmul("expert", T, D, width, times)]
 
     # What meets at an expert: the group's tokens of all devices that exchange.
     senders = mesh.expert * tensor
@@ -67,26 +67,28 @@ def decode_work(plan: Plan) -> Work:
     width = m.d_ff if TENSOR in d.expert_axes else m.d_ff / tensor
     sent = T * m.experts_per_token
     work = [
-        transfer("embed", "all_reduce", (PIPELINE,), T, stages),
+        collective("embed", "all_reduce", (PIPELINE,), T, stages),
         *attention(layers),
         MemoryOp("route", "forward", 4 * T * D * BYTES, layers),
-        product("route", T, m.num_experts, D, layers),
+        matmul("route", T, m.num_experts, D, layers),
         MemoryOp("dispatch", "forward", 2 * sent * D * BYTES, layers),
-        transfer("dispatch", "all_to_all", d.expert_axes, sent, layers, d.hosts),
-        product("expert", rows, 2 * width, D, layers, groups=touched),
-        product("expert", rows, D, width, layers, groups=touched),
-        transfer("combine", "all_to_all", d.expert_axes, sent, layers, d.hosts),
+        collective("dispatch", "all_to_all", d.expert_axes, sent, layers, d.hosts),
+        matmul("expert", rows, 2 * width, D, layers, groups=touched),
+        matmul("expert", rows, D, width, layers, groups=touched),
+        collective("combine", "all_to_all", d.expert_axes, sent, layers, d.hosts),
         MemoryOp("combine", "forward", 2 * sent * D * BYTES, layers),
-        transfer("pipeline", "ppermute", (PIPELINE,), T, stages),
-        product("logits", b, m.vocab_size / (stages * tensor), D, stages),
-        transfer("logits", "all_gather", (TENSOR,), T, stages),
-        Collective("loss", "forward", "all_reduce", VOCAB_AXES, b * 8, stages * tensor, stages),  # the most likely token
+        collective("pipeline", "ppermute", (PIPELINE,), T, stages),
+        matmul("logits", b, m.vocab_size / (stages * tensor), D, stages),
+        collective("logits", "all_gather", (TENSOR,), T, stages),
+        Collective(
+            "loss", "forward", "all_reduce", VOCAB_AXES, b * 8, stages * tensor, stages
+        ),  # the most likely token
     ]
     if TENSOR not in d.expert_axes:
         gathered = touched * rows / tensor
         work += [
-            transfer("expert", "all_gather", (TENSOR,), gathered, layers),
-            transfer("expert", "reduce_scatter", (TENSOR,), gathered * tensor, layers),
+            collective("expert", "all_gather", (TENSOR,), gathered, layers),
+            collective("expert", "reduce_scatter", (TENSOR,), gathered * tensor, layers),
         ]
     if m.shared_d_ff:
         work += feed_forward(m.shared_d_ff, layers)

@@ -5,10 +5,10 @@
     print(time.expected, time.by_category, time.mfu, time.dominant)
 
 A matrix product runs at the rate that the device reaches on large ones, times an efficiency in (0, 1] that falls
-smoothly where a dimension is small (`matmul_efficiency`), and never faster than memory delivers its operands. A sweep
-runs at the bandwidth of a copy. A collective takes α + β·bytes on the links that it uses (`collective_seconds`). What can
-run behind computation is hidden up to the fractions of `Assumptions`, and costs a part of itself in return, for it
-takes cores and bandwidth from what it hides behind.
+smoothly where a dimension is small (`matmul_efficiency`), and never faster than memory delivers its operands. A memory
+operation runs at the bandwidth of a copy. A collective takes α + β·bytes on the links that it uses
+(`collective_seconds`). What can run behind computation is hidden up to the fractions of `Assumptions`, and costs a part
+of itself in return, for it takes cores and bandwidth from what it hides behind.
 
 The interval adds in squares what the step gains or loses when each uncertain assumption alone moves by its stated
 spread; `StepTime.dominant` names the largest.
@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from moejax.config import check
 from moejax.mesh import MeshConfig
-from moejax.planner.costs import Assumptions, matmul_seconds, rates, collective_seconds
+from moejax.planner.costs import Assumptions, collective_seconds, matmul_seconds, rates
 from moejax.planner.hardware import Cluster
-from moejax.planner.work import Matmul, MemoryOp, Collective
+from moejax.planner.work import Collective, Matmul, MemoryOp
 
 PIPELINED = frozenset(("attention", "route", "dispatch", "expert", "combine", "pipeline"))
 _ROUTED = frozenset(("dispatch", "expert", "combine"))

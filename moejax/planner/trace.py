@@ -40,7 +40,7 @@ from moejax.kernels.attention import cost
 from moejax.mesh import abstract_mesh
 from moejax.model import FORWARD_ONLY, Program
 from moejax.planner.plan import Plan
-from moejax.planner.work import Kind, Pass, Phase, Collective
+from moejax.planner.work import Collective, Kind, Pass, Phase
 from moejax.train.step import make_train_step
 
 KINDS: dict[str, Kind] = {

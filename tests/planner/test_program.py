@@ -13,7 +13,7 @@ from moejax.mesh import MeshConfig
 from moejax.planner.plan import Plan
 from moejax.planner.program import param_bytes, work
 from moejax.planner.trace import trace
-from moejax.planner.work import Matmul, MemoryOp, Collective, flops_by_phase, sent_by_phase
+from moejax.planner.work import Collective, Matmul, MemoryOp, flops_by_phase, sent_by_phase
 from moejax.presets import moe_16x10b
 
 EXACT = 1e-12  # of a sum of floats
@@ -95,7 +95,7 @@ def test_the_reference_model():
     assert_same(Plan(moe_16x10b(), mesh, 4096, 64, ParallelConfig(num_microbatches=4)))
 
 
-def test_sweeps_are_less_than_the_unfused_program_moves():
+def test_memory_operations_are_less_than_the_unfused_program_moves():
     """An upper bound for them, in the phases that are swept; matrix products move the rest."""
     plan = CORNERS["full"]
     moved, swept = traced(plan).moved_bytes, Counter()

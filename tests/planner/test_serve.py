@@ -7,7 +7,7 @@ from moejax.mesh import MeshConfig
 from moejax.planner.flops import decode_flops
 from moejax.planner.plan import Plan
 from moejax.planner.serve import decode_work
-from moejax.planner.work import Matmul, MemoryOp, Collective, flops_by_phase, sent_by_phase
+from moejax.planner.work import Collective, Matmul, MemoryOp, flops_by_phase, sent_by_phase
 from moejax.presets import moe_16x10b
 
 
@@ -27,8 +27,8 @@ def test_the_cache_is_read_once_a_token():
     """Of one device: keys and values of its sequences, layers and heads."""
     found = plan()
     m = found.model
-    sweeps = [item for item in decode_work(found) if isinstance(item, MemoryOp) and item.phase == "attention"]
-    reads = sum(item.moved_bytes * item.times for item in sweeps) - 4 * 16 * m.d_model * 2 * m.num_layers
+    memory_ops = [item for item in decode_work(found) if isinstance(item, MemoryOp) and item.phase == "attention"]
+    reads = sum(item.moved_bytes * item.times for item in memory_ops) - 4 * 16 * m.d_model * 2 * m.num_layers
     cache = found.batch_size * (found.seq_len + 1) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 2
     assert reads == pytest.approx(cache / 16)
 

@@ -8,15 +8,15 @@ from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.planner.costs import (
     Assumptions,
+    collective_seconds,
     matmul_bytes,
     matmul_efficiency,
     matmul_seconds,
     rates,
-    collective_seconds,
 )
 from moejax.planner.hardware import Cluster, Constant, get_device
 from moejax.planner.time import Placement, Step, predict_time
-from moejax.planner.work import Matmul, MemoryOp, Collective
+from moejax.planner.work import Collective, Matmul, MemoryOp
 
 H100 = get_device("h100")
 CLUSTER = Cluster("2x8", H100, 2, 8)
