@@ -18,14 +18,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import audit_cases
-import common
 import jax
-import loading
-import outputs
 from absl import flags
-from audit_cases import Audited, Case, Compiled
 
+from experiments.shared import audit_cases, common, loading, outputs
+from experiments.shared.audit_cases import Audited, Case, Compiled
 from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program

@@ -16,13 +16,12 @@ import types
 from collections import defaultdict
 from pathlib import Path
 
-import common
 import jax
-import loading
 import numpy as np
 from absl import flags
-from benchmark_train import random_batch
 
+from experiments.benchmark_train import random_batch
+from experiments.shared import common, loading
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
 from moejax.planner.report import table

@@ -28,14 +28,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
-import loading
 import numpy as np
 from absl import flags
 from jax.sharding import PartitionSpec as P
 
+from experiments.shared import common, loading
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Experts, first_turn, get_dispatcher
 from moejax.mesh import build_mesh, local_mesh_config

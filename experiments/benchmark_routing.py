@@ -28,11 +28,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import loading
 import numpy as np
 from absl import flags
 from jax import lax
 
+from experiments.shared import loading
 from moejax.config import check
 from moejax.kernels.top_k_routing import routing_implementation, top_k_routing
 

@@ -19,12 +19,11 @@ START = time.perf_counter()
 
 import statistics  # noqa: E402
 
-import common  # noqa: E402
 import jax  # noqa: E402
-import loading  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
+from experiments.shared import common, loading  # noqa: E402
 from moejax.mesh import build_mesh  # noqa: E402
 from moejax.model import Program  # noqa: E402
 from moejax.train.memory_guard import MemoryUse  # noqa: E402

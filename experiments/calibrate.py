@@ -18,10 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
-import loading
 import numpy as np
 from absl import flags
 from jax import lax
@@ -30,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+from experiments.shared import common, loading
 from moejax import strict_json
 from moejax.mesh import build_mesh, platform
 

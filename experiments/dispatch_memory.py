@@ -17,14 +17,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import common
 import jax
-import loading
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.shared import common, loading
 from moejax import sharding
 from moejax.compiler import program_options
 from moejax.config import DispatchConfig, ModelConfig, TrainConfig

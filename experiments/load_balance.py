@@ -20,12 +20,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import common
-import loading
-import outputs
 from absl import flags
 from rich.console import Console
 
+from experiments.shared import common, loading, outputs
 from moejax import strict_json
 from moejax.config import BalanceConfig, ConfigError, TrainConfig, check
 from moejax.mesh import build_mesh

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import time
 
-import audit_cases
-import common
-import loading
 from absl import flags
 
+from experiments.shared import audit_cases, common, loading
 from moejax import strict_json
 from moejax.mesh import build_mesh
 from moejax.model import Program

@@ -14,10 +14,9 @@ import itertools
 import time
 from typing import Any
 
-import common
-import loading
 from absl import flags
 
+from experiments.shared import common, loading
 from moejax import hlo
 from moejax.config import TrainConfig, make_folder
 from moejax.mesh import MeshConfig, build_mesh

@@ -15,9 +15,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import loading
 from absl import flags
 
+from experiments.shared import loading
 from moejax import strict_json
 from moejax.config import MAX_CAPACITY_FACTOR, ConfigError, DispatchConfig, check
 from moejax.planner import report

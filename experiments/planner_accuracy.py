@@ -18,9 +18,9 @@ import itertools
 import re
 from collections.abc import Mapping
 
-import loading
 from absl import flags
 
+from experiments.shared import loading
 from moejax.config import ConfigError, check, expand
 from moejax.planner.layouts import Run, number, parse_run
 from moejax.planner.published import predict_training

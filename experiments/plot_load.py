@@ -10,12 +10,11 @@ pipe, ends with one line of JSON.
 
 from __future__ import annotations
 
-import loading
-import outputs
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.shared import loading, outputs
 from moejax.config import check, expand
 from moejax.plots import SUFFIXES
 from moejax.profiling.loads import LoadHistory, figure

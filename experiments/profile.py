@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    import loading
-    import trace_report
+    from experiments import trace_report
+    from experiments.shared import loading
 
     loading.run(trace_report.main, trace_report.FLAGS)
 else:  # somebody imports the standard library's `profile`, as `cProfile` does, which this folder hides from scripts

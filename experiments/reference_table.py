@@ -9,8 +9,7 @@ inputs of its formula below it. In a pipe, ends with one line of JSON.
 
 from __future__ import annotations
 
-import loading
-
+from experiments.shared import loading
 from moejax.planner import report
 from moejax.planner.costs import Assumptions
 from moejax.planner.flops import ceilings, forward_flops

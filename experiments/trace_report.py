@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import loading
 from absl import flags
 
+from experiments.shared import loading
 from moejax import strict_json
 from moejax.config import check, expand, make_folder
 from moejax.plots import installed

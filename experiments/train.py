@@ -23,11 +23,9 @@ from pathlib import Path
 if __name__ == "__main__":  # what is imported next takes seconds
     print("starting JAX", file=sys.stderr, flush=True)
 
-import loading
-import outputs
-import resuming
 from absl import flags, logging
 
+from experiments.shared import loading, outputs, resuming
 from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.planner import DEVICES, Plan, predict

@@ -7,16 +7,14 @@ import io
 import json
 import logging
 import sys
-from pathlib import Path
 from unittest import mock
 
-import common
 import jax
-import loading
 
+from experiments.shared import common, loading
 from moejax.topology import find_target
 
-EXPERIMENTS = Path(loading.__file__).resolve().parent
+EXPERIMENTS = loading.EXPERIMENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Done:
 
 def load_script(name):
     """Returns the module of a script of experiments/."""
-    return importlib.import_module({"profile": "trace_report"}.get(name, name))  # that name is the standard library's
+    name = {"profile": "trace_report"}.get(name, name)  # that name is the standard library's
+    return importlib.import_module(f"experiments.{name}")
 
 
 def parse_command(name, arguments):

@@ -5,10 +5,10 @@ import re
 import shlex
 from pathlib import Path
 
-import common
 import pytest
 from scripts import EXPERIMENTS, parse_command, run_script
 
+from experiments.shared import common
 from moejax.mesh import MeshConfig
 from moejax.train.metrics import read_metrics
 from moejax.train.schedule import Bucket, write_plan_file

@@ -1,7 +1,6 @@
 import ctypes
 import dataclasses
 import errno
-import importlib
 import io
 import os
 import re
@@ -11,12 +10,11 @@ import types
 from pathlib import Path
 from unittest import mock
 
-import common
 import jax
-import loading
 import pytest
-from scripts import run_script
+from scripts import load_script, run_script
 
+from experiments.shared import common, loading
 from moejax.compiler import PROGRAM
 from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig
@@ -25,10 +23,7 @@ from moejax.presets import mixtral_8x7b, small, tiny
 from moejax.sharding import check_layout
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(
-    {path.stem for path in (ROOT / "experiments").glob("*.py")}
-    - {"common", "loading", "outputs", "resuming", "audit_cases", "trace_report"}
-)
+SCRIPTS = sorted({path.stem for path in (ROOT / "experiments").glob("*.py")} - {"trace_report"})
 FLAGS = common.ConfigFlags("What it does.")
 
 
@@ -397,8 +392,9 @@ def test_standard_output_may_be_closed_or_ascii(capsys):
 def test_a_script_runs_on_virtual_devices(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f'"""What it does."""\nimport sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "experiments")!r}]\n'
-        "import common, jax, loading, moejax\n"
+        f'"""What it does."""\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n'
+        "import jax, moejax\n"
+        "from experiments.shared import common, loading\n"
         "FLAGS = common.ConfigFlags(__doc__)\n"
         "def main(argv):\n"
         "    config, mesh_config = FLAGS.parse_configs(argv)\n"
@@ -429,16 +425,14 @@ def test_a_script_works_from_any_folder(tmp_path):
 def test_names_of_other_programs_lead_to_flags_and_fields(alias):
     known = {*FLAGS, *(path[2:] for path in common.field_paths())}
     for script in SCRIPTS:
-        known |= set(importlib.import_module({"profile": "trace_report"}.get(script, script)).FLAGS)
+        known |= set(load_script(script).FLAGS)
     assert set(loading.ALIASES[alias]) <= known
 
 
 def test_flags_of_scripts_are_apart():
     run_script("overlap", "--help")
     run_script("train", "--help")
-    import overlap
-    import train
-
+    overlap, train = load_script("overlap"), load_script("train")
     assert "chunks" in overlap.FLAGS
     assert "chunks" not in train.FLAGS
     assert overlap.FLAGS.config == "moe_16x10b"

@@ -4,11 +4,10 @@ import importlib.util
 import os
 import sys
 
-import common
-import loading
 import pytest
 from scripts import run_script
 
+from experiments.shared import common, loading
 from moejax.config import ConfigError
 from moejax.train.schedule import load_plan_model
 

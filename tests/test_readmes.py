@@ -10,11 +10,10 @@ import shlex
 import tomllib
 from pathlib import Path
 
-import common
-import loading
 import pytest
 from scripts import EXPERIMENTS, load_script, parse_command
 
+from experiments.shared import common, loading
 from moejax.mesh import MeshConfig
 from moejax.planner import Cluster
 from moejax.profiling.capture import TRIGGER

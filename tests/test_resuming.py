@@ -3,11 +3,10 @@
 import dataclasses
 
 import jax
-import loading
 import pytest
-import resuming
-import train
 
+from experiments import train
+from experiments.shared import loading, resuming
 from moejax.config import ConfigError, TrainConfig
 from moejax.mesh import MeshConfig
 from moejax.overrides import apply_overrides

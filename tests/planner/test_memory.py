@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import audit_cases
 import jax
 import numpy as np
 import pytest
 from tiers import full_unless
 
+from experiments.shared import audit_cases
 from moejax.config import DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig
 from moejax.model import Program

@@ -19,11 +19,11 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import loading
 import numpy as np
 import pytest
 from scripts import run_script
 
+from experiments.shared import loading
 from moejax.balance import Figure
 from moejax.config import ConfigError
 from moejax.data import load_corpus

@@ -5,13 +5,13 @@ import logging
 import re
 from types import SimpleNamespace
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from layouts import BALANCE, MODEL, make_batch
 
+from experiments.shared import common
 from moejax.config import BalanceConfig, ConfigError, DispatchConfig, OptimizerConfig, ParallelConfig
 from moejax.data import BucketShape
 from moejax.mesh import MeshConfig, build_mesh

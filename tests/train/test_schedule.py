@@ -3,12 +3,11 @@
 import dataclasses
 import itertools
 
-import common
 import jax
-import loading
 import numpy as np
 import pytest
 
+from experiments.shared import common, loading
 from moejax.config import ConfigError, DispatchConfig, ParallelConfig
 from moejax.data import load_corpus
 from moejax.mesh import MeshConfig, build_mesh

@@ -5,9 +5,9 @@ import signal
 import sys
 import threading
 
-import loading
 import pytest
 
+from experiments.shared import loading
 from moejax.train import signals
 from moejax.train.signals import Signals
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 
 from absl import flags
-from common import ConfigFlags
 
+from experiments.shared.common import ConfigFlags
 from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig
 from moejax.overrides import from_record

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from outputs import OutputParser, identity
 
+from experiments.shared.outputs import OutputParser, identity
 from moejax import strict_json
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand
 from moejax.mesh import MeshConfig
@@ -45,8 +45,9 @@ from moejax.presets import PRESETS
 from moejax.train.checkpoint import CheckpointError
 from moejax.train.progress import show_logs
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "experiments" / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = ROOT / "experiments"
+CONFIGS = EXPERIMENTS / "configs"
 MESH_CONFIGS = ROOT / "mesh_configs"
 FULL_HELP = ("--help=full", "-help=full", "--helpfull", "-helpfull")
 ALIASES = {  # other programs' names for flags and fields: what they may be here
@@ -331,8 +332,8 @@ def _unknown(flag: str, name: str, names: list[str], problem: str = "does not ex
 
 
 def command(script: str, *arguments: str) -> str:
-    """Returns the command that runs a script of this folder, as it can be typed where this process was started."""
-    path = Path(__file__).with_name(f"{script}.py")
+    """Returns the command that runs a script of experiments/, as it can be typed where this process was started."""
+    path = EXPERIMENTS / f"{script}.py"
     here = Path.cwd()
     return shlex.join(["python", str(path.relative_to(here) if path.is_relative_to(here) else path), *arguments])
 

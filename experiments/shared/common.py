@@ -28,7 +28,8 @@ from typing import TypeVar
 
 import jax
 from absl import flags
-from loading import (
+
+from experiments.shared.loading import (
     FULL_HELP,
     MESH_CONFIGS,
     Flags,
@@ -39,7 +40,6 @@ from loading import (
     load_model,
     mesh_names,
 )
-
 from moejax.compiler import in_force
 from moejax.config import ConfigError, TrainConfig, check, expand
 from moejax.data import tokenizer_vocab_size

@@ -20,7 +20,7 @@ from moejax.planner.memory import predict_memory
 from moejax.planner.plan import Plan
 from moejax.presets import get_preset
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parents[1]
 GRID = FOLDER / "configs" / "memory_grid.csv"
 RECORD = FOLDER / "results" / "memory_compiled.jsonl"
 HARDWARE = {"h100_2x8": "h100", "tpu_v5p_16": "tpu_v5p", "tpu_v5e_16": "tpu_v5e"}
