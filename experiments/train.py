@@ -9,7 +9,7 @@ A run that was stopped goes on, as what it was, when it is started again with it
 differ from its record are printed; those that would make it another run are refused without --override.
 
 `--profile_steps=10:13` traces steps 10, 11 and 12; `echo 3 > WORKDIR/profile` has a run that goes on already trace its
-next three. For what a trace says see experiments/profile.py.
+next three. For what a trace says see experiments/read_trace.py.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ class Done:
 
 def load_script(name):
     """Returns the module of a script of experiments/."""
-    name = {"profile": "trace_report"}.get(name, name)  # that name is the standard library's
     return importlib.import_module(f"experiments.{name}")
 
 
@@ -53,7 +52,7 @@ def parse_command(name, arguments):
             if name == "train":
                 load_script(name).refuse_what_cannot_fit(config, mesh, script_flags.plan_buckets())
         else:
-            script_flags.parse([name, *arguments], positional=name == "profile")
+            script_flags.parse([name, *arguments], positional=name == "read_trace")
     for flag, find in (("model", loading.load_model), ("cluster", loading.load_cluster), ("target", find_target)):
         value = script_flags[flag].value if flag in script_flags else None
         for found in value if isinstance(value, list) else [value] if value else []:

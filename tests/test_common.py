@@ -23,7 +23,7 @@ from moejax.presets import mixtral_8x7b, small, tiny
 from moejax.sharding import check_layout
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted({path.stem for path in (ROOT / "experiments").glob("*.py")} - {"trace_report"})
+SCRIPTS = sorted({path.stem for path in (ROOT / "experiments").glob("*.py")})
 FLAGS = common.ConfigFlags("What it does.")
 
 

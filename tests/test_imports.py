@@ -75,6 +75,7 @@ def find_modules():
 
 
 MODULES = list(find_modules())
+SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 
 @pytest.mark.parametrize(("path", "module", "is_package"), MODULES, ids=[module for _, module, _ in MODULES])
@@ -125,12 +126,18 @@ def test_right_imports_pass(module, source):
     assert list(violations(source, module)) == []
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "experiments").rglob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_script_imports_is_there(script):
     """Found by reading the script, so that imports inside functions count."""
     for name in imported(script.read_text(), script.stem, is_package=False):
         if name.split(".")[0] in ("moejax", "experiments"):
             assert pkgutil.resolve_name(name) is not None
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_script_hides_a_module_of_the_standard_library(script):
+    """A script's folder comes first on Python's path, so `experiments/profile.py` would be what `cProfile` imports."""
+    assert script.stem not in sys.stdlib_module_names
 
 
 @pytest.mark.full

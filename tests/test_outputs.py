@@ -134,7 +134,7 @@ def test_every_script_refuses_its_output_first(script, flag, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "flag"), [("load_balance", "workdir"), ("overlap", "text"), ("profile", "out"), ("train", "workdir")]
+    ("script", "flag"), [("load_balance", "workdir"), ("overlap", "text"), ("read_trace", "out"), ("train", "workdir")]
 )
 def test_every_script_refuses_its_folder_first(script, flag):
     assert run_script(script, f"--{flag}=file/x", status=2).error.startswith(f"--{flag}=file/x cannot be a folder (")

@@ -86,7 +86,7 @@ CASES = [
             ("plan --calibration=~nosuchuser/a.json", "--calibration=~nosuchuser/a.json"),
             ("planner_accuracy --runs=~nosuchuser/a.csv", "--runs=~nosuchuser/a.csv"),
             ("plot_load --workdir=~nosuchuser/run", "--workdir=~nosuchuser/run"),
-            ("profile ~nosuchuser/run", "TRACE=~nosuchuser/run"),
+            ("read_trace ~nosuchuser/run", "TRACE=~nosuchuser/run"),
         )
     ),
     ("plan --batch_size=1" + "0" * 30, f"--batch_size=1{'0' * 30}: '1{'0' * 30}' must be at most 2,147,483,647"),

@@ -110,7 +110,7 @@ def capture(directory: str | Path) -> Iterator[Recording]:
                 with recording.step(i, compiled):
                     state, metrics = jax.block_until_ready(compiled(state, batch))
 
-    `experiments/profile.py traces/a` reads it, and `tensorboard --logdir=traces` (extra `profile`) shows it.
+    `experiments/read_trace.py traces/a` reads it, and `tensorboard --logdir=traces` (extra `profile`) shows it.
     Python's own calls are left out: they are most of a trace's events and slow the host down.
 
     Raises:
@@ -211,7 +211,7 @@ class StepCapture:
         if self._recording is not None:
             directory, self._recording = self._recording.directory, None
             self._open.close()
-            _log.info("traced %s; experiments/profile.py %s reads it", directory, directory)
+            _log.info("traced %s; experiments/read_trace.py %s reads it", directory, directory)
 
     def _plan(self, fitted: FittedStep, batch_size: int, seq_len: int) -> Plan:
         step, program = fitted.step, fitted.step.program

@@ -1,15 +1,13 @@
 """Reads a profiler trace: where the time of its steps went, by phase and device, beside the planner's prediction.
 
     python experiments/train.py --profile_steps=10:13 --workdir=runs/a
-    python experiments/profile.py runs/a/profiles/step_000010
-    python experiments/profile.py runs/a/profiles/step_000010 --out=figures --nopicture
+    python experiments/read_trace.py runs/a/profiles/step_000010
+    python experiments/read_trace.py runs/a/profiles/step_000010 --out=figures --nopicture
     tensorboard --logdir=runs/a/profiles      # the same traces as pictures; needs tensorboard and xprof
 
 TRACE is a directory that train.py --profile_steps or moejax.profiling.capture wrote, or a run's, whose last trace is
 taken. Prints tables, writes them there with report.json and a picture of one step, timeline.png (extra `plots`). In a
 pipe, ends with one line of JSON.
-
-experiments/profile.py runs this; a file of its own, for that one's name is a module of the standard library's.
 """
 
 from __future__ import annotations
@@ -63,3 +61,7 @@ def newest_trace(folder: Path) -> Path:
     """The last trace of a run, by the time that names its files' folder, if `folder` is a run's; else itself."""
     last = max(folder.glob(f"{TRACES}/*/plugins/profile/*"), key=lambda files: files.name, default=None)
     return last.parents[2] if last else folder
+
+
+if __name__ == "__main__":
+    loading.run(main, FLAGS)
