@@ -15,6 +15,11 @@ from experiments.shared import common, loading
 from moejax.topology import find_target
 
 EXPERIMENTS = loading.EXPERIMENTS
+SCRIPTS = sorted(  # such as "train" and "benchmarks/moe"
+    str(path.relative_to(EXPERIMENTS).with_suffix(""))
+    for path in EXPERIMENTS.rglob("*.py")
+    if '\nif __name__ == "__main__":' in path.read_text()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Done:
 
 def load_script(name):
     """Returns the module of a script of experiments/."""
-    return importlib.import_module(f"experiments.{name}")
+    return importlib.import_module(f"experiments.{name.replace('/', '.')}")
 
 
 def parse_command(name, arguments):

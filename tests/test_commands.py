@@ -6,18 +6,18 @@ import shlex
 from pathlib import Path
 
 import pytest
-from scripts import EXPERIMENTS, parse_command, run_script
+from scripts import EXPERIMENTS, SCRIPTS, parse_command, run_script
 
 from experiments.shared import common
 from moejax.mesh import MeshConfig
 from moejax.train.metrics import read_metrics
 from moejax.train.schedule import Bucket, write_plan_file
 
-EXAMPLE = re.compile(r"^    python experiments/(\w+)\.py(.*)$", re.MULTILINE)
+EXAMPLE = re.compile(r"^    python experiments/([\w/]+)\.py(.*)$", re.MULTILINE)
 EXAMPLES = [
     (script, arguments)
-    for path in sorted(EXPERIMENTS.glob("*.py"))
-    for script, arguments in EXAMPLE.findall(path.read_text().split('"""')[1])
+    for name in SCRIPTS
+    for script, arguments in EXAMPLE.findall((EXPERIMENTS / f"{name}.py").read_text().split('"""')[1])
 ]
 SHORT = (  # evaluated and saved less often than there are steps
     *("--config.steps=2", "--config.eval_every=9", "--config.eval_batches=1", "--config.checkpoint.every=9"),

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from scripts import EXPERIMENTS, load_script, parse_command
+from scripts import EXPERIMENTS, SCRIPTS, load_script, parse_command
 
 from experiments.shared import common, loading
 from moejax.mesh import MeshConfig
@@ -76,10 +76,10 @@ def check_command(words, pytestconfig):
         case ["srun", "--nodes=2", "--ntasks-per-node=1", *rest]:
             check_command(rest, pytestconfig)
         case ["python", script, *arguments]:
-            path = ROOT / script
-            assert path.is_file()
-            assert path.parent == EXPERIMENTS
-            parse_command(path.stem, arguments)
+            name = script.removeprefix("experiments/").removesuffix(".py")
+            assert script == f"experiments/{name}.py"
+            assert name in SCRIPTS
+            parse_command(name, arguments)
         case ["pip", "install", "-e", target]:
             extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", target)[1]
             known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -111,8 +111,8 @@ def check_pytest(arguments, pytestconfig):
 
 @pytest.mark.parametrize("path", READMES, ids=str)
 def test_flags_and_names_in_the_text_exist(path):
-    scripts = [load_script(file.stem) for file in sorted(EXPERIMENTS.glob("*.py"))]
-    known = {name for script in scripts for name in getattr(script, "FLAGS", ())} | {"help"}
+    scripts = map(load_script, SCRIPTS)
+    known = {name for script in scripts for name in script.FLAGS} | {"help"}
     text = " ".join(inline_code(path))
     assert set(re.findall(r"--(?:config|mesh)\.[\w.]*\w", text)) <= set(common.field_paths())
     assert {name for name in re.findall(r"--(\w+)", text) if name not in ("config", "mesh")} <= known

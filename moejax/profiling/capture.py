@@ -6,7 +6,7 @@ and `capture.json`.
 A training run is traced by `StepCapture`: at steps known before, or at once when a file `profile` appears in its work
 directory (`echo 5 > WORKDIR/profile` for five steps, `touch` for three); it is taken away as the trace starts.
 
-Cost (experiments/benchmark_capture.py, the model `tiny` with 16 × 64 tokens, 16 virtual devices on two quiet cores,
+Cost (experiments/benchmarks/capture.py, the model `tiny` with 16 × 64 tokens, 16 virtual devices on two quiet cores,
 median of six rounds): the three traced steps take 6% longer, the five before them 1%, the five after 4%; CPU time 8, 0
 and 2%. To write the trace, 26 MiB, takes 3 s after the last, which `step_seconds` does not count.
 """

@@ -1,6 +1,6 @@
 """What a trace costs the steps around it: those before, traced and after, against steps of a block without a trace.
 
-    python experiments/benchmark_capture.py --config.data.seq_len=64 --config.data.batch_size=16
+    python experiments/benchmarks/capture.py --config.data.seq_len=64 --config.data.batch_size=16
 
 Blocks of steps with a trace in their middle and blocks without take turns; both go through the hook that a training run
 has around each step. Wall clock, and the process's CPU time, which other work on the machine hardly changes. To write
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.benchmark_train import random_batch
+from experiments.benchmarks.train import random_batch
 from experiments.shared import common, loading
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program

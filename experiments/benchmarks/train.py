@@ -1,7 +1,7 @@
 """Times the train step of a configuration: tokens/s, and seconds from the start of the process to the first step's end.
 
-    python experiments/benchmark_train.py --config=peer --mesh=cpu_16
-    python experiments/benchmark_train.py --config=tiny --steps=20 --compilation_cache_dir=
+    python experiments/benchmarks/train.py --config=peer --mesh=cpu_16
+    python experiments/benchmarks/train.py --config=tiny --steps=20 --compilation_cache_dir=
 
 Tokens are random: routing is then nearly uniform, text is more skewed. The start is a cold one only with
 `--compilation_cache_dir=`. In a pipe, ends with one line of JSON.

@@ -1,7 +1,7 @@
 """What a dispatch's buffers take: memory of one mixture-of-experts block, forward and backward, and of the whole step.
 
-    python experiments/dispatch_memory.py                                         # 16 virtual CPU devices, and runs
-    python experiments/dispatch_memory.py --config=moe_16x10b --target=h100_2x8   # compiled for 16 H100s
+    python experiments/benchmarks/dispatch_memory.py                                         # virtual devices, and runs
+    python experiments/benchmarks/dispatch_memory.py --config=moe_16x10b --target=h100_2x8   # compiled for 16 H100s
 
 Compares designs that drop nothing: rounds of buffers with `--config.dispatch.capacity_factor` times the balanced load,
 and one round of buffers with room for the worst case, all of a sender's tokens for one expert. The block is that of one

@@ -1,7 +1,7 @@
 """Times one mixture-of-experts block on one device, against transformers' Mixtral block with the same weights.
 
-    python experiments/benchmark_moe.py --tokens=64,512,4096
-    python experiments/benchmark_moe.py --shape=mixtral_8x7b --tokens=8192 --peer=none
+    python experiments/benchmarks/moe.py --tokens=64,512,4096
+    python experiments/benchmarks/moe.py --shape=mixtral_8x7b --tokens=8192 --peer=none
 
 The peer is `MixtralSparseMoeBlock` with the experts implementation `grouped_mm` (needs torch and transformers). Results
 and gradients are compared first. Then everything takes turns, so that whatever else the machine does falls on all, and

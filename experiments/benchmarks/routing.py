@@ -1,7 +1,7 @@
 """Times top-k routing, from logits to experts, gates, positions and sums, against what a device can copy.
 
-    python experiments/benchmark_routing.py
-    python experiments/benchmark_routing.py --tokens=65536 --experts=16,64,256 --experts_per_token=2
+    python experiments/benchmarks/routing.py
+    python experiments/benchmarks/routing.py --tokens=65536 --experts=16,64,256 --experts_per_token=2
 
 "bytes" are the fewest that must move: logits read and results written, for the backward pass logits read again and
 their gradient written. They over the time, as a share of the bandwidth of a copy of as many bytes measured in the same
