@@ -123,7 +123,7 @@ def test_what_can_be_written_is_a_path(tmp_path):
     [
         ("audit", "out"), ("benchmarks/dispatch_memory", "out"), ("calibrate", "out"), ("load_balance", "out"),
         ("memory", "out"), ("memory", "json"), ("memory", "markdown"), ("overlap", "out"), ("plan", "out"),
-        ("plan", "json"), ("plan", "plot"), ("planner_accuracy", "out"), ("plot_load", "out"),
+        ("plan", "json"), ("plan", "plot"), ("published_runs/planner_accuracy", "out"), ("plot_load", "out"),
         ("reference_table", "out"),
     ],
 )  # fmt: skip

@@ -84,7 +84,7 @@ CASES = [
             ("plan --model=~nosuchuser/a.py", "~nosuchuser/a.py"),
             ("plan --cluster=~nosuchuser/a.py", "~nosuchuser/a.py"),
             ("plan --calibration=~nosuchuser/a.json", "--calibration=~nosuchuser/a.json"),
-            ("planner_accuracy --runs=~nosuchuser/a.csv", "--runs=~nosuchuser/a.csv"),
+            ("published_runs/planner_accuracy --runs=~nosuchuser/a.csv", "--runs=~nosuchuser/a.csv"),
             ("plot_load --workdir=~nosuchuser/run", "--workdir=~nosuchuser/run"),
             ("read_trace ~nosuchuser/run", "TRACE=~nosuchuser/run"),
         )

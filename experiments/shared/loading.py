@@ -34,13 +34,13 @@ from typing import Any
 
 from absl import flags
 
+from experiments.published_runs.models import find_architecture, what_is_missing
 from experiments.shared.outputs import OutputParser, identity
 from moejax import strict_json
 from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, is_flag, load_config_file
 from moejax.planner.hardware import Cluster
-from moejax.planner.published_models import find_architecture, what_is_missing
 from moejax.presets import PRESETS
 from moejax.train.checkpoint import CheckpointError
 from moejax.train.progress import show_logs

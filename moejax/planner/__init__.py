@@ -7,7 +7,7 @@
     print(choice.best.plan, choice.best.memory, choice.best.time)
 
 Start reading at `work` (the language), then `program` (what a step costs), `memory`, `time` and `search`. `trace`
-counts the same from the program itself, without devices; `published` predicts other systems' runs.
+counts the same from the program itself, without devices.
 """
 
 from moejax.planner.costs import Assumptions

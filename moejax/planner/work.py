@@ -1,7 +1,7 @@
 """What one device does in one step, as a list: matrix products, collectives, and passes over memory.
 
 It is the common language of the planner. Closed forms write it (`moejax.planner.program` for moejax's own step,
-`moejax.planner.published` for other systems' runs); its sums by phase are held against the trace of the program
+`experiments/published_runs` for other systems' runs); its sums by phase are held against the trace of the program
 (`moejax.planner.trace`) and the compiler's text; `moejax.planner.time` says how long each entry takes on a cluster.
 
 All amounts are of one device and one step: `times` counts how often an entry is done in it, bubbles of the pipeline

@@ -11,9 +11,9 @@ its runs are the last stage's; of other systems' runs the fuller stage counts.
 
 from __future__ import annotations
 
-from moejax.planner.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
-from moejax.planner.layouts import Run
-from moejax.planner.published import predicting_block
+from experiments.published_runs.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
+from experiments.published_runs.runs import Run
+from experiments.published_runs.training import predicting_block
 
 # What an allocator holds beside what is asked of it: peaks that frameworks report as allocated (Megatron) leave it out,
 # torchtitan reports what is reserved.

@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from experiments.published_runs.architecture import Architecture
+from experiments.published_runs.models import find_architecture
 from moejax.config import ConfigError, check
-from moejax.planner.architecture import Architecture
 from moejax.planner.hardware import Cluster, Constant, Device, get_device
-from moejax.planner.published_models import find_architecture
 
 Recompute = Literal["none", "selective", "half", "minimal", "custom", "full"]
 System = Literal["megatron", "torch", "jax"]
@@ -209,7 +209,7 @@ def _is_nemo(row: Mapping[str, str]) -> bool:
 
 
 def parse_run(row: Mapping[str, str]) -> Run:
-    """The run that a row of a table describes; its columns are those of experiments/data/measured_runs.csv.
+    """The run that a row of a table describes; its columns are those of measured_runs.csv.
 
     Raises:
       ConfigError: its model or hardware is not known, or its degrees do not fit its devices.

@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from experiments.published_runs.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
+from experiments.published_runs.runs import Run
+from experiments.published_runs.training import placement
 from moejax.config import check
-from moejax.planner.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Constant
-from moejax.planner.layouts import Run
-from moejax.planner.published import placement
 from moejax.planner.time import predict_time
 from moejax.planner.work import Collective, Matmul, MemoryOp, Phase, Work
 

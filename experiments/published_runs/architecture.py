@@ -1,6 +1,6 @@
 """Shapes of language models beyond what moejax trains: enough of each to count parameters, FLOPs and bytes exactly.
 
-    model = Architecture.from_config(mixtral_8x7b())  # or published_models.find_architecture("Qwen3-30B-A3B")
+    model = Architecture.from_config(mixtral_8x7b())  # or models.find_architecture("Qwen3-30B-A3B")
     model.parameters, model.active_parameters, model.flops_per_token(4096)
 
 A model is a stack of `Layer`s: a mixer of tokens (attention of some kind, or a state-space model) and a feed-forward

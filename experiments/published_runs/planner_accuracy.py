@@ -1,9 +1,9 @@
 """How near the planner comes to published measurements: step time, tokens/s and peak memory of each run of a table.
 
-    python experiments/planner_accuracy.py
-    python experiments/planner_accuracy.py --runs=experiments/data/more_runs.csv --out=table.md
+    python experiments/published_runs/planner_accuracy.py
+    python experiments/published_runs/planner_accuracy.py --runs=experiments/published_runs/more_runs.csv --out=table.md
 
-The table's columns are those of experiments/data/measured_runs.csv. A training run's step time is step_s, or follows
+The table's columns are those of measured_runs.csv. A training run's step time is step_s, or follows
 from tok_s_per_dev, or from tflops_per_dev; an inference run has "TTFT ..ms" and "TPOT ..ms" in any column, and its
 error is the mean of both. "<65" is a bound, and wrong only when it is exceeded. Runs that cannot be predicted are
 listed with the reason and lower the coverage. Nothing is calibrated on the table: see experiments/results for which
@@ -20,17 +20,17 @@ from collections.abc import Mapping
 
 from absl import flags
 
+from experiments.published_runs.memory import training_memory
+from experiments.published_runs.runs import Run, number, parse_run
+from experiments.published_runs.serving import predict_serving
+from experiments.published_runs.training import predict_training
 from experiments.shared import loading
 from moejax.config import ConfigError, check, expand
-from moejax.planner.layouts import Run, number, parse_run
-from moejax.planner.published import predict_training
-from moejax.planner.published_memory import training_memory
-from moejax.planner.published_serving import predict_serving
 
 FLAGS = loading.Flags(__doc__)
 _RUNS = flags.DEFINE_string(
     "runs",
-    str(loading.ROOT / "experiments" / "data" / "measured_runs.csv"),
+    str(loading.EXPERIMENTS / "published_runs" / "measured_runs.csv"),
     "A table of measured runs, CSV.",
     flag_values=FLAGS,
 )

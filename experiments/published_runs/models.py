@@ -13,8 +13,7 @@ import functools
 import re
 from typing import Any
 
-from moejax.config import ConfigError
-from moejax.planner.architecture import (
+from experiments.published_runs.architecture import (
     Architecture,
     Attention,
     Experts,
@@ -23,6 +22,7 @@ from moejax.planner.architecture import (
     Layer,
     StateSpace,
 )
+from moejax.config import ConfigError
 
 
 def _gqa(

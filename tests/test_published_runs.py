@@ -2,23 +2,19 @@
 
 import csv
 import dataclasses
-from pathlib import Path
 
 import pytest
-from scripts import run_script
+from scripts import EXPERIMENTS, run_script
 
+from experiments.published_runs.architecture import Architecture
+from experiments.published_runs.memory import stage_memory, training_memory
+from experiments.published_runs.models import architectures, find_architecture, what_is_missing
+from experiments.published_runs.runs import number, parse_cluster, parse_device, parse_run
+from experiments.published_runs.serving import predict_serving
+from experiments.published_runs.training import distinct, predict_training, training_step, training_work
 from moejax.config import ConfigError
-from moejax.planner.architecture import Architecture
-from moejax.planner.layouts import number, parse_cluster, parse_device, parse_run
-from moejax.planner.published import distinct, predict_training, training_step, training_work
-from moejax.planner.published_memory import stage_memory, training_memory
-from moejax.planner.published_models import architectures, find_architecture, what_is_missing
-from moejax.planner.published_serving import predict_serving
 from moejax.planner.work import Matmul
 from moejax.presets import PRESETS, mixtral_8x7b
-
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "experiments" / "data"
 
 SIZES = {  # billions of parameters: all, used by a token (with both tables), as papers and model cards have them
     "Llama-2-7B": (6.738, 6.738), "Llama-2-13B": (13.016, 13.016), "Llama-2-70B": (68.98, 68.98),
@@ -242,7 +238,7 @@ def test_serving_times():
 
 
 def test_the_script_on_the_projects_table():
-    found = run_script("planner_accuracy").figures
+    found = run_script("published_runs/planner_accuracy").figures
     assert found["coverage"] == 1.0
     assert found["mean_step_time_error"] < 0.25
     assert found["mean_memory_error"] < 0.10
@@ -259,7 +255,7 @@ def test_the_script_lists_what_it_cannot_do(tmp_path):
         writer.writerow(ROW | {"id": "strange", "model": "Foo-9000", "step_s": "1"})
         writer.writerow(ROW | {"id": "empty"})
         writer.writerow(ROW | {"id": "odd", "hardware": "abacus", "step_s": "1"})
-    done = run_script("planner_accuracy", f"--runs={path}", f"--out={tmp_path / 'table.md'}")
+    done = run_script("published_runs/planner_accuracy", f"--runs={path}", f"--out={tmp_path / 'table.md'}")
     found = done.figures
     assert found["coverage"] == 0.25
     assert found["mean_memory_error"] == 0.0  # the bound holds
@@ -272,11 +268,13 @@ def test_the_script_refuses_bad_input_in_one_line(tmp_path):
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
     for path, message in ((wrong, "lacks the columns model"), (tmp_path / "none.csv", "cannot be read")):
-        assert message in run_script("planner_accuracy", f"--runs={path}", status=2).error
+        assert message in run_script("published_runs/planner_accuracy", f"--runs={path}", status=2).error
 
 
 def test_the_tables_name_their_sources():
-    for path in DATA.glob("*.csv"):
+    tables = list((EXPERIMENTS / "published_runs").glob("*.csv"))
+    assert len(tables) == 3
+    for path in tables:
         rows = list(csv.DictReader(path.open()))
         assert all(row["source"] for row in rows)
         assert len({row["id"] for row in rows}) == len(rows)

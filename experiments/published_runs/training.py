@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moejax.planner.architecture import (
+from experiments.published_runs.architecture import (
     Architecture,
     Attention,
     Experts,
@@ -21,8 +21,8 @@ from moejax.planner.architecture import (
     StateSpace,
     attended,
 )
+from experiments.published_runs.runs import Run
 from moejax.planner.costs import Assumptions
-from moejax.planner.layouts import Run
 from moejax.planner.time import Placement, Step, StepTime, predict_time
 from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Pass, Phase, Work
 
