@@ -13,10 +13,11 @@ from moejax.config import (
     TrainConfig,
 )
 from moejax.data import load_data, make_loader
-from moejax.mesh import MeshConfig, build_mesh, local_mesh_config, use_virtual_devices
+from moejax.mesh import MeshConfig, build_mesh, local_mesh_config
 from moejax.model import Program
 from moejax.modules import MoELayer, MoEStats, Transformer
 from moejax.presets import get_preset
+from moejax.runtime import setup_jax, use_virtual_devices
 from moejax.topology import compile_only_devices
 from moejax.train.step import TrainState, TrainStep, make_train_step
 
@@ -50,5 +51,6 @@ __all__ = [
     "local_mesh_config",
     "make_loader",
     "make_train_step",
+    "setup_jax",
     "use_virtual_devices",
 ]

@@ -1,7 +1,8 @@
 """What XLA is told beyond its defaults: one table, each option with its reason and source; and how to change it.
 
 Options of a program are handed over when it is compiled, so that what is compiled ahead of time, audited or measured
-for overlap is what a run uses. Options of the process stand in the environment's `XLA_FLAGS`, unless it has them.
+for overlap is what a run uses. `moejax.runtime` puts options of the process into the environment's `XLA_FLAGS`, unless
+it has them.
 
 `TrainConfig.compiler_options` come after the table, items `name=value` of which the later wins; `name=default` takes an
 option away. On a command line:
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -145,19 +145,6 @@ def for_jit(options: Sequence[Option]) -> dict[str, str | bool]:
     """Name -> value as `jax.jit(..., compiler_options=)` takes them: truth as a bool, anything else as a text."""
     truth = {"true": True, "false": False}
     return {option.name: truth.get(option.value, option.value) for option in options}
-
-
-def set_process_options(platform: Platform) -> None:
-    """Puts the process's options into the environment's `XLA_FLAGS`, but for those that are there already.
-
-    XLA reads them once, when it first compiles or starts a device.
-    """
-    if jax.__version_info__[:2] > (0, 11):  # XLA aborts on a flag that it does not know; these are seen up to 0.11
-        return
-    present = os.environ.get("XLA_FLAGS", "")
-    flags = [f"--{o.name}={o.value}" for o in PROCESS[platform] if f"--{o.name}=" not in present]
-    if flags:
-        os.environ["XLA_FLAGS"] = " ".join([present, *flags]).strip()
 
 
 def check_accepted(mesh: Mesh, options: Mapping[str, str | bool]) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from moejax.compiler import Platform, set_process_options
+from moejax.compiler import Platform
 from moejax.config import ConfigError, check, check_types
 
 REPLICA: Final = "replica"
@@ -254,27 +254,3 @@ def _processes(number: int) -> str:
 
 def _count(number: int) -> str:
     return "is 1" if number == 1 else f"are {number}"
-
-
-def use_virtual_devices(number: int) -> None:
-    """Makes JAX run on `number` virtual devices of this machine's CPU; call it before anything asks for a device.
-
-    It also raises XLA's limits on slow collectives, see `moejax.compiler.set_process_options`.
-
-    Raises:
-      ConfigError: JAX has already started with other devices.
-    """
-    check(number > 0, f"number={number} of virtual devices must be positive")
-    set_process_options("cpu")
-    try:
-        jax.config.update("jax_num_cpu_devices", number)
-        jax.config.update("jax_platforms", "cpu")
-        return
-    except RuntimeError:  # JAX has started: fine if it has what is asked for
-        platform, have = jax.default_backend(), jax.device_count()
-    if (platform, have) != ("cpu", number):
-        raise ConfigError(
-            f"use_virtual_devices({number}) comes too late: JAX has already started with {have} {platform} "
-            f"device{'s' * (have > 1)}; restart the process (in a notebook, the kernel) and call it before anything "
-            "asks for a device"
-        )

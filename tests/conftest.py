@@ -9,7 +9,7 @@ import hypothesis
 import jax
 import pytest
 
-from moejax.mesh import use_virtual_devices
+from moejax.runtime import use_virtual_devices
 
 # The compiler's time is most of the tests' time, and the mathematics is the same without its optimisations.
 # Subprocesses inherit this, so that their results are the same to the bit. Must be set before JAX asks for a device.

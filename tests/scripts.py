@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 
 from experiments.shared import common, loading
+from moejax import runtime
 from moejax.topology import find_target
 
 EXPERIMENTS = loading.EXPERIMENTS
@@ -77,7 +78,7 @@ def run_script(name, *arguments, status=0):
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(stderr),
             mock.patch.object(sys, "argv", [f"experiments/{name}.py", *map(str, arguments)]),
-            mock.patch.object(common, "keep_freed_memory"),
+            mock.patch.object(runtime, "keep_freed_memory"),
             mock.patch.object(logging.getLogger(), "handlers", logging.getLogger().handlers[:]),
         ):
             loading.run(module.main, module.FLAGS)

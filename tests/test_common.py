@@ -1,4 +1,3 @@
-import ctypes
 import dataclasses
 import errno
 import io
@@ -6,11 +5,9 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 from unittest import mock
 
-import jax
 import pytest
 from scripts import SCRIPTS, load_script, run_script
 
@@ -24,16 +21,6 @@ from moejax.sharding import check_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = common.ConfigFlags("What it does.")
-
-
-@pytest.fixture(autouse=True)
-def _cache():
-    """The compilation cache is global; each test leaves it as it was."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def parse(*arguments):
@@ -152,19 +139,6 @@ def test_a_published_model_without_a_preset_says_so():
         "(mixtral-8x22b), but has no preset; describe it in a Python file with get_config(); did you mean mixtral"
     )
     assert expected in error_of("--config=mixtral_8x22b")
-
-
-def test_hosts_without_a_launcher_are_one_line(monkeypatch):
-    def initialize():
-        raise ValueError("coordinator_address should be defined.")  # as JAX does outside a launcher
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    error = run_script("train", "--mesh=h100_2x8", "--config.data.batch_size=64", status=2).error
-    assert error == (
-        "mesh.hosts=2 needs 16 devices in 2 processes, one per host, but there is 1 process with 16 cpu devices, "
-        "which no launcher started (coordinator_address should be defined); start one process per host with Slurm, "
-        "Open MPI, Kubernetes or on a Cloud TPU slice, where JAX finds the others by itself, or use --mesh=local"
-    )
 
 
 @pytest.mark.parametrize("script", ["train", "calibrate", "benchmarks/train", "memory", "load_balance"])
@@ -286,37 +260,12 @@ def test_flags_change_the_mesh_of_a_target_too():
     assert FLAGS.mesh_of_target("h100_2x8", mesh_config) == MeshConfig(expert=2)
 
 
-def test_setup_keeps_compiled_programs(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _, mesh_config = parse()
-    jax.config.update("jax_compilation_cache_dir", None)
-    FLAGS.setup_jax(mesh_config)
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "moejax" / "xla")
-
-    jax.config.update("jax_compilation_cache_dir", "/from/the/environment")
-    FLAGS.setup_jax(mesh_config)
-    assert jax.config.jax_compilation_cache_dir == "/from/the/environment"
-
-    parse(f"--compilation_cache_dir={tmp_path}")
-    FLAGS.setup_jax(mesh_config)
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-
-    parse("--compilation_cache_dir=")
-    FLAGS.setup_jax(mesh_config)
-    assert jax.config.jax_compilation_cache_dir is None
-
-
-def test_a_preset_cache_folder_defaults_to_the_home(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert common.default_cache_dir() == str(tmp_path / ".cache" / "moejax" / "xla")
-
-
-def test_a_cache_folder_without_a_home_is_one_line(monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME, for a user without an account
-    with pytest.raises(ConfigError, match=r"^XDG_CACHE_HOME=~/.cache needs a home folder .*; write the whole path$"):
-        common.default_cache_dir()
+def test_jax_is_set_up_with_the_cache_that_the_flag_names(monkeypatch):
+    calls = []
+    monkeypatch.setattr(common.runtime, "setup_jax", lambda mesh_config, **options: calls.append(options))
+    for arguments in (["--compilation_cache_dir=here"], ["--compilation_cache_dir="], []):
+        FLAGS.setup_jax(parse(*arguments)[1])
+    assert calls == [{"compilation_cache_dir": folder} for folder in ("here", "", None)]
 
 
 @pytest.mark.parametrize("flag", ["config", "mesh"])
@@ -332,16 +281,6 @@ def test_a_file_in_a_closed_folder_is_one_line(flag, monkeypatch):
     assert "closed/mine.py cannot be read (Permission denied); use a Python file with" in error_of(
         f"--{flag}=closed/mine.py"
     )
-
-
-@pytest.mark.parametrize(("platform", "settings"), [("linux", [-3, -1, -8]), ("win32", []), ("darwin", [])])
-def test_only_glibcs_allocator_is_set(platform, settings, monkeypatch):
-    libc = types.SimpleNamespace(set=[])
-    libc.mallopt = lambda name, value: libc.set.append(name)
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
-    common.keep_freed_memory(num_devices=1)
-    assert libc.set == settings
 
 
 @pytest.mark.parametrize(

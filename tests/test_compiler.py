@@ -13,7 +13,7 @@ import pytest
 from layouts import MODEL
 
 from moejax import compiler
-from moejax.compiler import ONCE, PROCESS, PROGRAM, check_accepted, in_force, program_options, set_process_options
+from moejax.compiler import ONCE, PROCESS, PROGRAM, check_accepted, in_force, program_options
 from moejax.config import ConfigError, DataConfig, TrainConfig
 from moejax.mesh import MeshConfig, abstract_mesh, build_mesh
 from moejax.model import Program
@@ -102,24 +102,6 @@ def test_a_smaller_step_keeps_them():
         step.with_capacity(2.0).program.xla_options == step.program.xla_options == {"xla_disable_hlo_passes": "fusion"}
     )
     assert step.program.without_drops().xla_options == step.program.xla_options
-
-
-def test_process_options_keep_what_the_user_set(monkeypatch):
-    (warn, terminate) = PROCESS["cpu"]
-    monkeypatch.setenv("XLA_FLAGS", f"--{warn.name}=7")
-    set_process_options("cpu")
-    set_process_options("cpu")
-    assert os.environ["XLA_FLAGS"] == f"--{warn.name}=7 --{terminate.name}={terminate.value}"
-    monkeypatch.delenv("XLA_FLAGS")
-    set_process_options("gpu")
-    assert "XLA_FLAGS" not in os.environ
-
-
-def test_process_options_are_left_out_where_they_are_not_known_to_exist(monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    set_process_options("cpu")
-    assert "XLA_FLAGS" not in os.environ
 
 
 def test_accepted_options_pass_on_every_device():

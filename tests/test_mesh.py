@@ -1,8 +1,4 @@
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import jax
@@ -21,11 +17,8 @@ from moejax.mesh import (
     build_mesh,
     local_mesh_config,
     platform,
-    use_virtual_devices,
 )
 from moejax.sharding import check_moe_layout
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def hosts_of(mesh):
@@ -220,44 +213,6 @@ def test_as_many_hosts_as_the_mesh_says_have_processes(processes, hosts, works, 
         return
     with pytest.raises(ConfigError, match=rf"mesh.hosts={hosts}, but the 16 devices are all of {processes} process"):
         build_mesh(config, devices)
-
-
-def test_virtual_devices_again_with_the_same_number():
-    use_virtual_devices(16)
-    assert jax.device_count() == 16
-
-
-@pytest.mark.parametrize("number", [0, -3])
-def test_virtual_devices_must_be_positive(number):
-    with pytest.raises(ConfigError, match=f"number={number}"):
-        use_virtual_devices(number)
-
-
-def test_virtual_devices_too_late():
-    jax.devices()
-    with pytest.raises(ConfigError, match=r"use_virtual_devices\(8\) comes too late.*16 cpu devices; restart the"):
-        use_virtual_devices(8)
-    assert jax.config.jax_num_cpu_devices == 16
-
-
-@pytest.mark.full
-def test_collective_timeouts_keep_what_the_user_set():
-    program = (
-        "import os, jax, moejax; moejax.use_virtual_devices(2); print(jax.device_count(), os.environ['XLA_FLAGS'])"
-    )
-    name = "--xla_cpu_collective_call_terminate_timeout_seconds"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "XLA_FLAGS": f"{name}=7"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("2 ")
-    assert done.stdout.count(name) == 1
-    assert f"{name}=7" in done.stdout
-    assert "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120" in done.stdout
 
 
 @pytest.mark.parametrize(("hardware", "kind"), [("cpu", "cpu"), ("a100_64gb", "gpu"), ("tpu_v5e", "tpu")])

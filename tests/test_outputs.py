@@ -128,7 +128,7 @@ def test_what_can_be_written_is_a_path(tmp_path):
     ],
 )  # fmt: skip
 def test_every_script_refuses_its_output_first(script, flag, monkeypatch):
-    monkeypatch.setattr(common, "setup_jax", None)  # what comes first must not need it
+    monkeypatch.setattr(common.runtime, "setup_jax", None)  # what comes first must not need it
     suffix = {"plot": ".png", "json": ".json"}.get(flag, ".py" if script == "plan" else ".png")
     error = run_script(script, f"--{flag}=no/x{suffix}", status=2).error
     assert error == f"--{flag}=no/x{suffix} is in a folder that does not exist; make no first"

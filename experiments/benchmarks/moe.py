@@ -34,7 +34,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import PartitionSpec as P
 
-from experiments.shared import common, loading
+from experiments.shared import loading
+from moejax import runtime
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Experts, first_turn, get_dispatcher
 from moejax.mesh import build_mesh, local_mesh_config
@@ -63,8 +64,8 @@ Step = Callable[[], Any]  # runs to the end and returns what it computed
 
 def main(argv: list[str]) -> None:
     FLAGS.parse(argv)
-    common.keep_freed_memory(1)  # before JAX has threads
-    common.setup_jax(local_mesh_config(jax.local_devices()[:1]))
+    runtime.keep_freed_memory(1)  # before JAX has threads
+    runtime.setup_jax(local_mesh_config(jax.local_devices()[:1]))
     model = make_model(_SHAPE.value, _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     check_peer()
     p = make_weights(model)

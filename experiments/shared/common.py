@@ -17,7 +17,6 @@ A script reads:
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
 import os
@@ -26,7 +25,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-import jax
 from absl import flags
 
 from experiments.shared.loading import (
@@ -40,11 +38,11 @@ from experiments.shared.loading import (
     load_model,
     mesh_names,
 )
+from moejax import runtime
 from moejax.compiler import in_force
-from moejax.config import ConfigError, TrainConfig, check, expand
+from moejax.config import ConfigError, TrainConfig, check
 from moejax.data import tokenizer_vocab_size
-from moejax.data.cache import cache_folder
-from moejax.mesh import MeshConfig, use_virtual_devices
+from moejax.mesh import MeshConfig
 from moejax.overrides import FieldInfo, apply_overrides, describe, split_overrides
 from moejax.topology import find_target
 from moejax.train.schedule import DECIDES, Bucket, load_buckets, load_plan_model
@@ -139,8 +137,8 @@ class ConfigFlags(Flags):
         return mesh_config if self["mesh"].present else _apply("mesh", load_mesh_config(target), self._mesh_overrides)
 
     def setup_jax(self, mesh_config: MeshConfig) -> None:
-        """Does what `setup_jax` does, with the cache that --compilation_cache_dir names."""
-        setup_jax(mesh_config, self.compilation_cache_dir)
+        """Sets up JAX for the mesh as `moejax.setup_jax` does, with the cache that --compilation_cache_dir names."""
+        runtime.setup_jax(mesh_config, compilation_cache_dir=self.compilation_cache_dir)
 
     def with_flag(self, message: str) -> str:
         """Returns `message` with --config.path for the field's name that it begins with, if only one field has it."""
@@ -259,62 +257,3 @@ def _with_tokenizers_vocabulary(config: TrainConfig, meshes: Sequence[MeshConfig
         return config
     print(f"--config.model.vocab_size={size} follows --tokenizer={config.data.tokenizer}", file=sys.stderr)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-
-
-def setup_jax(mesh_config: MeshConfig, cache_dir: str | None = None) -> None:
-    """Sets what must be set before JAX starts: virtual devices or the other hosts, and the compilation cache.
-
-    `cache_dir` is a folder, "" for none; None for JAX's own setting, else `default_cache_dir`.
-    """
-    if mesh_config.hardware == "cpu":
-        use_virtual_devices(mesh_config.num_devices)
-        keep_freed_memory(mesh_config.num_devices)
-    elif mesh_config.hosts > 1 and not jax.distributed.is_initialized():
-        _join_hosts(mesh_config)
-    if cache_dir is None:
-        cache_dir = jax.config.jax_compilation_cache_dir or default_cache_dir()
-    folder = str(expand(cache_dir, "compilation_cache_dir")) if cache_dir else None
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def _join_hosts(mesh_config: MeshConfig) -> None:
-    """Connects this process to those of the other hosts, which a launcher has started beside it."""
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:  # JAX does not know how many processes there are
-        hosts, have = mesh_config.hosts, jax.local_devices()
-        why = str(error).rstrip(".")
-        raise ConfigError(
-            f"mesh.hosts={hosts} needs {mesh_config.num_devices} devices in {hosts} processes, one per host, but there "
-            f"is 1 process with {len(have)} {have[0].platform} device{'s' * (len(have) > 1)}, which no launcher "
-            f"started ({why}); start one process per host with Slurm, Open MPI, Kubernetes or on a Cloud "
-            "TPU slice, where JAX finds the others by itself, or use --mesh=local"
-        ) from None
-
-
-def keep_freed_memory(num_devices: int) -> None:
-    """Makes glibc's allocator keep what is freed, on Linux, where it is the allocator.
-
-    XLA's CPU client allocates a step's temporaries anew each time; returned to the system in between, every page of
-    them is mapped and zeroed again. For the benchmark's shape that is 208,000 page faults and a third of the CPU time
-    of a step (1.45 against 0.93 s).
-
-    A thread's own arena holds 64 MB at most, and what is larger is mapped anew after all; so with one device, all
-    threads share one arena (268 MB of a gradient: 37 against 138 ms of CPU time). The threads of 16 virtual devices
-    would wait for each other there (15% of a step).
-    """
-    if sys.platform != "linux":  # elsewhere there is no glibc; Windows does not even take a library without a name
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
-        libc.mallopt(m_mmap_threshold, 2**31 - 1)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        if num_devices == 1:
-            libc.mallopt(m_arena_max, 1)
-
-
-def default_cache_dir() -> str:
-    """`moejax/xla` in the user's cache folder."""
-    return str(cache_folder() / "xla")

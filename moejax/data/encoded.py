@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moejax.data.cache import cache_folder, write_atomically
+from moejax.cache import cache_folder, write_atomically
 from moejax.data.corpora import Document, hash_documents
 from moejax.data.pieces import Progress, Report, cut
 from moejax.data.tokenizer import ByteTokenizer, Tokenizer

@@ -15,8 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moejax.cache import cache_folder, write_atomically
 from moejax.config import ConfigError, DataConfig, check, expand
-from moejax.data.cache import cache_folder, write_atomically
 from moejax.data.corpora import Document, hash_documents
 from moejax.data.pieces import Progress, Report, cut
 from moejax.data.separators import ENDOFTEXT, find_separator
