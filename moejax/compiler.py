@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, one_line
 
 Platform = Literal["cpu", "gpu", "tpu"]
 DEFAULT = "default"  # the value that takes an option away
@@ -174,5 +174,5 @@ def _refusal(mesh: Mesh, name: str, value: str | bool) -> str:
         status, _, reason = str(error).partition(": ")
         if status != "INVALID_ARGUMENT":
             raise
-        return " ".join(reason.split()).rstrip(".")
+        return one_line(reason).rstrip(".")
     return ""

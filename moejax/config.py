@@ -41,6 +41,11 @@ def check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def one_line(message: object) -> str:
+    """Returns the text of an error or another message with each run of white space as one space."""
+    return " ".join(str(message).split())
+
+
 def expand(path: str | os.PathLike[str], name: str = "") -> Path:
     """Returns `path`, of the argument `name`, with the home folder that a leading ~ or ~user stands for.
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from moejax.compiler import Platform
-from moejax.config import ConfigError, check, check_types
+from moejax.config import ConfigError, check, check_types, one_line
 
 REPLICA: Final = "replica"
 EXPERT: Final = "expert"
@@ -189,7 +189,7 @@ def find_devices(ask: Callable[[], list[jax.Device]]) -> list[jax.Device]:
     except (AssertionError, RuntimeError) as error:  # an assertion: JAX has no plugin at all for JAX_PLATFORMS=cuda
         forced = os.environ.get("JAX_PLATFORMS")
         where = f"with JAX_PLATFORMS={forced}" if forced else "on this machine"
-        why = f" ({' '.join(str(error).split())})" if str(error) else ""
+        why = f" ({one_line(error)})" if str(error) else ""
         extra = "tpu" if forced == "tpu" else "cuda"
         raise ConfigError(
             f'JAX finds no devices {where}{why}; install JAX for them (pip install -e ".[{extra}]"), or '

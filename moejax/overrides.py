@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, one_line
 from moejax.strict_json import NOT_FINITE
 
 T = TypeVar("T")
@@ -317,12 +317,8 @@ def call_in_file(path: str | Path, function: str, returns: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
+        what = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
         raise ConfigError(f"{path} failed{_line(error, path)}: {what}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _line(error: BaseException, path: Path) -> str:

@@ -37,7 +37,7 @@ from absl import flags
 from experiments.published_runs.models import find_architecture, what_is_missing
 from experiments.shared.outputs import OutputParser, identity
 from moejax import strict_json
-from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand
+from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand, one_line
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, is_flag, load_config_file
 from moejax.planner.hardware import Cluster
@@ -141,7 +141,7 @@ class Flags(flags.FlagValues):
         except flags.IllegalFlagValueError as error:
             raise ConfigError(self._wrong_value(error)) from None
         except (flags.Error, ValueError) as error:
-            raise ConfigError(f"{' '.join(str(error).split())}; --help lists all") from None
+            raise ConfigError(f"{one_line(error)}; --help lists all") from None
         if rest and not positional:
             raise ConfigError(
                 f"argument {' '.join(rest)} is no flag; {self._hint_for_word(rest[0])}flags start with --"
@@ -362,7 +362,7 @@ def run(main: Callable[[list[str]], int | None], script_flags: Flags) -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except (ConfigError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {_one_line(script_flags.with_flag(str(error)))}", file=sys.stderr)
+        print(f"error: {_printable(script_flags.with_flag(str(error)))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except BrokenPipeError:
         _drop_output()
@@ -381,7 +381,7 @@ def _drop_output() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _one_line(message: str) -> str:
+def _printable(message: str) -> str:
     """Returns `message` with control characters spelled out and words of 200 characters cut."""
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     return re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}…", printable)

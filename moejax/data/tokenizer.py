@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.cache import cache_folder, write_atomically
-from moejax.config import ConfigError, DataConfig, check, expand
+from moejax.config import ConfigError, DataConfig, check, expand, one_line
 from moejax.data.corpora import Document, hash_documents
 from moejax.data.pieces import Progress, Report, cut
 from moejax.data.separators import ENDOFTEXT, find_separator
@@ -213,7 +213,7 @@ def _read_named(name: str) -> tuple[tokenizers.Tokenizer, Path]:
     except OSError as error:
         reason = error.strerror
     except Exception as error:  # the library raises bare Exception for what it cannot parse or encode
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
     raise ConfigError(
         f"tokenizer={name!r} cannot be read ({reason}); use 'bytes', 'bpe', or the path of a tokenizer.json or of a "
         "folder that has one"

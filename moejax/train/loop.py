@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.balance import BalanceReport, BoundWatch
-from moejax.config import BalanceConfig, ConfigError, TrainConfig, check, expand
+from moejax.config import BalanceConfig, ConfigError, TrainConfig, check, expand, one_line
 from moejax.data import Data, load_data, make_loader
 from moejax.mesh import MeshConfig
 from moejax.model import counted_targets
@@ -370,7 +370,7 @@ class Trainer:
             with self._progress.waiting("writing a sample"):
                 return sample_text(self.schedule.at.program, state.params, self.data.tokenizer, text, num_tokens)
         except Exception as error:  # the run has ended well and is saved; its summary must come
-            _log.warning("the run has no sample: %s", " ".join(str(error).split()))
+            _log.warning("the run has no sample: %s", one_line(error))
             return None
 
     def _summarise(self, state: TrainState, first: int, line: dict[str, float], timing: Timing) -> Summary:
