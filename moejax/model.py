@@ -380,7 +380,7 @@ def counted_targets(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     return batch["targets"][batch["targets"] != IGNORED]
 
 
-def summarise(metrics: Metrics, batch: Batch) -> Metrics:
+def summarize(metrics: Metrics, batch: Batch) -> Metrics:
     """Returns the figures of `Program.loss`, as global arrays, with the router's sums over the batch in a few numbers.
 
     `aux_loss`, `sequence_loss` and `z_loss` are its losses before their weights. The counts become `load_LE`, the

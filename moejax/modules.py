@@ -24,7 +24,7 @@ from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, check
 from moejax.dispatch import first_turn
 from moejax.kernels.manual import varying
 from moejax.mesh import EXPERT, TENSOR
-from moejax.model import Batch, Metrics, Program, check_batch, summarise
+from moejax.model import Batch, Metrics, Program, check_batch, summarize
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.embedding import check_ids
 
@@ -258,7 +258,7 @@ class Transformer(nnx.Module):
         check_batch(batch, self.program.model.vocab_size)
         self._check(batch["tokens"])
         loss, metrics = _global_loss(self.program)(self.params, batch)
-        return loss, summarise(metrics, batch)
+        return loss, summarize(metrics, batch)
 
     def _check(self, tokens_BS: jax.Array) -> None:
         manual = jax.sharding.get_abstract_mesh().manual_axes

@@ -11,7 +11,7 @@ import pytest
 
 from moejax.runtime import use_virtual_devices
 
-# The compiler's time is most of the tests' time, and the mathematics is the same without its optimisations.
+# The compiler's time is most of the tests' time, and the mathematics is the same without its optimizations.
 # Subprocesses inherit this, so that their results are the same to the bit. Must be set before JAX asks for a device.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 use_virtual_devices(16)

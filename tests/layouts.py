@@ -16,7 +16,7 @@ from tiers import full_unless
 
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program, summarise
+from moejax.model import Program, summarize
 from moejax.sharding import Param, param_shapes
 
 MODEL = ModelConfig(
@@ -152,7 +152,7 @@ class Layout:
 
         def with_summary(params: Any, batch: Any) -> Any:
             (loss, metrics), grads = function(params, batch)
-            return (loss, metrics | summarise(metrics, batch)), grads
+            return (loss, metrics | summarize(metrics, batch)), grads
 
         return jax.jit(with_summary)
 
@@ -242,10 +242,10 @@ def variant(**fields: Any) -> ModelConfig:
     return dataclasses.replace(MODEL, **fields)
 
 
-# Together: each axis alone and all at once, replicas, both places for experts, both gathers, every rematerialisation,
+# Together: each axis alone and all at once, replicas, both places for experts, both gathers, every rematerialization,
 # one and two repeats, as many microbatches as stages and more, microbatches in parts, idle and busy bubbles, drops,
 # packed documents, grouped queries, tied tables, a shared expert, leading dense layers, both scores of the router,
-# gates renormalised and not, selection biases.
+# gates renormalized and not, selection biases.
 CI_LAYOUTS = (
     Layout(
         1, 1, 1, strategy="capacity", repeats=2, batch_split=4,

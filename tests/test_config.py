@@ -250,7 +250,7 @@ def test_capacity_is_the_balanced_load_with_headroom():
     assert DispatchConfig(capacity_factor=100.0).capacity(10, model) == 10  # a token visits an expert once at most
 
 
-def test_rematerialisation_starts_above_2048_tokens():
+def test_rematerialization_starts_above_2048_tokens():
     assert ParallelConfig().remat_policy(2048) == "none"
     assert ParallelConfig().remat_policy(2049) == "full"
     assert ParallelConfig(remat="minimal").remat_policy(8) == "minimal"

@@ -1,4 +1,4 @@
-"""What a rematerialisation policy saves and repeats, read off the traced gradient.
+"""What a rematerialization policy saves and repeats, read off the traced gradient.
 
 That no policy changes a gradient is in test_equivalence.py.
 """

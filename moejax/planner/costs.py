@@ -24,7 +24,7 @@ class Assumptions:
 
     Attributes:
       tile: rows and columns that a GPU's kernel works on at once; half a tile is lost at an edge on average (NVIDIA,
-        "Matrix multiplication background", tile quantisation). A TPU's is its unit, 128 or, from v6e, 256 wide.
+        "Matrix multiplication background", tile quantization). A TPU's is its unit, 128 or, from v6e, 256 wide.
       depth: terms of a sum before a tile's start and end are paid off on a GPU; 64 gives attention with heads of 128
         0.65 of the rate of a large product, as FlashAttention-3 (arXiv 2407.08608, fig. 5) has in its forward pass on
         H100. On a TPU the unit's width: shorter sums leave a part of it empty.

@@ -266,7 +266,7 @@ def _result(
     cluster: Cluster,
     step: Step,
 ) -> StepTime:
-    """The interval, throughput and utilisation."""
+    """The interval, throughput and utilization."""
     expected = sum(by_category.values())
     half = math.sqrt(sum(seconds * seconds for seconds in spreads.values()))
     devices, peak = cluster.num_devices, float(cluster.device.peak_flops)

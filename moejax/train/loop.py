@@ -140,7 +140,7 @@ class Trainer:
             if sizes.compiling:
                 with progress.waiting("ending the compilation in the background"):
                     sizes.close()
-            return self._summarise(state, first, last, timing)
+            return self._summarize(state, first, last, timing)
 
     def _take_signals(self, checkpointer: Checkpointer) -> Signals:
         progress = self._progress
@@ -373,7 +373,7 @@ class Trainer:
             _log.warning("the run has no sample: %s", one_line(error))
             return None
 
-    def _summarise(self, state: TrainState, first: int, line: dict[str, float], timing: Timing) -> Summary:
+    def _summarize(self, state: TrainState, first: int, line: dict[str, float], timing: Timing) -> Summary:
         figures = line | jax.device_get(self.program.balancer.report(state.balance).scalars())
         return Summary(
             step=int(state.step),

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.balance.balancer import every_layer
 from moejax.config import OptimizerConfig
-from moejax.model import BATCH_ARRAYS, Batch, Metrics, Program, check_batch, summarise
+from moejax.model import BATCH_ARRAYS, Batch, Metrics, Program, check_batch, summarize
 from moejax.sharding import make_params, run_once
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
 
@@ -132,7 +132,7 @@ class TrainStep:
             self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
         )
         state, metrics = step(state, batch)
-        return state, summarise(metrics, batch) | metrics["balance"].scalars()
+        return state, summarize(metrics, batch) | metrics["balance"].scalars()
 
     def _global_evaluate(self, params: Any, batch: Batch) -> Metrics:
         program = self.program.without_drops()
@@ -141,7 +141,7 @@ class TrainStep:
             (program.param_specs, program.batch_spec),
             program.metric_specs,
         )
-        return summarise(evaluate(params, batch), batch)
+        return summarize(evaluate(params, batch), batch)
 
     def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = self._gradients(state.params, batch)

@@ -124,7 +124,7 @@ class TestBpe:
         }
         assert len(fingerprints) == len(list(tmp_path.iterdir())) == 4
 
-    def test_default_cache_honours_the_environment(self, tmp_path, monkeypatch):
+    def test_default_cache_honors_the_environment(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         make_tokenizer(BPE, CORPUS)
         assert len(list((tmp_path / "xdg" / "moejax").iterdir())) == 1

@@ -61,7 +61,7 @@ def test_the_peak_is_the_sum_of_its_categories(plan):
     assert set(found.categories) == {field.name for field in dataclasses.fields(found)} - {"moment"}
 
 
-def test_stronger_rematerialisation_takes_less(plan):
+def test_stronger_rematerialization_takes_less(plan):
     assert rising([peak(with_parallel(plan, remat=policy)) for policy in POLICIES[:-1]])
     assert peak(with_parallel(plan, remat="minimal")) <= peak(plan)
 

@@ -135,7 +135,7 @@ def test_a_slow_host_bounds_the_step():
     assert waiting.by_category["host"] == pytest.approx(plain / 20)
 
 
-def test_throughput_and_utilisation():
+def test_throughput_and_utilization():
     time = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(tokens=65536, model_flops=1e15))
     assert time.tokens_per_ms == pytest.approx(65536 / time.expected / 1e3)
     assert time.tokens_per_s_per_device == pytest.approx(time.tokens_per_ms * 1e3 / 16)

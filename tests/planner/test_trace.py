@@ -147,7 +147,7 @@ def test_nothing_of_a_step_is_outside_the_phases(hardware):
     assert {stage for _, stage in found.flops_by_pass} == {"forward", "recompute", "backward"}
 
 
-def test_without_rematerialisation_no_product_is_done_twice():
+def test_without_rematerialization_no_product_is_done_twice():
     mesh = MeshConfig(expert=4, tensor=2, pipeline=2, hardware="h100")
     found = trace(Plan(MODEL, mesh, 32, 8, ParallelConfig(remat="none")))
     assert {stage for _, stage in found.flops_by_pass} == {"forward", "backward"}

@@ -84,7 +84,7 @@ def test_the_plan_comes_along(trace, found):
     assert found.tokens == 2 * LAYOUT.batch_size * LAYOUT.seq_len
     assert found.predicted.hardware == "cpu"
     assert found.predicted.phase_ms.keys() == {*report.PHASES, "bubble", "host"}
-    peak = found.predicted.step_ms / found.step_ms  # the prediction's utilisation, at the measured speed
+    peak = found.predicted.step_ms / found.step_ms  # the prediction's utilization, at the measured speed
     assert found.mfu == pytest.approx(found.predicted.model_ms / found.predicted.step_ms * peak)
     assert found.hfu > found.mfu  # buffers are computed whole
     text = tables.as_markdown(found)

@@ -1,4 +1,4 @@
-"""Sizes of the step: the one asked for is waited for, its neighbours are compiled beside the loop, none is twice."""
+"""Sizes of the step: the one asked for is waited for, its neighbors are compiled beside the loop, none is twice."""
 
 import threading
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def one_bucket(step):
     return StepSizes([step], [BucketShape(16, 8)])
 
 
-def test_neighbours_are_compiled_the_larger_first_and_nothing_twice():
+def test_neighbors_are_compiled_the_larger_first_and_nothing_twice():
     step = FakeStep()
     with one_bucket(step) as sizes:
         assert sizes.use(0, 1).compiled.factor == 1.5
@@ -81,7 +81,7 @@ def test_it_says_what_is_ready_and_whether_it_still_compiles():
         assert not sizes.compiling
 
 
-def test_the_last_size_has_no_neighbours_made():
+def test_the_last_size_has_no_neighbors_made():
     step = FakeStep()
     with one_bucket(step) as sizes:
         sizes.use(0, 2, last=True)

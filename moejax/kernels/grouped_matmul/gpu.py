@@ -4,7 +4,7 @@ Written here because no library's serves: `lax.ragged_dot` lowers to a dense pro
 masked for every group (Mixtral's shape, 8,192 rows: 0.5 GB of them and 8 × the FLOPs). jax's `ragged_dot_mgpu` is for
 Hopper's 16-bit types only, leaves rows past the end unset, and its counterpart for `drhs` asks the device for its cores
 while it is traced. So do tokamax's Mosaic kernels; its Triton ones, which by its own records on an H100 are the faster
-(649 TFLOP/s forward against 461, 390–595 against 108–150 in `drhs`), come with a framework for tuning and quantisation.
+(649 TFLOP/s forward against 461, 390–595 against 108–150 in `drhs`), come with a framework for tuning and quantization.
 A batched product of padded groups computes as many rows as the largest group has for each.
 
 The block sizes here are the ones that tokamax's records prefer on an H100; they were compiled for one, but not timed.
