@@ -16,7 +16,7 @@ import numpy as np
 
 from moejax.cache import cache_folder, write_atomically
 from moejax.data.corpora import Document, hash_documents
-from moejax.data.pieces import Progress, Report, cut
+from moejax.data.pieces import Report, Reporter, cut
 from moejax.data.tokenizer import ByteTokenizer, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class _Piece(NamedTuple):
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer, num_characters: int, report: Report | None) -> Encoded:
-    progress = Progress(report, "encoding", num_characters)
+    reporter = Reporter(report, "encoding", num_characters)
     ids: list[np.ndarray] = []
     lengths = np.zeros(len(documents), np.int64)
     pieces = (piece for i, document in enumerate(documents) for piece in _pieces(i, document.text, tokenizer))
@@ -109,7 +109,7 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizer, num_characters:
                 lengths[piece.document] = 1
             ids.append(its_ids[piece.num_before :])
             lengths[piece.document] += len(ids[-1])
-        progress.add(sum(len(piece.text) for piece in group))
+        reporter.add(sum(len(piece.text) for piece in group))
     return Encoded(Encoded.of(ids).tokens, lengths)
 
 

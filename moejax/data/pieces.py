@@ -39,7 +39,7 @@ def _places(text: str, low: int, high: int) -> Iterator[int]:
     yield from range(high, max(low, high - _TRIES), -1)
 
 
-class Progress:
+class Reporter:
     """Reports how much of a long task is done, every few seconds."""
 
     def __init__(self, report: Report | None, task: str, total: int) -> None:

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moejax.cache import cache_folder, write_atomically
 from moejax.config import ConfigError, DataConfig, check, expand, one_line
 from moejax.data.corpora import Document, hash_documents
-from moejax.data.pieces import Progress, Report, cut
+from moejax.data.pieces import Report, Reporter, cut
 from moejax.data.separators import ENDOFTEXT, find_separator
 
 _log = logging.getLogger(__name__)
@@ -254,10 +254,10 @@ def _reported_pieces(documents: Sequence[Document], report: Report | None) -> It
     """Yields the documents' texts in bounded pieces: splitting a text into words takes many times its size."""
     if report is not None:
         report("training the tokenizer")
-    progress = Progress(report, "training the tokenizer, text read:", sum(len(document.text) for document in documents))
+    reporter = Reporter(report, "training the tokenizer, text read:", sum(len(document.text) for document in documents))
     for document in documents:
         for start, end in cut(document.text):
             yield document.text[start:end]
-            progress.add(end - start)
+            reporter.add(end - start)
     if report is not None:
         report("training the tokenizer, learning merges")
