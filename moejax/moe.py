@@ -14,7 +14,7 @@ from moejax.kernels.top_k_routing import Routing, RoutingSums, route_tokens
 from moejax.mesh import TENSOR
 from moejax.nn.experts import grouped_experts, split_experts, whole_experts
 from moejax.nn.feed_forward import swiglu
-from moejax.nn.weights import weight
+from moejax.nn.weights import compute_copy
 
 
 def mixture_of_experts(
@@ -59,7 +59,7 @@ def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int
     """The experts of each token by the model's rule; the tokens are of `num_sequences` sequences, one after another."""
     return route_tokens(
         x_TD,
-        weight(p["w_router_DE"], x_TD, p["w_router_DE"].dtype),
+        compute_copy(p["w_router_DE"], x_TD, p["w_router_DE"].dtype),
         p["router_bias_E"] if m.router_bias else None,
         experts_per_token=m.experts_per_token,
         score=m.router_score,

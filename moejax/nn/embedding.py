@@ -13,7 +13,7 @@ from jax import lax
 from moejax.config import check
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.nn.collectives import psum_scatter
-from moejax.nn.weights import weight
+from moejax.nn.weights import compute_copy
 from moejax.remat import NETWORK, named
 from moejax.sharding import VOCAB_AXES
 
@@ -60,7 +60,7 @@ def embed(table_vD: jax.Array, tokens_bS: jax.Array, dtype: jnp.dtype, *, split_
         row_bS, here_bS = _local(tokens_bS, num_rows)
         unknown_bS = out_of_range(tokens_bS, num_rows * lax.axis_size(VOCAB_AXES))
         elsewhere_bS = jnp.where(unknown_bS, jnp.nan, jnp.zeros((), table_vD.dtype))
-        rows_bSD = weight(table_vD, row_bS, table_vD.dtype)[row_bS]
+        rows_bSD = compute_copy(table_vD, row_bS, table_vD.dtype)[row_bS]
         x_bSD = jnp.where(here_bS[..., None], rows_bSD, elsewhere_bS[..., None]).astype(dtype)
         x_bsD = psum_scatter(x_bSD, TENSOR, dim=1)
         return psum_scatter(x_bsD, PIPELINE, dim=0) if split_pipeline else lax.psum(x_bsD, PIPELINE)
@@ -70,7 +70,7 @@ def logits(h_bSD: jax.Array, w_Dv: jax.Array) -> jax.Array:
     """This device's columns of the logits, float32 [b, S, v]."""
     with jax.named_scope("logits"):
         contract = (((h_bSD.ndim - 1,), (0,)), ((), ()))
-        return lax.dot_general(h_bSD, weight(w_Dv, h_bSD), contract, preferred_element_type=jnp.float32)
+        return lax.dot_general(h_bSD, compute_copy(w_Dv, h_bSD), contract, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(logits_bSv: jax.Array, targets_bS: jax.Array) -> jax.Array:

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.mesh import TENSOR
 from moejax.nn.collectives import all_gather, psum_scatter
-from moejax.nn.weights import weight
+from moejax.nn.weights import compute_copy
 from moejax.remat import MATMUL, named
 
 
 def whole_experts(p: dict[str, Any], x_eCD: jax.Array) -> jax.Array:
     """Every expert lies on one device: [e, C, D] -> [e, C, D], no collective."""
     with jax.named_scope("expert"):
-        h_eCGf = named(jnp.einsum("ecd,edgf->ecgf", x_eCD, weight(p["w_in_EDGF"], x_eCD)), MATMUL)
+        h_eCGf = named(jnp.einsum("ecd,edgf->ecgf", x_eCD, compute_copy(p["w_in_EDGF"], x_eCD)), MATMUL)
         h_eCf = jax.nn.silu(h_eCGf[:, :, 0]) * h_eCGf[:, :, 1]
-        return jnp.einsum("ecf,efd->ecd", h_eCf, weight(p["w_out_EFD"], x_eCD))
+        return jnp.einsum("ecf,efd->ecd", h_eCf, compute_copy(p["w_out_EFD"], x_eCD))
 
 
 def split_experts(p: dict[str, Any], x_eCD: jax.Array) -> jax.Array:
@@ -37,7 +37,7 @@ def grouped_experts(p: dict[str, Any], x_ND: jax.Array, size_e: jax.Array) -> ja
     Rows past `sum(size_e)` give zeros. No collective.
     """
     with jax.named_scope("expert"):
-        w_in_EDGF, w_out_EFD = (weight(p[name], x_ND) for name in ("w_in_EDGF", "w_out_EFD"))
+        w_in_EDGF, w_out_EFD = (compute_copy(p[name], x_ND) for name in ("w_in_EDGF", "w_out_EFD"))
         w_in_EDH = w_in_EDGF.reshape(*w_in_EDGF.shape[:2], -1)  # H = G F: gate, then up
         gate_Nf, up_Nf = jnp.split(named(grouped_matmul(x_ND, w_in_EDH, size_e), MATMUL), 2, axis=1)
         return grouped_matmul(jax.nn.silu(gate_Nf) * up_Nf, w_out_EFD, size_e)

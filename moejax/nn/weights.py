@@ -5,11 +5,11 @@ import jax
 from moejax.kernels.manual import vary, varying
 
 
-def weight(w: jax.Array, beside: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """The compute copy of a weight, in `dtype` or else that of `beside`, which it meets in an operation.
+def compute_copy(w: jax.Array, like: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """Returns the weight as an operation with `like` needs it: in `dtype`, or else in that of `like`.
 
-    It varies over the mesh axes that `beside` varies over. The sum of its gradient over those axes, which autodiff
-    would put wherever the two first meet, then stands in the phase `gather`, with what else weights cost.
+    The copy varies over the mesh axes that `like` varies over. Autodiff sums its gradient over those axes, and without
+    this cast would do so wherever the two first meet; here the sum counts to the phase `gather`, as all weights' costs.
     """
     with jax.named_scope("gather"):
-        return vary(w.astype(dtype or beside.dtype), varying(beside))
+        return vary(w.astype(dtype or like.dtype), varying(like))
