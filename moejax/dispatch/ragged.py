@@ -94,35 +94,36 @@ def _one_round(
             hops = make_plan(count_sE, index * exchange.rows, exchange.rows, chunk, config)
             x_RD = exchange.to_experts(x_ND, hops)
         if TENSOR in config.expert_axes:
-            y_RD = experts.on_groups(weights, x_RD, hops.size_e)
+            y_RD = experts.on_groups(weights, x_RD, hops.group_sizes_e)
         else:
             with jax.named_scope("expert"):
-                y_RD = _split_experts(experts, weights, x_RD, hops.size_e)
+                y_RD = _split_experts(experts, weights, x_RD, hops.group_sizes_e)
         with jax.named_scope("combine"):
             y_ND = exchange.to_senders(y_RD, y_ND, hops)
     with jax.named_scope("combine"):
         return slots.read_buffer(y_ND, matching, gate_TK), Turn(moment(sent_ND), moment(x_RD))
 
 
-def _split_experts(experts: Experts, weights: Any, x_RD: jax.Array, size_e: jax.Array) -> jax.Array:
+def _split_experts(experts: Experts, weights: Any, x_RD: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
     """Rows of all devices of `tensor`, each with a part of every expert's width; partial results summed, scattered."""
-    size_te = lax.all_gather(size_e, TENSOR)
-    merged_M, source_M = _merge(size_te, x_RD.shape[0])
+    group_sizes_te = lax.all_gather(group_sizes_e, TENSOR)
+    merged_M, source_M = _merge(group_sizes_te, x_RD.shape[0])
     x_MD = slots.take_rows(all_gather(x_RD, TENSOR, dim=0), merged_M, source_M[:, None])
-    y_MD = experts.on_groups(weights, x_MD, size_te.sum(0))
+    y_MD = experts.on_groups(weights, x_MD, group_sizes_te.sum(0))
     return psum_scatter(slots.take_rows(y_MD, source_M, merged_M[:, None]), TENSOR, dim=0)
 
 
-def _merge(size_te: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+def _merge(group_sizes_te: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Rows sorted by expert in each of t buffers, to be sorted by expert over all: both directions, M = t * R.
 
     The first says for each row of the result where it comes from, the second for each row of the buffers where it
     goes; M stands for "nowhere".
     """
-    num_buffers, num_experts = size_te.shape
+    num_buffers, num_experts = group_sizes_te.shape
     total = num_buffers * rows
-    start_te = jnp.arange(num_buffers, dtype=jnp.int32)[:, None] * rows + jnp.cumsum(size_te, axis=1) - size_te
-    merged_et = jnp.cumsum(size_te.T.reshape(-1)).reshape(num_experts, num_buffers) - size_te.T
+    buffer_t1 = jnp.arange(num_buffers, dtype=jnp.int32)[:, None]
+    start_te = buffer_t1 * rows + jnp.cumsum(group_sizes_te, axis=1) - group_sizes_te
+    merged_et = jnp.cumsum(group_sizes_te.T.reshape(-1)).reshape(num_experts, num_buffers) - group_sizes_te.T
 
     def permutation(from_: jax.Array, to: jax.Array, size: jax.Array) -> jax.Array:
         row_M1 = jnp.arange(total, dtype=jnp.int32)[:, None]
@@ -131,4 +132,4 @@ def _merge(size_te: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
         index_M = jnp.where(in_run_MJ, to.reshape(1, -1) + offset_MJ, 0).sum(-1)
         return jnp.where(in_run_MJ.any(-1), index_M, total)
 
-    return permutation(merged_et.T, start_te, size_te), permutation(start_te, merged_et.T, size_te)
+    return permutation(merged_et.T, start_te, group_sizes_te), permutation(start_te, merged_et.T, group_sizes_te)

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     """The hops from the senders' sorted rows to the receivers' buffers, and the rows of each expert that arrive."""
 
     hops: tuple[Hop, ...]
-    size_e: jax.Array
+    group_sizes_e: jax.Array
 
 
 def _of_chunk(count: jax.Array, chunk: int, chunks: int) -> tuple[jax.Array, jax.Array]:

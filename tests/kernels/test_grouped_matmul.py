@@ -149,13 +149,13 @@ def test_cpu_computes_the_rows_that_there_are_however_many_groups(sizes, monkeyp
 
     monkeypatch.setattr(cpu, "_dot", counted)
     monkeypatch.setattr(cpu, "_SMALL_GROUP", 0)  # gradients by group; the others are counted below
-    x, w, sizes_e, dy = make_inputs(1024, 4, 4, sizes)
+    x, w, group_sizes_e, dy = make_inputs(1024, 4, 4, sizes)
     used = sum(size > 0 for size in sizes)
     largest, smallest = cpu._block_sizes(1024, len(sizes))
     for run, waste in [
-        (lambda: cpu.forward(x, w, sizes_e), smallest),
-        (lambda: cpu.dlhs(dy, w, sizes_e), smallest),
-        (lambda: cpu.drhs(x, dy, sizes_e), 2 * smallest),
+        (lambda: cpu.forward(x, w, group_sizes_e), smallest),
+        (lambda: cpu.dlhs(dy, w, group_sizes_e), smallest),
+        (lambda: cpu.drhs(x, dy, group_sizes_e), 2 * smallest),
     ]:
         products.clear()
         jax.block_until_ready(run())
@@ -167,16 +167,16 @@ def test_cpu_computes_the_rows_that_there_are_however_many_groups(sizes, monkeyp
 @pytest.mark.parametrize("sizes", [[64] * 16, [80] * 8 + [40] * 8, [128] * 8, [1024] + [0] * 15, [0] * 16])
 def test_gradients_of_small_groups_are_batched_or_taken_by_group(sizes, monkeypatch):
     """Whichever it is, they are the same, and a batched product has at most twice the rows that there are."""
-    x, _, sizes_e, dy = make_inputs(1024, 4, 4, sizes)
-    found = cpu.drhs(x, dy, sizes_e)
-    np.testing.assert_allclose(found, reference.drhs(x, dy, sizes_e), rtol=1e-5, atol=1e-5)
+    x, _, group_sizes_e, dy = make_inputs(1024, 4, 4, sizes)
+    found = cpu.drhs(x, dy, group_sizes_e)
+    np.testing.assert_allclose(found, reference.drhs(x, dy, group_sizes_e), rtol=1e-5, atol=1e-5)
     products = [
-        eqn for eqn in equations(jax.make_jaxpr(cpu.drhs)(x, dy, sizes_e)) if eqn.primitive.name == "dot_general"
+        eqn for eqn in equations(jax.make_jaxpr(cpu.drhs)(x, dy, group_sizes_e)) if eqn.primitive.name == "dot_general"
     ]
     batched = [eqn.invars[0].aval.shape for eqn in products if len(eqn.invars[0].aval.shape) == 3]
     assert sorted(shape[0] * shape[1] for shape in batched) == [1280, 2048]
     monkeypatch.setattr(cpu, "_SMALL_GROUP", 0)
-    np.testing.assert_allclose(found, cpu.drhs(x, dy, sizes_e), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, cpu.drhs(x, dy, group_sizes_e), rtol=1e-5, atol=1e-5)
 
 
 def equations(jaxpr):
@@ -237,8 +237,8 @@ def test_the_mesh_picks_the_implementation_which_the_lowered_program_then_holds(
     [
         ({"x": jnp.ones((6, 4, 1))}, r"x_ND has shape \(6, 4, 1\); must be \[rows, D\]"),
         ({"w": jnp.ones((2, 5, 3))}, r"w_eDF has shape \(2, 5, 3\); must be \(groups, 4, F\)"),
-        ({"size": jnp.ones(3, jnp.int32)}, r"size_e has shape \(3,\); must be \(2,\)"),
-        ({"size": jnp.ones(2)}, "size_e has dtype float32; must be int32"),
+        ({"size": jnp.ones(3, jnp.int32)}, r"group_sizes_e has shape \(3,\); must be \(2,\)"),
+        ({"size": jnp.ones(2)}, "group_sizes_e has dtype float32; must be int32"),
         ({"w": jnp.ones((2, 4, 3), jnp.bfloat16)}, "dtypes float32 and bfloat16; must be one floating"),
         ({"implementation": "triton"}, "implementation='triton' must be one of 'reference', 'cpu', 'gpu', 'tpu'"),
     ],

@@ -41,26 +41,26 @@ _HALVINGS = 3  # from the largest block of a product to its smallest
 _DRHS_BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)  # smallest blocks
 
 
-def forward(x_ND: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
+def forward(x_ND: jax.Array, w_eDF: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
     """[N, D], [e, D, F] -> [N, F], see `moejax.kernels.grouped_matmul.api`."""
-    return _rows(x_ND, w_eDF, size_e, contract=0)
+    return _rows(x_ND, w_eDF, group_sizes_e, contract=0)
 
 
-def dlhs(dy_NF: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
+def dlhs(dy_NF: jax.Array, w_eDF: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
     """[N, F], [e, D, F] -> [N, D]. The matrix is not transposed in memory: the product reads it either way."""
-    return _rows(dy_NF, w_eDF, size_e, contract=1)
+    return _rows(dy_NF, w_eDF, group_sizes_e, contract=1)
 
 
-def drhs(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.Array:
+def drhs(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
     """[N, D], [N, F] -> [e, D, F]."""
-    N, groups = x_ND.shape[0], len(size_e)
+    N, groups = x_ND.shape[0], len(group_sizes_e)
     if groups * _SMALL_GROUP < N:
-        return _drhs_by_group(x_ND, dy_NF, size_e)
-    axes = manual.varying(x_ND) | manual.varying(dy_NF) | manual.varying(size_e)
+        return _drhs_by_group(x_ND, dy_NF, group_sizes_e)
+    axes = manual.varying(x_ND) | manual.varying(dy_NF) | manual.varying(group_sizes_e)
     rooms = sorted({-(-factor * N // (4 * groups * 8)) * 8 for factor in (5, 8)})  # 1.25 and 2 times the mean
-    branches = [partial(_drhs_batched, x_ND, dy_NF, size_e, room) for room in rooms]
-    branches.append(partial(_drhs_by_group, x_ND, dy_NF, size_e))
-    enough = sum((size_e.max() > room).astype(jnp.int32) for room in rooms)
+    branches = [partial(_drhs_batched, x_ND, dy_NF, group_sizes_e, room) for room in rooms]
+    branches.append(partial(_drhs_by_group, x_ND, dy_NF, group_sizes_e))
+    enough = sum((group_sizes_e.max() > room).astype(jnp.int32) for room in rooms)
 
     def varying(branch: Callable[[], jax.Array]) -> jax.Array:
         return manual.vary(branch(), axes)
@@ -68,19 +68,19 @@ def drhs(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.Array:
     return lax.switch(enough, [partial(varying, branch) for branch in branches])
 
 
-def _drhs_batched(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array, room: int) -> jax.Array:
+def _drhs_batched(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_e: jax.Array, room: int) -> jax.Array:
     """All groups at once, each in as much room as none of them exceeds."""
-    start_e, end_e = _bounds(size_e)
-    row_eM = start_e[:, None] + jnp.arange(room, dtype=size_e.dtype)[None]
+    start_e, end_e = _bounds(group_sizes_e)
+    row_eM = start_e[:, None] + jnp.arange(room, dtype=group_sizes_e.dtype)[None]
     row_eM = jnp.where(row_eM < end_e[:, None], row_eM, x_ND.shape[0])
     x_eMD, dy_eMF = (a.at[row_eM].get(mode="fill", fill_value=0) for a in (x_ND, dy_NF))
     return jnp.einsum("emd,emf->edf", x_eMD, dy_eMF, preferred_element_type=jnp.float32).astype(x_ND.dtype)
 
 
-def _drhs_by_group(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.Array:
+def _drhs_by_group(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
     N, D = x_ND.shape
-    axes = manual.varying(x_ND) | manual.varying(dy_NF) | manual.varying(size_e)
-    largest, smallest = _block_sizes(N, len(size_e))
+    axes = manual.varying(x_ND) | manual.varying(dy_NF) | manual.varying(group_sizes_e)
+    largest, smallest = _block_sizes(N, len(group_sizes_e))
     blocks = sorted({min(n * smallest, N) for n in _DRHS_BLOCKS if n * smallest <= 2 * largest})
 
     def product(start: jax.Array, end: jax.Array, M: int) -> jax.Array:
@@ -102,14 +102,14 @@ def _drhs_by_group(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.
         )[1]
         return None, dw_DF.astype(x_ND.dtype)
 
-    return lax.scan(group, None, _bounds(size_e))[1]
+    return lax.scan(group, None, _bounds(group_sizes_e))[1]
 
 
-def _rows(x_ND: jax.Array, w_eDF: jax.Array, size_e: jax.Array, contract: int) -> jax.Array:
+def _rows(x_ND: jax.Array, w_eDF: jax.Array, group_sizes_e: jax.Array, contract: int) -> jax.Array:
     """Each row times its group's matrix, over the matrix's first or second dim."""
     N = x_ND.shape[0]
-    axes = manual.varying(x_ND) | manual.varying(w_eDF) | manual.varying(size_e)
-    largest, smallest = _block_sizes(N, len(size_e))
+    axes = manual.varying(x_ND) | manual.varying(w_eDF) | manual.varying(group_sizes_e)
+    largest, smallest = _block_sizes(N, len(group_sizes_e))
 
     def group(y_NF: jax.Array, group: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         w_DF, start, end = group
@@ -132,12 +132,12 @@ def _rows(x_ND: jax.Array, w_eDF: jax.Array, size_e: jax.Array, contract: int) -
         return y_NF, None
 
     zero_NF = manual.vary(jnp.zeros((N, w_eDF.shape[2 - contract]), x_ND.dtype), axes)
-    return lax.scan(group, zero_NF, (w_eDF, *_bounds(size_e)))[0]
+    return lax.scan(group, zero_NF, (w_eDF, *_bounds(group_sizes_e)))[0]
 
 
-def _bounds(size_e: jax.Array) -> tuple[jax.Array, jax.Array]:
-    end_e = jnp.cumsum(size_e, dtype=size_e.dtype)
-    return end_e - size_e, end_e
+def _bounds(group_sizes_e: jax.Array) -> tuple[jax.Array, jax.Array]:
+    end_e = jnp.cumsum(group_sizes_e, dtype=group_sizes_e.dtype)
+    return end_e - group_sizes_e, end_e
 
 
 def _block_sizes(N: int, groups: int) -> tuple[int, int]:

@@ -45,28 +45,28 @@ _LARGE = Blocks(128, 256, 64, warps=8, stages=3)  # 147 KB of shared memory for 
 _SMALL = Blocks(128, 128, 32, warps=4, stages=3)
 
 
-def forward(x_ND: jax.Array, w_eDF: jax.Array, size_e: jax.Array, *, interpret: bool = False) -> jax.Array:
+def forward(x_ND: jax.Array, w_eDF: jax.Array, group_sizes_e: jax.Array, *, interpret: bool = False) -> jax.Array:
     """[N, D], [e, D, F] -> [N, F], see `moejax.kernels.grouped_matmul.api`.
 
     `interpret` evaluates the kernel's body with plain jax operations, on any device: slow, for tests.
     """
-    return manual.unchecked(functools.partial(_rows, False, interpret))(x_ND, w_eDF, size_e)
+    return manual.unchecked(functools.partial(_rows, False, interpret))(x_ND, w_eDF, group_sizes_e)
 
 
-def dlhs(dy_NF: jax.Array, w_eDF: jax.Array, size_e: jax.Array, *, interpret: bool = False) -> jax.Array:
+def dlhs(dy_NF: jax.Array, w_eDF: jax.Array, group_sizes_e: jax.Array, *, interpret: bool = False) -> jax.Array:
     """[N, F], [e, D, F] -> [N, D]."""
-    return manual.unchecked(functools.partial(_rows, True, interpret))(dy_NF, w_eDF, size_e)
+    return manual.unchecked(functools.partial(_rows, True, interpret))(dy_NF, w_eDF, group_sizes_e)
 
 
-def drhs(x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array, *, interpret: bool = False) -> jax.Array:
+def drhs(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_e: jax.Array, *, interpret: bool = False) -> jax.Array:
     """[N, D], [N, F] -> [e, D, F]."""
-    return manual.unchecked(functools.partial(_groups, interpret))(x_ND, dy_NF, size_e)
+    return manual.unchecked(functools.partial(_groups, interpret))(x_ND, dy_NF, group_sizes_e)
 
 
-def _rows(transposed: bool, interpret: bool, x_ND: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
+def _rows(transposed: bool, interpret: bool, x_ND: jax.Array, w_eDF: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
     N, F = x_ND.shape[0], w_eDF.shape[1 if transposed else 2]
     blocks = _blocks(x_ND.dtype, F)
-    visits = _visits(size_e, N, blocks.rows)
+    visits = _visits(group_sizes_e, N, blocks.rows)
     columns = pl.cdiv(F, blocks.columns)
     return _call(
         functools.partial(_rows_kernel, blocks=blocks, transposed=transposed),
@@ -78,18 +78,18 @@ def _rows(transposed: bool, interpret: bool, x_ND: jax.Array, w_eDF: jax.Array, 
     )(*visits, x_ND, w_eDF)
 
 
-def _groups(interpret: bool, x_ND: jax.Array, dy_NF: jax.Array, size_e: jax.Array) -> jax.Array:
+def _groups(interpret: bool, x_ND: jax.Array, dy_NF: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
     D, F = x_ND.shape[1], dy_NF.shape[1]
     blocks = _blocks(x_ND.dtype, F)
-    end_e = jnp.cumsum(size_e, dtype=jnp.int32)
+    end_e = jnp.cumsum(group_sizes_e, dtype=jnp.int32)
     return _call(
         functools.partial(_groups_kernel, blocks=blocks),
-        jax.ShapeDtypeStruct((len(size_e), D, F), x_ND.dtype),
-        (pl.cdiv(D, blocks.rows), pl.cdiv(F, blocks.columns), len(size_e)),
+        jax.ShapeDtypeStruct((len(group_sizes_e), D, F), x_ND.dtype),
+        (pl.cdiv(D, blocks.rows), pl.cdiv(F, blocks.columns), len(group_sizes_e)),
         blocks,
         interpret,
         "grouped_matmul_drhs",
-    )(end_e - size_e, end_e, x_ND, dy_NF)
+    )(end_e - group_sizes_e, end_e, x_ND, dy_NF)
 
 
 def _call(
@@ -105,21 +105,21 @@ def _blocks(dtype: jnp.dtype, columns: int) -> Blocks:
     return _LARGE if columns >= _LARGE.columns and dtype.itemsize == 2 else _SMALL
 
 
-def _visits(size_e: jax.Array, N: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _visits(group_sizes_e: jax.Array, N: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Group, first row and end of the group for each block of rows, int32; a visit that is not needed has no rows.
 
     Group e is the rows past the end. However the rows are spread, there are at most N // block + e + 1 blocks.
     """
-    groups = len(size_e) + 1
-    size_g = jnp.concatenate([size_e, (N - size_e.sum(dtype=jnp.int32))[None]])
-    end_g = jnp.cumsum(size_g, dtype=jnp.int32)
-    last_g = jnp.cumsum(pl.cdiv(size_g, block), dtype=jnp.int32)  # visits up to the end of each group
+    groups = len(group_sizes_e) + 1
+    group_sizes_g = jnp.concatenate([group_sizes_e, (N - group_sizes_e.sum(dtype=jnp.int32))[None]])
+    end_g = jnp.cumsum(group_sizes_g, dtype=jnp.int32)
+    last_g = jnp.cumsum(pl.cdiv(group_sizes_g, block), dtype=jnp.int32)  # visits up to the end of each group
     visit_V = jnp.arange(N // block + groups, dtype=jnp.int32)
     group_V = (visit_V[:, None] >= last_g[None]).sum(1, dtype=jnp.int32)
     needed_V = group_V < groups
     group_V = jnp.minimum(group_V, groups - 1)
-    visit_in_group_V = visit_V - (last_g - pl.cdiv(size_g, block))[group_V]
-    first_V = (end_g - size_g)[group_V] + visit_in_group_V * block
+    visit_in_group_V = visit_V - (last_g - pl.cdiv(group_sizes_g, block))[group_V]
+    first_V = (end_g - group_sizes_g)[group_V] + visit_in_group_V * block
     return group_V, jnp.where(needed_V, first_V, N), jnp.where(needed_V, end_g[group_V], N)
 
 
