@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import balance, compiler, remat, sharding
 from moejax.balance import ExpertLoadBalancer, LayerStats
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig, TrainConfig, check
-from moejax.dispatch import Turn, after, first_turn
+from moejax.dispatch import Exchange
 from moejax.kernels.manual import vary
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR, platform
 from moejax.moe import global_stats, mixture_of_experts
@@ -313,22 +313,25 @@ class Program:
             p = sharding.gather(p, self.table["layers"], unstacked=True)
         x_bsD = remat.named(x_bsD, remat.LAYER_INPUT)
 
-        def part(x_bsD: jax.Array, segment_ids_bS: jax.Array, turn: Turn) -> tuple[jax.Array, LayerStats, Turn]:
-            x_bsD = after(x_bsD, turn.sent)
+        def part(
+            x_bsD: jax.Array, segment_ids_bS: jax.Array, exchange: Exchange
+        ) -> tuple[jax.Array, LayerStats, Exchange]:
+            x_bsD = exchange.wait_for_previous(x_bsD)
             x_bsD = x_bsD + attention(p["attention"], x_bsD, segment_ids_bS, self.model)
             with jax.named_scope("route"):
                 h_bsD = rms_norm(x_bsD, p["moe_norm_D"], self.model.norm_eps)
             by_sequence = self.balance.sequence_loss_weight > 0
-            y_bsD, stats, turn = mixture_of_experts(
-                p["moe"], h_bsD, self.model, self.dispatch, turn, by_sequence=by_sequence
-            )
-            return x_bsD + y_bsD, stats, turn
+            y_bsD, stats, exchange = mixture_of_experts(p["moe"], h_bsD, self.model, exchange, by_sequence=by_sequence)
+            return x_bsD + y_bsD, stats, exchange
 
         # No part needs another's results, so the compiler can run one's products while it exchanges another's tokens.
-        split = functools.partial(jnp.split, indices_or_sections=self.batch_split(x_bsD.shape[0]))
-        turn, parts, stats = first_turn(), [], []
+        num_parts = self.batch_split(x_bsD.shape[0])
+        split = functools.partial(jnp.split, indices_or_sections=num_parts)
+        num_tokens = x_bsD.shape[0] * x_bsD.shape[1] // num_parts
+        exchange = Exchange.make(self.dispatch, self.model, num_tokens, hosts=self.dispatch.hosts)
+        parts, stats = [], []
         for inputs in zip(split(x_bsD), split(segment_ids_bS), strict=True):
-            y_bsD, sums, turn = part(*inputs, turn)
+            y_bsD, sums, exchange = part(*inputs, exchange)
             parts.append(y_bsD)
             stats.append(sums)
         return jnp.concatenate(parts), jax.tree.map(lambda *sums: sum(sums), *stats)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import balance, sharding
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, check
-from moejax.dispatch import first_turn
+from moejax.dispatch import Exchange
 from moejax.kernels.manual import varying
 from moejax.mesh import EXPERT, TENSOR
 from moejax.model import Batch, Metrics, Program, check_batch, summarize
@@ -311,7 +311,8 @@ def _device_moe(
 ) -> tuple[jax.Array, MoEStats]:
     """The layer on one device's tokens and stored shards."""
     p = sharding.gather(params, sharding.moe_params(config, dispatch))
-    y_bsD, sums, _ = mixture_of_experts(p, x_bsD.astype(config.dtype), config, dispatch, first_turn())
+    exchange = Exchange.make(dispatch, config, math.prod(x_bsD.shape[:2]), hosts=dispatch.hosts)
+    y_bsD, sums, _ = mixture_of_experts(p, x_bsD.astype(config.dtype), config, exchange)
     token_axes = _token_axes(mesh)
     sums = global_stats(sums, token_axes)
     num_tokens = math.prod(x_bsD.shape[:2]) * math.prod(mesh.shape[axis] for axis in token_axes)

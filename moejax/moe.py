@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moejax.balance import LayerStats, sequence_balance
-from moejax.config import DispatchConfig, ModelConfig
-from moejax.dispatch import Experts, Turn, get_dispatcher
+from moejax.config import ModelConfig
+from moejax.dispatch import Assignments, Exchange, Experts, dispatch
 from moejax.kernels.manual import vary, varying
 from moejax.kernels.top_k_routing import Routing, RoutingSums, route_tokens
 from moejax.mesh import TENSOR
@@ -18,32 +18,20 @@ from moejax.nn.weights import compute_copy
 
 
 def mixture_of_experts(
-    p: dict[str, Any],
-    x_bsD: jax.Array,
-    m: ModelConfig,
-    dispatch: DispatchConfig,
-    turn: Turn,
-    *,
-    by_sequence: bool = False,
-) -> tuple[jax.Array, LayerStats, Turn]:
-    """Sends each token of [b, s, D] to its experts; returns the weighted results, sums over tokens, the next turn.
+    p: dict[str, Any], x_bsD: jax.Array, m: ModelConfig, exchange: Exchange, *, by_sequence: bool = False
+) -> tuple[jax.Array, LayerStats, Exchange]:
+    """Sends each token of [b, s, D] to its experts.
+
+    Returns the weighted results [b, s, D], sums over tokens, and the exchange for the next call in the same layer.
 
     Runs inside `shard_map`; `p` is one layer of `moejax.sharding.moe_params`, gathered. `by_sequence` says that the
-    balance inside each sequence is asked for as well. `turn` is of the dispatch that exchanges before this one.
+    balance inside each sequence is asked for as well.
     """
     x_TD = x_bsD.reshape(-1, x_bsD.shape[-1])
     routing, sums = route(x_TD, p, m, num_sequences=x_bsD.shape[0])
     count_E = sums.count_bE.sum(0)
-    y_TD, done, turn = get_dispatcher(dispatch)(
-        x_TD,
-        routing,
-        count_E.astype(jnp.int32),
-        Experts(whole_experts if TENSOR in dispatch.expert_axes else split_experts, grouped_experts),
-        p["experts"],
-        capacity=dispatch.capacity(x_TD.shape[0], m),
-        config=dispatch,
-        turn=turn,
-    )
+    experts = Experts(p["experts"], whole_experts if TENSOR in exchange.axes else split_experts, grouped_experts)
+    y_TD, done, exchange = dispatch(x_TD, Assignments(*routing, count_E.astype(jnp.int32)), experts, exchange)
     if m.shared_d_ff:
         y_TD = y_TD + swiglu(p["shared"], x_TD)
     with jax.named_scope("route"):
@@ -52,7 +40,7 @@ def mixture_of_experts(
         count_E, sums.prob_bE.sum(0), sums.z, sums.entropy, sums.invalid, of_sequences, done.dropped, done.rounds,
         dispatches=jnp.ones_like(done.rounds),
     )  # fmt: skip
-    return y_TD.reshape(x_bsD.shape), jax.tree.map(lambda s: vary(s, varying(x_bsD)), stats), turn
+    return y_TD.reshape(x_bsD.shape), jax.tree.map(lambda s: vary(s, varying(x_bsD)), stats), exchange
 
 
 def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int) -> tuple[Routing, RoutingSums]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from experiments.shared import common, loading
 from moejax import sharding
 from moejax.compiler import program_options
 from moejax.config import DispatchConfig, ModelConfig, TrainConfig
-from moejax.dispatch import first_turn
+from moejax.dispatch import Exchange
 from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh, platform
 from moejax.model import Program
 from moejax.moe import mixture_of_experts
@@ -130,7 +131,9 @@ class Block:
         def device(params: Any, x_bsD: jax.Array, dy_bsD: jax.Array) -> tuple[Any, ...]:
             def forward(params: Any, x_bsD: jax.Array) -> tuple[jax.Array, jax.Array]:
                 p = sharding.gather(params, self.params)
-                y_bsD, stats, _ = mixture_of_experts(p, x_bsD, self.model, self.dispatch, first_turn())
+                num_tokens, hosts = math.prod(x_bsD.shape[:2]), self.dispatch.hosts
+                exchange = Exchange.make(self.dispatch, self.model, num_tokens, hosts)
+                y_bsD, stats, _ = mixture_of_experts(p, x_bsD, self.model, exchange)
                 return y_bsD, jax.lax.pmax(stats.rounds, (EXPERT, TENSOR))
 
             y_bsD, vjp, rounds = jax.vjp(forward, params, x_bsD, has_aux=True)

@@ -37,7 +37,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.shared import loading
 from moejax import runtime
 from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
-from moejax.dispatch import Experts, first_turn, get_dispatcher
+from moejax.dispatch import Assignments, Exchange, Experts, dispatch
 from moejax.mesh import build_mesh, local_mesh_config
 from moejax.moe import mixture_of_experts, route
 from moejax.presets import PRESETS, tiny
@@ -137,22 +137,19 @@ def measure(m: ModelConfig, p: dict[str, Any], tokens: int) -> dict[str, Any]:
 def moejax_steps(m: ModelConfig, p: dict[str, Any], x: jax.Array, dy: jax.Array) -> dict[str, Step]:
     device = jax.local_devices()[:1]
     mesh = build_mesh(local_mesh_config(device), device)
+    exchange = Exchange.make(DISPATCH, m, x.shape[1], hosts=1)
 
     def on_device(block: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return jax.shard_map(block, mesh=mesh, in_specs=P(), out_specs=P())
 
     def whole(p: dict[str, Any], x: jax.Array) -> jax.Array:
-        return mixture_of_experts(p, x, m, DISPATCH, first_turn())[0]
+        return mixture_of_experts(p, x, m, exchange)[0]
 
     def without_experts(p: dict[str, Any], x: jax.Array) -> jax.Array:
         routing, sums = route(x[0], p, m, num_sequences=1)
-        idle = Experts(on_buffers=lambda _, x: x, on_groups=lambda _, x, size: x)
-        count_E = sums.count_bE.sum(0).astype(jnp.int32)
-        capacity = DISPATCH.capacity(x.shape[1], m)
-        y, _, _ = get_dispatcher(DISPATCH)(
-            x[0], routing, count_E, idle, {}, capacity=capacity, config=DISPATCH, turn=first_turn()
-        )
-        return y[None]
+        assignments = Assignments(*routing, sums.count_bE.sum(0).astype(jnp.int32))
+        idle = Experts({}, apply_to_buffers=lambda _, x: x, apply_to_groups=lambda _, x, group_sizes: x)
+        return dispatch(x[0], assignments, idle, exchange)[0][None]
 
     def plain(p: dict[str, Any], x: jax.Array) -> jax.Array:  # each row once for each of its experts, all by the first
         w_in, w_out = p["experts"]["w_in_EDGF"][0].reshape(m.d_model, -1), p["experts"]["w_out_EFD"][0]

@@ -1,16 +1,19 @@
 """How tokens reach their experts: one strategy a file, all behind `Dispatcher`."""
 
-from moejax.config import DispatchConfig
+import jax
+
 from moejax.dispatch import capacity, dropless, ragged
-from moejax.dispatch.contract import Dispatcher, DispatchStats, Experts
-from moejax.dispatch.turns import Turn, after, first_turn
+from moejax.dispatch.contract import Assignments, Dispatcher, DispatchStats, Experts
+from moejax.dispatch.exchange import Exchange
 
 STRATEGIES: dict[str, Dispatcher] = {"capacity": capacity.run, "dropless": dropless.run, "ragged": ragged.run}
 
 
-def get_dispatcher(config: DispatchConfig) -> Dispatcher:
-    """The strategy that `config.strategy` names."""
-    return STRATEGIES[config.strategy]
+def dispatch(
+    x_TD: jax.Array, assignments: Assignments, experts: Experts, exchange: Exchange
+) -> tuple[jax.Array, DispatchStats, Exchange]:
+    """Runs the strategy that the exchange names; see `Dispatcher`."""
+    return STRATEGIES[exchange.strategy](x_TD, assignments, experts, exchange)
 
 
-__all__ = ["STRATEGIES", "DispatchStats", "Dispatcher", "Experts", "Turn", "after", "first_turn", "get_dispatcher"]
+__all__ = ["STRATEGIES", "Assignments", "DispatchStats", "Dispatcher", "Exchange", "Experts", "dispatch"]

@@ -12,96 +12,113 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.config import DispatchConfig
-from moejax.dispatch import payload
+from moejax.config import DispatchConfig, ModelConfig, Strategy
+from moejax.dispatch import float8
+from moejax.dispatch.ordering import Order, nothing_before, wait_for
+from moejax.mesh import EXPERT, TENSOR
 from moejax.nn.collectives import all_to_all
 
+SENDERS = (EXPERT, TENSOR)  # whose tokens meet at an expert, also where its width is split over `tensor`
+WireDtype = Literal["compute", "float8"]
 
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("order",),
+    meta_fields=("strategy", "axes", "hosts", "capacity", "chunks", "wire_dtype"),
+)
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """The exchange that a configuration asks for."""
+    """How the rows of one dispatch travel. Its only arrays are the ordering tokens.
 
-    axes: tuple[str, ...]
-    hosts: int
-    payload: str
+    Parts of a layer that work side by side dispatch one after another: each gets the exchange that the dispatch before
+    it returned.
+    """
+
+    strategy: Strategy
+    axes: tuple[str, ...]  # that the experts are spread over
+    hosts: int  # between which there is a hop of its own; 1: one hop goes everywhere
+    capacity: int  # rows that a device sends to one expert at a time; a multiple of `chunks`
+    chunks: int  # parts of a buffer that travel and compute by themselves
+    wire_dtype: WireDtype  # of rows on their way to experts; "compute": as they are
+    order: Order = dataclasses.field(default_factory=nothing_before)  # of the dispatch before this one
 
     @classmethod
-    def from_config(cls, config: DispatchConfig) -> Exchange:
-        return cls(config.expert_axes, config.hosts, config.payload)
+    def make(cls, config: DispatchConfig, model: ModelConfig, num_tokens: int, hosts: int) -> Exchange:
+        """Returns the exchange of devices that dispatch `num_tokens` tokens each, with no dispatch before it."""
+        capacity = config.capacity(num_tokens, model)
+        wire_dtype: WireDtype = "float8" if config.payload == "float8" else "compute"
+        return cls(config.strategy, config.expert_axes, hosts, capacity, config.chunks, wire_dtype)
+
+    def wait_for_previous(self, x: jax.Array) -> jax.Array:
+        """Returns `x`, once the dispatch before this one has filled its first buffer."""
+        return wait_for(x, self.order.filled)
 
     def to_experts(self, buffer_ECD: jax.Array) -> jax.Array:
-        """[E, C, D] of this device's tokens -> [e, n * C, D] of every device's tokens for this device's experts."""
-        if self.payload == "float8":
-            return _to_experts_float8(self, buffer_ECD)
-        return self._to_experts(buffer_ECD)
+        """Sends [E, C, D] of this device's tokens; returns [e, n * C, D] of all devices' for this device's experts."""
+        send = _to_experts_float8 if self.wire_dtype == "float8" else _to_experts
+        return send(self.axes, self.hosts, buffer_ECD)
 
     def to_senders(self, buffer_eCD: jax.Array) -> jax.Array:
-        """The way back: [e, n * C, D] -> [E, C, D]."""
-        if self.payload == "float8":
-            return _to_senders_float8(self, buffer_eCD)
-        return self._to_senders(buffer_eCD)
-
-    def _to_experts(self, buffer_ECD: jax.Array) -> jax.Array:
-        if self.hosts == 1:
-            return all_to_all(buffer_ECD, self.axes, 0, 1)
-        E, C, D = buffer_ECD.shape
-        inside, across = host_groups(self.axes, self.hosts)
-        h, i = self.hosts, len(inside[0])
-        # [destination host, destination inside it, e, C, D]; each hop puts a sender in the place of its destination.
-        buffer_hieCD = buffer_ECD.reshape(h, i, E // (h * i), C, D)
-        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 1, 1, inside)
-        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 0, 0, across)
-        return jnp.moveaxis(buffer_hieCD, 2, 0).reshape(E // (h * i), h * i * C, D)
-
-    def _to_senders(self, buffer_eCD: jax.Array) -> jax.Array:
-        if self.hosts == 1:
-            return all_to_all(buffer_eCD, self.axes, 1, 0)
-        e, rows, D = buffer_eCD.shape
-        inside, across = host_groups(self.axes, self.hosts)
-        h, i = self.hosts, len(inside[0])
-        buffer_hieCD = jnp.moveaxis(buffer_eCD.reshape(e, h, i, rows // (h * i), D), 0, 2)
-        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 0, 0, across)
-        buffer_hieCD = all_to_all(buffer_hieCD, self.axes, 1, 1, inside)
-        return buffer_hieCD.reshape(h * i * e, rows // (h * i), D)
+        """Sends results the way back: [e, n * C, D] -> [E, C, D]."""
+        send = _to_senders_float8 if self.wire_dtype == "float8" else _to_senders
+        return send(self.axes, self.hosts, buffer_eCD)
 
 
 def host_groups(axes: tuple[str, ...], hosts: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Device numbers along `axes`, major first: those of each host, and the counterparts in all hosts."""
+    """Returns device numbers along `axes`, major first: those of each host, and the counterparts in all hosts."""
     i = lax.axis_size(axes) // hosts
     inside = [[host * i + j for j in range(i)] for host in range(hosts)]
     return inside, [list(counterparts) for counterparts in zip(*inside, strict=True)]
 
 
-def _send_float8(exchange: Exchange, buffer_ECD: jax.Array) -> jax.Array:
-    return payload.unpack(exchange._to_experts(payload.pack(buffer_ECD)), buffer_ECD.dtype)
+def _to_experts(axes: tuple[str, ...], hosts: int, buffer_ECD: jax.Array) -> jax.Array:
+    if hosts == 1:
+        return all_to_all(buffer_ECD, axes, 0, 1)
+    E, C, D = buffer_ECD.shape
+    inside, across = host_groups(axes, hosts)
+    h, i = hosts, len(inside[0])
+    # [destination host, destination inside it, e, C, D]; each hop puts a sender in the place of its destination.
+    buffer_hieCD = buffer_ECD.reshape(h, i, E // (h * i), C, D)
+    buffer_hieCD = all_to_all(buffer_hieCD, axes, 1, 1, inside)
+    buffer_hieCD = all_to_all(buffer_hieCD, axes, 0, 0, across)
+    return jnp.moveaxis(buffer_hieCD, 2, 0).reshape(E // (h * i), h * i * C, D)
+
+
+def _to_senders(axes: tuple[str, ...], hosts: int, buffer_eCD: jax.Array) -> jax.Array:
+    if hosts == 1:
+        return all_to_all(buffer_eCD, axes, 1, 0)
+    e, rows, D = buffer_eCD.shape
+    inside, across = host_groups(axes, hosts)
+    h, i = hosts, len(inside[0])
+    buffer_hieCD = jnp.moveaxis(buffer_eCD.reshape(e, h, i, rows // (h * i), D), 0, 2)
+    buffer_hieCD = all_to_all(buffer_hieCD, axes, 0, 0, across)
+    buffer_hieCD = all_to_all(buffer_hieCD, axes, 1, 1, inside)
+    return buffer_hieCD.reshape(h * i * e, rows // (h * i), D)
 
 
 # What travels towards the experts is float8: tokens forward, gradients of results backward. What travels away from
 # them is summed into tokens or their gradients, and stays as it is. Rounding has the gradient of the identity.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _to_experts_float8(exchange: Exchange, buffer_ECD: jax.Array) -> jax.Array:
-    return _send_float8(exchange, buffer_ECD)
+def _send_float8(axes: tuple[str, ...], hosts: int, buffer_ECD: jax.Array) -> jax.Array:
+    return float8.unpack(_to_experts(axes, hosts, float8.pack(buffer_ECD)), buffer_ECD.dtype)
 
 
+_to_experts_float8 = jax.custom_vjp(_send_float8, nondiff_argnums=(0, 1))
 _to_experts_float8.defvjp(
-    lambda exchange, buffer_ECD: (_send_float8(exchange, buffer_ECD), None),
-    lambda exchange, _, d_eCD: (exchange._to_senders(d_eCD),),
+    lambda axes, hosts, buffer_ECD: (_send_float8(axes, hosts, buffer_ECD), None),
+    lambda axes, hosts, _, d_eCD: (_to_senders(axes, hosts, d_eCD),),
 )
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _to_senders_float8(exchange: Exchange, buffer_eCD: jax.Array) -> jax.Array:
-    return exchange._to_senders(buffer_eCD)
-
-
+_to_senders_float8 = jax.custom_vjp(_to_senders, nondiff_argnums=(0, 1))
 _to_senders_float8.defvjp(
-    lambda exchange, buffer_eCD: (exchange._to_senders(buffer_eCD), None),
-    lambda exchange, _, d_ECD: (_send_float8(exchange, d_ECD),),
+    lambda axes, hosts, buffer_eCD: (_to_senders(axes, hosts, buffer_eCD), None),
+    lambda axes, hosts, _, d_ECD: (_send_float8(axes, hosts, d_ECD),),
 )

@@ -13,103 +13,93 @@ the destination: [n, e, s] rows for expert e of device n from sender s.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.config import DispatchConfig
 from moejax.dispatch import slots
-from moejax.dispatch.contract import DispatchStats, Experts
-from moejax.dispatch.ragged_exchange import RaggedExchange, make_plan, max_rows
+from moejax.dispatch.contract import Assignments, DispatchStats, Experts
+from moejax.dispatch.exchange import SENDERS, Exchange
+from moejax.dispatch.ordering import Order, token_of, wait_for
+from moejax.dispatch.ragged_exchange import make_itinerary, max_rows
 from moejax.dispatch.rounds import in_rounds
 from moejax.dispatch.slots import Queue
-from moejax.dispatch.turns import Turn, after, moment
-from moejax.kernels.top_k_routing import Routing
-from moejax.mesh import EXPERT, TENSOR
+from moejax.mesh import TENSOR
 from moejax.nn.collectives import all_gather, psum_scatter
 
 
 def run(
-    x_TD: jax.Array,
-    routing: Routing,
-    count_E: jax.Array,
-    experts: Experts,
-    weights: Any,
-    *,
-    capacity: int,
-    config: DispatchConfig,
-    turn: Turn,
-) -> tuple[jax.Array, DispatchStats, Turn]:
+    x_TD: jax.Array, assignments: Assignments, experts: Experts, exchange: Exchange
+) -> tuple[jax.Array, DispatchStats, Exchange]:
     """See `moejax.dispatch.contract.Dispatcher`. A device's buffer has `capacity * E` rows for all that it receives."""
+    gate_TK, expert_TK, position_TK, count_E = assignments
     with jax.named_scope("dispatch"):
-        queue = slots.line_up(routing.expert_TK, routing.position_TK, count_E)
-        dropped = (routing.expert_TK == count_E.shape[0]).sum(dtype=jnp.float32)
-    if lax.axis_size((EXPERT, TENSOR)) == 1:
-        y_TD = _on_one_device(queue, x_TD, routing.gate_TK, experts, weights)
-        return y_TD, DispatchStats(dropped, jnp.ones_like(dropped)), turn
+        queue = slots.line_up(expert_TK, position_TK, count_E)
+        dropped = (expert_TK == count_E.shape[0]).sum(dtype=jnp.float32)
+    if lax.axis_size(SENDERS) == 1:
+        y_TD = _on_one_device(queue, x_TD, gate_TK, experts)
+        return y_TD, DispatchStats(dropped, jnp.ones_like(dropped)), exchange
 
-    num_devices = lax.axis_size(config.expert_axes)
-    rows = min(capacity * count_E.shape[0] // config.chunks, num_devices * queue.order_N.shape[0])
+    num_devices = lax.axis_size(exchange.axes)
+    rows = min(exchange.capacity * count_E.shape[0] // exchange.chunks, num_devices * queue.order_N.shape[0])
     with jax.named_scope("dispatch"):
-        count_sE = lax.all_gather(count_E, config.expert_axes)
-        rounds = (max_rows(count_sE, config.chunks) + rows - 1) // rows
-        rounds = jnp.maximum(lax.pmax(rounds, (EXPERT, TENSOR)), 1)
-    exchange = RaggedExchange(config.expert_axes, config.hosts, config.payload, rows)
-    one_round = partial(_one_round, experts=experts, exchange=exchange, config=config)
-    y_TD, turn = in_rounds(one_round, rounds, (queue, count_sE, turn), x_TD, routing.gate_TK, weights)
-    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32)), turn
+        count_sE = lax.all_gather(count_E, exchange.axes)
+        rounds = (max_rows(count_sE, exchange.chunks) + rows - 1) // rows
+        rounds = jnp.maximum(lax.pmax(rounds, SENDERS), 1)
+    one_round = partial(_one_round, rows=rows)
+    y_TD, exchange = in_rounds(one_round, rounds, (queue, count_sE, exchange), x_TD, gate_TK, experts)
+    return y_TD, DispatchStats(dropped, rounds.astype(jnp.float32)), exchange
 
 
-def _on_one_device(queue: Queue, x_TD: jax.Array, gate_TK: jax.Array, experts: Experts, weights: Any) -> jax.Array:
+def _on_one_device(queue: Queue, x_TD: jax.Array, gate_TK: jax.Array, experts: Experts) -> jax.Array:
     with jax.named_scope("dispatch"):
         matching = slots.in_line(queue)
         x_ND = slots.fill_buffer(x_TD, matching, gate_TK.shape[1])
-    y_ND = experts.on_groups(weights, x_ND, queue.count_E)
+    y_ND = experts.on_groups(x_ND, queue.count_E)
     with jax.named_scope("combine"):
         return slots.read_buffer(y_ND, matching, gate_TK)
 
 
 def _one_round(
     index: jax.Array | int,
-    plan: tuple[Queue, jax.Array, Turn],
+    given: tuple[Queue, jax.Array, Exchange],
     x_TD: jax.Array,
     gate_TK: jax.Array,
-    weights: Any,
-    *,
     experts: Experts,
-    exchange: RaggedExchange,
-    config: DispatchConfig,
-) -> tuple[jax.Array, Turn]:
-    queue, count_sE, turn = plan
+    *,
+    rows: int,
+) -> tuple[jax.Array, Exchange]:
+    queue, count_sE, exchange = given
     with jax.named_scope("dispatch"):
         matching = slots.in_line(queue)
         sent_ND = slots.fill_buffer(x_TD, matching, gate_TK.shape[1])
-        x_ND = after(sent_ND, turn.arrived)
+        x_ND = wait_for(sent_ND, exchange.order.arrived)
     y_ND = jnp.zeros_like(x_ND)
-    for chunk in range(config.chunks):
+    for chunk in range(exchange.chunks):
         with jax.named_scope("dispatch"):
-            hops = make_plan(count_sE, index * exchange.rows, exchange.rows, chunk, config)
-            x_RD = exchange.to_experts(x_ND, hops)
-        if TENSOR in config.expert_axes:
-            y_RD = experts.on_groups(weights, x_RD, hops.group_sizes_e)
+            itinerary = make_itinerary(count_sE, index * rows, rows, chunk, exchange)
+            x_RD = itinerary.to_experts(x_ND)
+        if TENSOR in exchange.axes:
+            y_RD = experts.on_groups(x_RD, itinerary.group_sizes_e)
         else:
             with jax.named_scope("expert"):
-                y_RD = _split_experts(experts, weights, x_RD, hops.group_sizes_e)
+                y_RD = _split_experts(experts, x_RD, itinerary.group_sizes_e)
         with jax.named_scope("combine"):
-            y_ND = exchange.to_senders(y_RD, y_ND, hops)
+            y_ND = itinerary.to_senders(y_RD, y_ND)
     with jax.named_scope("combine"):
-        return slots.read_buffer(y_ND, matching, gate_TK), Turn(moment(sent_ND), moment(x_RD))
+        y_TD = slots.read_buffer(y_ND, matching, gate_TK)
+        return y_TD, dataclasses.replace(exchange, order=Order(token_of(sent_ND), token_of(x_RD)))
 
 
-def _split_experts(experts: Experts, weights: Any, x_RD: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
-    """Rows of all devices of `tensor`, each with a part of every expert's width; partial results summed, scattered."""
+def _split_experts(experts: Experts, x_RD: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
+    """Gathers the rows of all devices of `tensor`, each with a part of every expert's width; sums, scatters results."""
     group_sizes_te = lax.all_gather(group_sizes_e, TENSOR)
     merged_M, source_M = _merge(group_sizes_te, x_RD.shape[0])
     x_MD = slots.take_rows(all_gather(x_RD, TENSOR, dim=0), merged_M, source_M[:, None])
-    y_MD = experts.on_groups(weights, x_MD, group_sizes_te.sum(0))
+    y_MD = experts.on_groups(x_MD, group_sizes_te.sum(0))
     return psum_scatter(slots.take_rows(y_MD, source_M, merged_M[:, None]), TENSOR, dim=0)
 
 

@@ -1,13 +1,15 @@
 """The ragged exchange: rows sorted by expert to the devices that hold their experts, and back.
 
-Every device makes the whole plan from the counts of all senders: integers, [n, e, s] in size.
+Every device works out where all rows go from the counts of all senders: integers, [n, e, s] in size.
 
 Dimensions: N rows of a sender, R rows of a receiver's buffer, D model, E experts, e one device's experts, n devices
-that exchange, s senders (the same devices), h hosts, i devices of one. In plans the destination is first: [n, e, s].
+that exchange, s senders (the same devices). The destination is first: [n, e, s]. In two hops, both are a host and a
+place in it: destination n = (h, i), sender s = (g, j).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -15,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.config import DispatchConfig
-from moejax.dispatch import payload
-from moejax.dispatch.exchange import host_groups
+from moejax.dispatch import float8
+from moejax.dispatch.exchange import Exchange, WireDtype, host_groups
 from moejax.kernels.manual import vary, varying
 from moejax.nn.collectives import ragged_all_to_all
 
@@ -41,11 +42,72 @@ class Hop(NamedTuple):
         return Hop(self.received, self.sent)
 
 
-class Plan(NamedTuple):
-    """The hops from the senders' sorted rows to the receivers' buffers, and the rows of each expert that arrive."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("hops", "group_sizes_e"),
+    meta_fields=("rows", "axes", "hosts", "wire_dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class Itinerary:
+    """How one chunk's rows travel: from the senders' sorted rows to the receivers' buffers, and back."""
 
     hops: tuple[Hop, ...]
-    group_sizes_e: jax.Array
+    group_sizes_e: jax.Array  # rows of each expert that arrive here
+    rows: int  # R
+    axes: tuple[str, ...]  # of the `Exchange`, as what follows
+    hosts: int
+    wire_dtype: WireDtype
+
+    def to_experts(self, x_ND: jax.Array) -> jax.Array:
+        """Sends sorted rows; returns those of all senders that arrive here: [N, D] -> [R, D], zeros behind the last."""
+        return _to_experts(self, x_ND)
+
+    def to_senders(self, y_RD: jax.Array, into_ND: jax.Array) -> jax.Array:
+        """Sends the way back, into the places that the rows came from; all others of `into_ND` stay as they are.
+
+        Differentiable as long as no row is written twice by a chain of these.
+        """
+        return _to_senders(self, y_RD, into_ND)
+
+    def _move(self, x_ND: jax.Array, into: jax.Array, *, back: bool) -> jax.Array:
+        hops = [hop.back for hop in reversed(self.hops)] if back else list(self.hops)
+        if self.hosts == 1:
+            return _move_rows(x_ND, into, hops[0], self.axes, None)
+        groups = host_groups(self.axes, self.hosts)
+        between = jnp.zeros((self.hosts * self.rows, *x_ND.shape[1:]), x_ND.dtype)
+        for hop, target, group in zip(hops, (between, into), groups[::-1] if back else groups, strict=True):
+            x_ND = _move_rows(x_ND, target, hop, self.axes, group)
+        return x_ND
+
+    def _send(self, x_ND: jax.Array) -> jax.Array:
+        packed = float8.pack(x_ND) if self.wire_dtype == "float8" else x_ND
+        zeros = jnp.zeros((self.rows, *packed.shape[1:]), packed.dtype)
+        arrived = self._move(packed, zeros, back=False)
+        return float8.unpack(arrived, x_ND.dtype) if self.wire_dtype == "float8" else arrived
+
+
+@jax.custom_vjp
+def _to_experts(itinerary: Itinerary, x_ND: jax.Array) -> jax.Array:
+    return itinerary._send(x_ND)
+
+
+def _to_experts_backward(residuals: tuple[Itinerary, int], d_RD: jax.Array) -> tuple[None, jax.Array]:
+    itinerary, num_rows = residuals
+    return None, itinerary._move(d_RD, jnp.zeros((num_rows, d_RD.shape[1]), d_RD.dtype), back=True)
+
+
+_to_experts.defvjp(lambda itinerary, x_ND: (itinerary._send(x_ND), (itinerary, x_ND.shape[0])), _to_experts_backward)
+
+
+@jax.custom_vjp
+def _to_senders(itinerary: Itinerary, y_RD: jax.Array, into_ND: jax.Array) -> jax.Array:
+    return itinerary._move(y_RD, into_ND, back=True)
+
+
+_to_senders.defvjp(
+    lambda itinerary, y_RD, into_ND: (itinerary._move(y_RD, into_ND, back=True), itinerary),
+    lambda itinerary, d_ND: (None, itinerary._send(d_ND), d_ND),
+)
 
 
 def _of_chunk(count: jax.Array, chunk: int, chunks: int) -> tuple[jax.Array, jax.Array]:
@@ -55,24 +117,24 @@ def _of_chunk(count: jax.Array, chunk: int, chunks: int) -> tuple[jax.Array, jax
 
 
 def max_rows(count_sE: jax.Array, chunks: int) -> jax.Array:
-    """The most rows that a device gets in one chunk, of the devices that hold E / s experts each."""
+    """Returns the most rows that a device gets in one chunk, of the devices that hold E / s experts each."""
     parts = [_of_chunk(count_sE, chunk, chunks)[1] for chunk in range(chunks)]
     return jnp.stack([part.reshape(part.shape[0], part.shape[0], -1).sum((0, 2)).max() for part in parts]).max()
 
 
-def make_plan(count_sE: jax.Array, first: jax.Array | int, rows: int, chunk: int, config: DispatchConfig) -> Plan:
-    """The plan of one chunk: at each receiver, the `rows` rows from the `first` of those that the chunk has for it.
+def make_itinerary(count_sE: jax.Array, first: jax.Array | int, rows: int, chunk: int, exchange: Exchange) -> Itinerary:
+    """Returns how one chunk travels: at each receiver, the `rows` rows from the `first` that the chunk has for it.
 
     Args:
         count_sE: int32, rows that each sender has for each expert.
         first: a row of the receiver's, all counted by expert and then by sender.
         rows: R.
-        chunk: which of `config.chunks` equal parts of every count.
-        config: the axes and hosts.
+        chunk: which of `exchange.chunks` equal parts of every count.
+        exchange: the axes, the hosts and the dtype on the wire.
     """
     n = count_sE.shape[0]
     start_sE = jnp.cumsum(count_sE, axis=1) - count_sE
-    skipped_sE, count_sE = _of_chunk(count_sE, chunk, config.chunks)
+    skipped_sE, count_sE = _of_chunk(count_sE, chunk, exchange.chunks)
 
     def by_destination(a_sE: jax.Array) -> jax.Array:
         return jnp.moveaxis(a_sE.reshape(n, n, -1), 0, -1)
@@ -83,9 +145,10 @@ def make_plan(count_sE: jax.Array, first: jax.Array | int, rows: int, chunk: int
     size_nes = jnp.clip(first + rows - place_nes, 0, all_nes) - low_nes
     at_sender_nes = by_destination(start_sE + skipped_sE) + low_nes
     at_receiver_nes = jnp.clip(place_nes + low_nes - first, 0, rows)
-    me = lax.axis_index(config.expert_axes)
-    plan = _one_hop if config.hosts == 1 else partial(_two_hops, hosts=config.hosts)
-    return Plan(plan(size_nes, at_sender_nes, at_receiver_nes, me), size_nes[me].sum(-1))
+    me = lax.axis_index(exchange.axes)
+    make_hops = _one_hop if exchange.hosts == 1 else partial(_two_hops, hosts=exchange.hosts)
+    hops = make_hops(size_nes, at_sender_nes, at_receiver_nes, me)
+    return Itinerary(hops, size_nes[me].sum(-1), rows, exchange.axes, exchange.hosts, exchange.wire_dtype)
 
 
 def _exclusive_cumsum(a: jax.Array, dims: int) -> jax.Array:
@@ -105,90 +168,40 @@ def _one_hop(
 def _two_hops(
     size_nes: jax.Array, at_sender_nes: jax.Array, at_receiver_nes: jax.Array, me: jax.Array, *, hosts: int
 ) -> tuple[Hop, ...]:
-    """Inside the host to the counterpart of the destination, then across. In between, rows lie by (host, expert, sender
-    inside the host), so that across the hosts an expert's rows of one host are one slice.
+    """Returns a hop inside the host, to the counterpart of the destination, and one across.
+
+    In between, rows are in order of (host, expert, sender inside the host), so that across the hosts an expert's rows
+    of one host are one slice. Say that host 0 has devices A and B, host 1 has C and D; experts a, b are on A, c, d on
+    B, e, f on C, g, h on D; and each device has one row for each expert: Be is B's for e. Then
+
+        A sends                 Aa Ab Ac Ad Ae Af Ag Ah
+        A has after one hop     Aa Ba Ab Bb Ae Be Af Bf    the host's rows for A and for A's counterpart, C: h e j
+        C has after one hop     Ca Da Cb Db Ce De Cf Df
+        A has after both        Aa Ba Ca Da Ab Bb Cb Db    each host's rows for an expert in one piece: e g j
+
+    Be goes from (g, j) = (0, 1) to the first expert of (h, i) = (1, 0), so in between it is on (g, i) = (0, 0), A.
     """
     n, e, _ = size_nes.shape
     inside = n // hosts
-    split = (hosts, inside, e, hosts, inside)  # destination's host and place in it, expert, sender's host and place
-    size, at_sender, at_receiver = (a.reshape(split) for a in (size_nes, at_sender_nes, at_receiver_nes))
+    split = (hosts, inside, e, hosts, inside)
+    size_hiegj, sender_hiegj, receiver_hiegj = (a.reshape(split) for a in (size_nes, at_sender_nes, at_receiver_nes))
     my_host, my_place = me // inside, me % inside
-    # On the counterpart, which is in the sender's host at the destination's place.
-    between = _exclusive_cumsum(size.transpose(3, 1, 0, 2, 4), 3).transpose(2, 1, 3, 0, 4)
+    # On each counterpart (g, i), rows are counted in the order h, e, j.
+    between_gihej = _exclusive_cumsum(size_hiegj.transpose(3, 1, 0, 2, 4), 3)
+    between_hiegj = between_gihej.transpose(2, 1, 3, 0, 4)
 
-    sent = [a[:, :, :, my_host, my_place].transpose(1, 0, 2).reshape(-1) for a in (size, at_sender, between)]
-    received = [a[:, my_place, :, my_host].transpose(2, 0, 1).reshape(-1) for a in (size, between, at_sender)]
+    # I send as (g, j), for each i of my host by h, e: [h, i, e] -> i h e. I receive as (g, i): [h, e, j] -> j h e.
+    ways = size_hiegj, sender_hiegj, between_hiegj
+    sent = [a[:, :, :, my_host, my_place].transpose(1, 0, 2).reshape(-1) for a in ways]
+    ways = size_hiegj, between_hiegj, sender_hiegj
+    received = [a[:, my_place, :, my_host].transpose(2, 0, 1).reshape(-1) for a in ways]
     first = Hop(Slices(*sent), Slices(*received))
 
-    size, between, at_receiver = size.sum(-1), between[..., 0], at_receiver[..., 0]
-    sent = [a[:, my_place, :, my_host].reshape(-1) for a in (size, between, at_receiver)]
-    received = [a[my_host, my_place].T.reshape(-1) for a in (size, at_receiver, between)]
+    # I send as (g, i), for each h by e: [h, e], all j in one slice. I receive as (h, i): [e, g] -> g e.
+    size_hieg, between_hieg, receiver_hieg = size_hiegj.sum(-1), between_hiegj[..., 0], receiver_hiegj[..., 0]
+    sent = [a[:, my_place, :, my_host].reshape(-1) for a in (size_hieg, between_hieg, receiver_hieg)]
+    received = [a[my_host, my_place].T.reshape(-1) for a in (size_hieg, receiver_hieg, between_hieg)]
     return first, Hop(Slices(*sent), Slices(*received))
-
-
-class RaggedExchange(NamedTuple):
-    """The exchange that a configuration asks for, with R rows in a receiver's buffer."""
-
-    axes: tuple[str, ...]
-    hosts: int
-    payload: str
-    rows: int
-
-    def to_experts(self, x_ND: jax.Array, plan: Plan) -> jax.Array:
-        """The sorted rows that the plan sends, from all senders: [N, D] -> [R, D], zeros behind the last."""
-        return _to_experts(self, x_ND, plan)
-
-    def to_senders(self, y_RD: jax.Array, into_ND: jax.Array, plan: Plan) -> jax.Array:
-        """The way back, into the places that the rows came from; all others of `into_ND` stay as they are.
-
-        Differentiable as long as no row is written twice by a chain of these.
-        """
-        return _to_senders(self, y_RD, into_ND, plan)
-
-    def _move(self, x_ND: jax.Array, into: jax.Array, plan: Plan, *, back: bool) -> jax.Array:
-        hops = [hop.back for hop in reversed(plan.hops)] if back else list(plan.hops)
-        if self.hosts == 1:
-            return _move_rows(x_ND, into, hops[0], self.axes, None)
-        groups = host_groups(self.axes, self.hosts)
-        between = jnp.zeros((self.hosts * self.rows, *x_ND.shape[1:]), x_ND.dtype)
-        for hop, target, group in zip(hops, (between, into), groups[::-1] if back else groups, strict=True):
-            x_ND = _move_rows(x_ND, target, hop, self.axes, group)
-        return x_ND
-
-    def _send(self, x_ND: jax.Array, plan: Plan) -> jax.Array:
-        packed = payload.pack(x_ND) if self.payload == "float8" else x_ND
-        zeros = jnp.zeros((self.rows, *packed.shape[1:]), packed.dtype)
-        arrived = self._move(packed, zeros, plan, back=False)
-        return payload.unpack(arrived, x_ND.dtype) if self.payload == "float8" else arrived
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _to_experts(exchange: RaggedExchange, x_ND: jax.Array, plan: Plan) -> jax.Array:
-    return exchange._send(x_ND, plan)
-
-
-def _to_experts_backward(
-    exchange: RaggedExchange, residuals: tuple[Plan, int], d_RD: jax.Array
-) -> tuple[jax.Array, None]:
-    plan, num_rows = residuals
-    zeros = jnp.zeros((num_rows, d_RD.shape[1]), d_RD.dtype)
-    return exchange._move(d_RD, zeros, plan, back=True), None
-
-
-_to_experts.defvjp(
-    lambda exchange, x_ND, plan: (exchange._send(x_ND, plan), (plan, x_ND.shape[0])), _to_experts_backward
-)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _to_senders(exchange: RaggedExchange, y_RD: jax.Array, into_ND: jax.Array, plan: Plan) -> jax.Array:
-    return exchange._move(y_RD, into_ND, plan, back=True)
-
-
-_to_senders.defvjp(
-    lambda exchange, y_RD, into_ND, plan: (exchange._move(y_RD, into_ND, plan, back=True), plan),
-    lambda exchange, plan, d_ND: (exchange._send(d_ND, plan), d_ND, None),
-)
 
 
 def _move_rows(

@@ -161,7 +161,7 @@ class Sizes:
         if self.policy != "collectives":
             part += a * 2 * (f * self.X + m.shared_d_ff * self.T)
         total += self.parts * part
-        if not self.on_tpu and self.parts > 1:  # what turns wait for
+        if not self.on_tpu and self.parts > 1:  # what ordering tokens wait for
             again = 0 if self.width == 1 else self.sent
             total += (self.parts - 1) * a * D * (again + (self.sent_rows if self.policy == "none" else 0))
         return total

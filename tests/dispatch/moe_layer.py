@@ -23,9 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import remat
 from moejax.config import DispatchConfig, ModelConfig
-from moejax.dispatch import Experts, first_turn, get_dispatcher
+from moejax.dispatch import Assignments, Exchange, Experts, dispatch
 from moejax.kernels.manual import vary
-from moejax.kernels.top_k_routing import Routing
 from moejax.mesh import PIPELINE, MeshConfig, build_mesh
 from moejax.nn.experts import grouped_experts, split_experts, whole_experts
 from moejax.sharding import moe_params, param_specs
@@ -47,7 +46,7 @@ class Layer:
     folded: bool = True
     hosts: int = 1
     chunks: int = 1
-    payload: str = "full"
+    wire_dtype: str = "compute"
     depth: int = 0  # 0: once, by itself; else so many times in a checkpointed scan over a cond, as in the pipeline
     policy: str = "none"
 
@@ -65,9 +64,8 @@ class Layer:
         return self.mesh_config.num_devices * T
 
     @property
-    def config(self) -> DispatchConfig:
-        axes = ("expert", "tensor") if self.folded else ("expert",)
-        return DispatchConfig(self.strategy, 1.0, axes, self.hosts, self.chunks, self.payload)
+    def expert_axes(self) -> tuple[str, ...]:
+        return ("expert", "tensor") if self.folded else ("expert",)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -77,7 +75,8 @@ class Layer:
     def program(self) -> Any:
         """(weights, x_ND, expert_NK, cotangent_ND) -> (y_ND, dropped_d, rounds_d), (gradient of weights, of x)."""
         by_device = P(self.mesh.axis_names)
-        weight_specs = {"router": P(), "experts": param_specs(moe_params(MODEL, self.config)["experts"])}
+        table = moe_params(MODEL, DispatchConfig(expert_axes=self.expert_axes))
+        weight_specs = {"router": P(), "experts": param_specs(table["experts"])}
         in_specs = (weight_specs, by_device, by_device, by_device, by_device, by_device)
         out_specs = ((by_device,) * 3, (weight_specs, by_device))
         program = jax.jit(jax.shard_map(self._device, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs))
@@ -90,16 +89,13 @@ class Layer:
     ) -> Any:
         def layer(weights: Any, x_TD: Any) -> Any:
             gate_TK = gates(weights["router"], x_TD, expert_TK)
-            y_TD, stats, _ = get_dispatcher(self.config)(
-                x_TD,
-                Routing(gate_TK, expert_TK, position_TK),
-                count_1E[0],
-                Experts(whole_experts if self.folded else split_experts, grouped_experts),
-                weights["experts"],
-                capacity=self.capacity,
-                config=self.config,
-                turn=first_turn(),
+            assignments = Assignments(gate_TK, expert_TK, position_TK, count_1E[0])
+            on_buffers = whole_experts if self.folded else split_experts
+            experts = Experts(weights["experts"], on_buffers, grouped_experts)
+            exchange = Exchange(
+                self.strategy, self.expert_axes, self.hosts, self.capacity, self.chunks, self.wire_dtype
             )
+            y_TD, stats, _ = dispatch(x_TD, assignments, experts, exchange)
             return y_TD, (stats.dropped, vary(stats.rounds, self.mesh.axis_names))
 
         def loss(weights: Any, x_TD: Any) -> Any:

@@ -16,8 +16,8 @@ from layouts import relative_error
 from moe_layer import E, K, Layer, T, dense, gates, make_tokens, make_weights, rounds_by_hand
 from tiers import full_unless
 
+from moejax.dispatch import Assignments
 from moejax.dispatch import capacity as capacity_strategy
-from moejax.kernels.top_k_routing import Routing
 
 LAYERS = (
     Layer(4, 2, 2, strategy="capacity", capacity=1),
@@ -62,8 +62,8 @@ def kept_by_hand(layer, gate_NK, expert_NK):
 def highest_gates(layer):
     def device(gate_TK, expert_TK):
         count_E = (expert_TK[..., None] == jnp.arange(E)[None, None]).sum((0, 1), dtype=jnp.int32)
-        routing = Routing(gate_TK, expert_TK, jnp.zeros_like(expert_TK))  # highest_gates asks for no position
-        return capacity_strategy.highest_gates(routing, count_E, layer.capacity * layer.expert * layer.tensor)
+        assignments = Assignments(gate_TK, expert_TK, jnp.zeros_like(expert_TK), count_E)  # no position is asked for
+        return capacity_strategy.highest_gates(assignments, layer.capacity * layer.expert * layer.tensor)
 
     spec = P(layer.mesh.axis_names)
     return jax.jit(jax.shard_map(device, mesh=layer.mesh, in_specs=spec, out_specs=spec))

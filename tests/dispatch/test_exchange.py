@@ -17,7 +17,6 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 from moe_layer import E, K, Layer, make_tokens, make_weights
 
-from moejax.config import DispatchConfig
 from moejax.dispatch.exchange import Exchange
 from moejax.mesh import MeshConfig, build_mesh
 
@@ -33,11 +32,15 @@ MESHES = {
 SUBNORMAL = float(2.0**-10 / jnp.finfo(jnp.float8_e4m3fn).max)  # half the smallest float8, of the row's largest entry
 
 
+def make_exchange(axes, hosts, wire_dtype):
+    return Exchange("dropless", axes, hosts, capacity=C, chunks=1, wire_dtype=wire_dtype)
+
+
 @functools.cache
-def compiled(sizes, axes, hosts, payload="full"):
+def compiled(sizes, axes, hosts, wire_dtype="compute"):
     """(buffers, gradient of what arrives, gradient of what returns) -> arrived, returned, and both gradients."""
     mesh = build_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
-    exchange = Exchange.from_config(DispatchConfig(expert_axes=axes, hosts=hosts, payload=payload))
+    exchange = make_exchange(axes, hosts, wire_dtype)
 
     def device(buffer_ECD, d_eCD, d_ECD):
         arrived_eCD, to_experts_vjp = jax.vjp(exchange.to_experts, buffer_ECD)
@@ -174,8 +177,8 @@ def test_float8_takes_a_byte_an_entry_and_four_a_row(hosts, dtype):
     """Towards the experts, forward and backward alike; two hops send what one sends twice, the first inside a host."""
     senders_shape, experts_shape, itemsize = (E, C, D), (E // 8, 8 * C, D), jnp.dtype(dtype).itemsize
     full = E * C * D * itemsize * (2 if hosts > 1 else 1)
-    for payload, ratio in (("full", 1), ("float8", (D + 4) / (D * itemsize))):
-        exchange = Exchange(PAIR, hosts, payload)
+    for wire_dtype, ratio in (("compute", 1), ("float8", (D + 4) / (D * itemsize))):
+        exchange = make_exchange(PAIR, hosts, wire_dtype)
         there = gradient_bytes(exchange.to_experts, senders_shape, experts_shape, dtype)
         back = gradient_bytes(exchange.to_senders, experts_shape, senders_shape, dtype)
         assert there == back == pytest.approx(full * (ratio + 1))
@@ -188,7 +191,7 @@ def test_the_error_of_a_layer_with_float8():
     expert_NK = np.argsort(rng.random((layer.num_tokens, E)), axis=-1)[:, :K].astype(np.int32)
     x_ND, cotangent_ND = make_tokens(layer.num_tokens)
     (full, *_), full_grads = layer.program(make_weights(), x_ND, expert_NK, cotangent_ND)
-    (rounded, *_), grads = dataclasses.replace(layer, payload="float8").program(
+    (rounded, *_), grads = dataclasses.replace(layer, wire_dtype="float8").program(
         make_weights(), x_ND, expert_NK, cotangent_ND
     )
 

@@ -153,7 +153,7 @@ def test_float8_rounds_the_same_rows_whatever_the_strategy():
     expert_NK = skewed(16 * T).astype(np.int32)
     x_ND, cotangent_ND = make_tokens(16 * T)
     results = [
-        dataclasses.replace(layer, payload="float8").program(make_weights(), x_ND, expert_NK, cotangent_ND)
+        dataclasses.replace(layer, wire_dtype="float8").program(make_weights(), x_ND, expert_NK, cotangent_ND)
         for strategy in STRATEGIES
         for layer in layouts(strategy, Layer(4, 2, 2, hosts=2, folded=False))
     ]

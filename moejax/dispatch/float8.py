@@ -1,4 +1,4 @@
-"""Float8 payloads: a row travels as float8_e4m3fn numbers and the float32 scale that its largest entry asks for.
+"""Float8 on the wire: a row travels as float8_e4m3fn numbers and the float32 scale that its largest entry asks for.
 
 Relative to the largest entry of its row an entry is off by 1/28 at most, and relative to itself by 1/16.
 """
