@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from experiments.shared import common, loading, outputs
+from experiments.shared import common, loading
 from moejax import strict_json
 from moejax.config import BalanceConfig, ConfigError, TrainConfig, check
 from moejax.mesh import build_mesh
@@ -31,6 +31,7 @@ from moejax.plots import installed, pyplot
 from moejax.train.files import replace_text
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
+from moejax.train.workdir import check_folder
 
 METHODS = ("none", "aux", "aux+z", "loss-free")
 CAPACITIES = ("1.0", "1.25", "1.5", "2.0", "dropless")
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
     FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
     console = Console(stderr=True)
-    folder, rows = _WORKDIR.value or outputs.check_folder(Path("runs/load_balance")), []
+    folder, rows = _WORKDIR.value or check_folder(Path("runs/load_balance")), []
     for number, (method, capacity) in enumerate(runs, start=1):
         console.rule(f"{number} of {len(runs)}: {method}, {capacity}")
         workdir = folder / f"{method}-{capacity}"

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # what is imported next takes seconds
 
 from absl import flags, logging
 
-from experiments.shared import loading, outputs, resuming
+from experiments.shared import loading, resuming
 from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.planner import DEVICES, Plan, predict
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     profiled = range(0) if _PROFILE_STEPS.value is None else parse_steps(_PROFILE_STEPS.value, config.steps)
     FLAGS.setup_jax(mesh_config)
     mesh = build_mesh(mesh_config)
-    workdir = FLAGS.workdir or outputs.check_folder(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
+    workdir = FLAGS.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     console = make_console()
     console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}")
     meshes = [bucket.mesh for bucket in buckets] or [mesh_config]

@@ -12,6 +12,7 @@ from absl import flags
 
 from moejax import plots
 from moejax.config import ConfigError, check, expand
+from moejax.train.workdir import check_folder, leads_nowhere
 
 
 class OutputParser(flags.ArgumentParser[Path]):
@@ -35,7 +36,7 @@ def check_output(path: Path, *suffixes: str) -> Path:
     """
     check(not suffixes or path.suffix in suffixes, f"{path} must end in {', '.join(suffixes)}")
     try:
-        check(not _leads_nowhere(path), f"{path} is a link that leads nowhere; give another file")
+        check(not leads_nowhere(path), f"{path} is a link that leads nowhere; give another file")
         check(not path.is_dir(), f"{path} is a folder; give a file")
         regular = path.is_file() or not path.exists() or str(path) in ("/dev/null", "/dev/stdout")
         check(regular, f"{path} is not a regular file; give a file")
@@ -51,28 +52,6 @@ def check_output(path: Path, *suffixes: str) -> Path:
         f"{path} is a picture, which needs matplotlib; pip install 'moejax[plots]'",
     )
     return path
-
-
-def check_folder(path: Path) -> Path:
-    """Refuses a folder that could not be written into, or not be made; returns it, and leaves nothing behind.
-
-    Raises:
-      ConfigError: it is a file, or the nearest folder above it that exists takes no files.
-    """
-    try:
-        folders = (path, *path.absolute().parents)
-        check(not any(map(_leads_nowhere, folders)), f"{path} cannot be a folder (a link leads nowhere); give another")
-        nearest = next(folder for folder in folders if folder.exists())
-        check(nearest.is_dir(), f"{path} cannot be a folder ({nearest} is a file); give another")
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be a folder ({error.strerror}); give another") from None
-    return path
-
-
-def _leads_nowhere(path: Path) -> bool:
-    """Returns whether `path` is a link to what does not exist, or to itself."""
-    return path.is_symlink() and not path.exists()
 
 
 def identity(path: Path) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -24,19 +25,33 @@ LOCK_FILE = "run.lock"
 BEAT_SECONDS, STALE_SECONDS = 15.0, 120.0  # how often a run shows that it is alive, and when it counts as gone
 
 
-def check_writable(name: str, path: str | Path) -> None:
-    """Refuses a folder that cannot be made or written; leaves nothing behind.
+def check_folder(path: str | Path, name: str = "") -> Path:
+    """Refuses a folder, of the argument `name`, that could not be made or written into; returns it.
+
+    Nothing is made.
 
     Raises:
-      ConfigError: the argument `name`, whose value is `path`, is no such folder.
+      ConfigError: it is a file, or the nearest folder above it that exists takes no files.
     """
     path = expand(path, name)
-    missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
-    make_folder(name, path)
-    check(os.access(path, os.W_OK | os.X_OK), f"{name}={path} cannot be written; give another, or its permissions")
-    with contextlib.suppress(OSError):  # another run has begun there meanwhile
-        for folder in missing:
-            folder.rmdir()
+    argument = f"{name}={path}" if name else path
+    try:
+        folders = (path, *path.absolute().parents)
+        check(
+            not any(map(leads_nowhere, folders)), f"{argument} cannot be a folder (a link leads nowhere); give another"
+        )
+        nearest = next(folder for folder in folders if folder.exists())
+        check(nearest.is_dir(), f"{argument} cannot be a folder ({nearest} is a file); give another")
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        cannot = "be written into" if os.path.isdir(path) else "be a folder"
+        raise ConfigError(f"{argument} cannot {cannot} ({error.strerror}); give another") from None
+    return path
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Returns whether `path` is a link to what does not exist, or to itself."""
+    return path.is_symlink() and not path.exists()
 
 
 class WorkdirLock:
@@ -56,7 +71,7 @@ class WorkdirLock:
     def check_possible(self) -> None:
         """Raises `ConfigError` if the directory cannot be written, or another run is in it; leaves nothing behind."""
         if jax.process_index() == 0:
-            check_writable("workdir", self.path.parent)
+            check_folder(self.path.parent, "workdir")
             if self.path.exists():
                 self._open().close()
 

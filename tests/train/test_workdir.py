@@ -1,18 +1,20 @@
 """The lock of a work directory: one run at a time, and no killed run in the way of the next."""
 
+import errno
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
 from moejax.config import ConfigError
 from moejax.train import workdir as workdir_module
-from moejax.train.workdir import LOCK_FILE, STALE_SECONDS, WorkdirLock, check_writable
+from moejax.train.workdir import LOCK_FILE, STALE_SECONDS, WorkdirLock, check_folder
 
 HOLD = (
     "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, 2); print(flush=True); time.sleep(600)"
@@ -115,7 +117,7 @@ class TestLock:
 
 class TestFolder:
     def test_a_check_leaves_nothing_behind(self, tmp_path):
-        check_writable("workdir", tmp_path / "a" / "b")
+        assert check_folder(tmp_path / "a" / "b", "workdir") == tmp_path / "a" / "b"
         WorkdirLock(tmp_path / "a" / "b").check_possible()
         assert not list(tmp_path.iterdir())
 
@@ -123,14 +125,17 @@ class TestFolder:
     def test_one_that_cannot_be_made_is_one_line(self, tmp_path, monkeypatch, place):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "file").write_text("")
-        assert error_of(check_writable, "--workdir", place).startswith(f"--workdir={place} cannot be a folder (")
+        assert error_of(check_folder, place, "--workdir").startswith(f"--workdir={place} cannot be a folder (")
         assert error_of(WorkdirLock(place).check_possible).startswith(f"workdir={place} cannot be a folder (")
 
-    def test_one_that_cannot_be_written_is_one_line(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(os, "access", lambda *_: False)  # as root, every folder can be
-        assert error_of(check_writable, "--workdir", tmp_path) == (
-            f"--workdir={tmp_path} cannot be written; give another, or its permissions"
-        )
+    def test_one_that_takes_no_files_is_one_line(self, tmp_path, monkeypatch):
+        def refuse(dir):  # as root, every folder takes them
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+        for place, cannot in ((tmp_path, "be written into"), (tmp_path / "new", "be a folder")):
+            message = f"--workdir={place} cannot {cannot} (Permission denied); give another"
+            assert error_of(check_folder, place, "--workdir") == message
 
     def test_a_lock_on_a_full_disk_is_one_line_and_leaves_the_folder_free(self, tmp_path, disk):
         disk.room = 0
