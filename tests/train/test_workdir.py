@@ -105,8 +105,10 @@ class TestLock:
         monkeypatch.setattr(workdir_module, "BEAT_SECONDS", 0.001)
         with WorkdirLock(tmp_path) as lock:
             os.utime(lock.path, (0, 0))
-            while lock.path.stat().st_mtime == 0:
+            deadline = time.monotonic() + 60
+            while lock.path.stat().st_mtime == 0 and time.monotonic() < deadline:
                 time.sleep(0.001)
+            assert lock.path.stat().st_mtime > 0
 
     def test_only_process_0_takes_it(self, tmp_path, monkeypatch):
         monkeypatch.setattr(workdir_module.jax, "process_index", lambda: 1)
