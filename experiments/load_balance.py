@@ -27,7 +27,7 @@ from experiments.shared import common, loading
 from moejax import strict_json
 from moejax.config import BalanceConfig, ConfigError, TrainConfig, check
 from moejax.mesh import build_mesh
-from moejax.plots import installed, pyplot
+from moejax.plots import check_installed, pyplot
 from moejax.train.files import replace_text
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     ):
         unknown = [value for value in values if value not in allowed]
         check(not unknown, f"--{name} has {', '.join(unknown)}; it takes {', '.join(allowed)}")
-    check(installed(), "the picture needs matplotlib, which is not installed; pip install 'moejax[plots]'")
+    check_installed()
     runs = [(method, capacity) for method in _METHODS.value for capacity in _CAPACITIES.value]
     configs = {run: variant(base, *run) for run in runs}
     FLAGS.setup_jax(mesh_config)

@@ -19,7 +19,7 @@ from absl import flags
 from experiments.shared import loading
 from moejax import strict_json
 from moejax.config import check, expand, make_folder
-from moejax.plots import installed
+from moejax.plots import check_installed
 from moejax.profiling import report, tables, timeline
 from moejax.profiling.capture import TRACES
 from moejax.profiling.trace import read_trace
@@ -39,10 +39,8 @@ def main(argv: list[str]) -> None:
         len(rest) == 1,
         f"{' '.join(rest) or 'nothing'} is given as TRACE; give one directory of a trace, or of a run",
     )
-    check(
-        installed() or not _PICTURE.value,
-        "timeline.png needs matplotlib; pip install 'moejax[plots]', or add --nopicture",
-    )
+    if _PICTURE.value:
+        check_installed("timeline.png", instead=", or add --nopicture")
     folder = newest_trace(expand(rest[0], "TRACE"))
     trace = read_trace(folder)
     out = make_folder("--out", _OUT.value or folder)

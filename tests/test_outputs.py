@@ -106,7 +106,7 @@ def test_no_script_writes_over_what_it_reads(arguments, message, tmp_path_factor
 
 def test_a_picture_needs_matplotlib(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--picture=x\.png is a picture, which needs matplotlib; pip install 'moe"):
+    with pytest.raises(ConfigError, match=r"--picture=x\.png needs matplotlib, which is not installed; pip"):
         FLAGS.parse(["script.py", "--picture=x.png"])
 
 

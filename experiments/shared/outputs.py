@@ -47,10 +47,8 @@ def check_output(path: Path, *suffixes: str) -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); give another file") from None
-    check(
-        suffixes != plots.SUFFIXES or plots.installed(),
-        f"{path} is a picture, which needs matplotlib; pip install 'moejax[plots]'",
-    )
+    if suffixes == plots.SUFFIXES:
+        plots.check_installed(path)
     return path
 
 
