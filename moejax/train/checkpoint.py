@@ -53,6 +53,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or restored; the message says which, why and what to do."""
 
 
+def list_steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps that have a whole checkpoint in `directory` (not checked for damage), oldest first."""
+    return sorted(int(name) for name in os.listdir(directory) if re.fullmatch("[0-9]+", name))
+
+
 class Checkpointer:
     """Saves and restores the state of a training run; use it as a context manager, or call `close`.
 
@@ -97,7 +102,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint (not checked for damage), oldest first."""
-        return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch("[0-9]+", path.name))
+        return list_steps(self.directory)
 
     def save(self, step: int, state: PyTree, data_iterator: Any = None, *, metadata: Mapping[str, Any]) -> bool:
         """Writes a checkpoint of `step`; returns once the values are copied, and writes files in the background.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from moejax.config import ConfigError, TrainConfig, check
 from moejax.mesh import MeshConfig
 from moejax.overrides import from_record
-from moejax.train.checkpoint import METADATA
+from moejax.train.checkpoint import METADATA, list_steps
 from moejax.train.files import read_json
 from moejax.train.record import RECORD_FILE, read_starts
 from moejax.train.schedule import DECIDES, Bucket
@@ -143,7 +142,7 @@ def read_record(workdir: Path) -> Record | None:
         if not steps:
             return None
         missing = f"{source} is missing, and "
-        source = workdir / CHECKPOINTS / str(max(steps)) / METADATA / "metadata"
+        source = workdir / CHECKPOINTS / str(steps[-1]) / METADATA / "metadata"
     try:
         saved = read_json(source) if start is None else start
         fingerprint = saved["data" if start is None else "data_fingerprint"]
@@ -161,7 +160,7 @@ def read_record(workdir: Path) -> Record | None:
 
 
 def _steps_of(checkpoints: Path) -> list[int]:
-    """Returns the steps that have a checkpoint.
+    """Returns the steps that have a checkpoint, oldest first.
 
     Raises:
       ConfigError: `checkpoints` exists, but is not a folder that can be read and written.
@@ -170,11 +169,11 @@ def _steps_of(checkpoints: Path) -> list[int]:
         return []
     why = f"cannot be used as the folder of checkpoints; move {checkpoints} away, or use another workdir"
     try:
-        names = os.listdir(checkpoints)
+        steps = list_steps(checkpoints)
     except OSError as error:
         raise ConfigError(f"{checkpoints} ({error.strerror}) {why}") from None
     check(os.access(checkpoints, os.W_OK | os.X_OK), f"{checkpoints} (Permission denied) {why}")
-    return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
+    return steps
 
 
 def compare(recorded: Run, asked: Run) -> list[Difference]:
