@@ -198,11 +198,6 @@ def run_once(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:
     return jax.jit(function, out_shardings=shardings, compiler_options=options)(*args)
 
 
-def num_params(table: Any) -> int:
-    """Parameters in the table, all experts counted."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(table, is_leaf=_is_param))
-
-
 def gather(params: Any, table: Any, unstacked: bool = False) -> Any:
     """All-gathers each parameter of a subtree along its gather dim. Per-device; transposes to a reduce-scatter.
 

@@ -98,7 +98,7 @@ class Counts:
 
     @property
     def sent_bytes(self) -> dict[tuple[str, str, tuple[str, ...]], float]:
-        """By (phase, kind, axes), as `moejax.planner.work.sent_by_phase` has them."""
+        """By (phase, kind, axes), all passes together."""
         return _sum_keys(self.sent_by_pass, lambda phase, _, *kind_and_axes: (phase, *kind_and_axes))
 
     @property

@@ -27,8 +27,6 @@ What belongs to which phase, in moejax's program as here:
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Literal
 
 Phase = Literal[
@@ -103,21 +101,3 @@ class MemoryOp:
 
 
 Work = list[Matmul | Collective | MemoryOp]
-
-
-def flops_by_phase(work: Iterable[Matmul | Collective | MemoryOp]) -> dict[str, float]:
-    """FLOPs of the matrix products by phase, all passes together."""
-    total: dict[str, float] = defaultdict(float)
-    for item in work:
-        if isinstance(item, Matmul):
-            total[item.phase] += item.flops
-    return dict(total)
-
-
-def sent_by_phase(work: Iterable[Matmul | Collective | MemoryOp]) -> dict[tuple[str, str, tuple[str, ...]], float]:
-    """Bytes sent by (phase, kind, axes), all passes together; collectives that send nothing are left out."""
-    total: dict[tuple[str, str, tuple[str, ...]], float] = defaultdict(float)
-    for item in work:
-        if isinstance(item, Collective) and item.sent_bytes:
-            total[item.phase, item.kind, item.axes] += item.sent_bytes
-    return dict(total)
