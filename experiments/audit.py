@@ -14,7 +14,6 @@ further off. Compiling needs the extra `aot`. In a pipe, ends with one line of J
 from __future__ import annotations
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ from experiments.shared.audit_cases import Audited, Case, Compiled
 from moejax.config import TrainConfig, check
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.model import Program
-from moejax.planner.compiled import compiled_counts
+from moejax.planner.compiled import against_trace, compiled_counts
 from moejax.planner.memory import Memory, predict_memory
 from moejax.planner.plan import Plan
-from moejax.planner.trace import trace
 from moejax.topology import compile_only_devices
 from moejax.train.step import make_train_step
 
@@ -155,14 +153,12 @@ def categories(predicted: Memory, compiled: Compiled) -> list[str]:
 
 def counts(plan: Plan, executable: Any) -> list[str]:
     """Markdown: FLOPs of matrix products and bytes sent to other devices, traced and compiled."""
-    traced, compiled = trace(plan), compiled_counts(executable, plan)
-    sent: Counter[str] = Counter()
-    for (_, kind, _), size in traced.sent_bytes.items():
-        sent[kind] += size
-    rows = [("matrix products, TFLOP", sum(traced.flops.values()) / 1e12, compiled.flops / 1e12)]
-    rows += [(f"{kind}, GB sent", size / 1e9, compiled.written_bytes.get(kind, 0) / 1e9) for kind, size in sent.items()]
     lines = ["| | traced | compiled | error |", "|---|---|---|---|"]
-    return lines + [f"| {name} | {a:.3f} | {b:.3f} | {a / b - 1:+.1%} |" for name, a, b in rows if b]
+    for name, (traced, compiled) in against_trace(plan, compiled_counts(executable, plan)).items():
+        label, unit = ("matrix products, TFLOP", 1e12) if name == "flops" else (f"{name}, GB sent", 1e9)
+        if compiled:
+            lines.append(f"| {label} | {traced / unit:.3f} | {compiled / unit:.3f} | {traced / compiled - 1:+.1%} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
 
 
 def against_trace(plan: Plan, found: CompiledCounts) -> dict[str, tuple[float, float]]:
-    """What the trace of the plan says and what was compiled: "flops", and by kind the bytes sent, as written."""
+    """Returns pairs, traced and compiled: "flops", then by kind the bytes sent, as `CompiledCounts.written_bytes`."""
     counts = trace(plan)
     traced: dict[str, float] = defaultdict(float)
     for (_, kind, _), sent_bytes in counts.sent_bytes.items():

@@ -26,6 +26,7 @@ from moejax.nn.embedding import check_ids
 from moejax.sharding import VOCAB_AXES
 
 PROMPT_TOKENS = 32
+_TEMPERATURE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +67,8 @@ def longest(program: Program) -> int:
     return program.model.max_seq_len // tensor * tensor
 
 
-def generate(
-    program: Program,
-    params: Any,
-    prompt: np.ndarray,
-    num_tokens: int,
-    *,
-    vocab_size: int,
-    temperature: float = 0.8,
-    seed: int = 0,
-) -> np.ndarray:
-    """Continues a prompt; as many samples as the mesh's smallest batch holds.
+def generate(program: Program, params: Any, prompt: np.ndarray, num_tokens: int, *, vocab_size: int) -> np.ndarray:
+    """Continues a prompt, with the same draws every time; as many samples as the mesh's smallest batch holds.
 
     Args:
         program: the training program; sampled from without drops.
@@ -84,8 +76,6 @@ def generate(
         prompt: int32 [prompt length], at least one token.
         num_tokens: tokens to add.
         vocab_size: the tokenizer's; ids from there on are never drawn.
-        temperature: 0 takes the likeliest token.
-        seed: of the draws.
 
     Returns:
         int32 [B, prompt length + num_tokens].
@@ -108,10 +98,7 @@ def generate(
     def extend(params: Any, tokens_BS: jax.Array, key: jax.Array) -> jax.Array:
         def one(position: jax.Array, tokens_BS: jax.Array) -> jax.Array:
             logits_BV = next_logits(params, tokens_BS, position)[:, :vocab_size]
-            if temperature == 0:
-                next_B = jnp.argmax(logits_BV, axis=-1)
-            else:
-                next_B = jax.random.categorical(jax.random.fold_in(key, position), logits_BV / temperature)
+            next_B = jax.random.categorical(jax.random.fold_in(key, position), logits_BV / _TEMPERATURE)
             return lax.dynamic_update_slice_in_dim(tokens_BS, next_B.astype(jnp.int32)[:, None], position + 1, axis=1)
 
         return lax.fori_loop(len(prompt) - 1, length - 1, one, tokens_BS)
@@ -125,4 +112,4 @@ def generate(
     tokens_BS[:, : len(prompt)] = prompt
     everywhere = NamedSharding(program.mesh, P())
     run = jax.jit(extend, out_shardings=everywhere, compiler_options=program.xla_options)
-    return np.asarray(run(params, tokens_BS, jax.random.key(seed)))[:, :length]
+    return np.asarray(run(params, tokens_BS, jax.random.key(0)))[:, :length]
