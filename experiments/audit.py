@@ -1,6 +1,6 @@
 """Compiles plans for accelerators that are not there and holds the planner's prediction against the compiler.
 
-    python experiments/audit.py --config=moe_16x10b --target=h100_2x8 --config.parallel.remat=full   # one plan
+    python experiments/audit.py --config=moe_16x10b --target=h100_2x8 --config.layout.remat=full   # one plan
     python experiments/audit.py --lines=1,13 --max_error=0.1    # these lines of the grid, compiled now
     python experiments/audit.py --grid                          # all of it: compiles what has no record yet
 
@@ -22,13 +22,13 @@ from absl import flags
 
 from experiments.shared import audit_cases, common, loading, outputs
 from experiments.shared.audit_cases import Audited, Case, Compiled
-from moejax.config import TrainConfig, check
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
-from moejax.planner.compiled import against_trace, compiled_counts
+from moejax.config import BalanceConfig, check
+from moejax.mesh import build_mesh
 from moejax.planner.memory import Memory, predict_memory
-from moejax.planner.plan import Plan
+from moejax.profiling.compiled import against_program, compiled_counts
+from moejax.program import Program
 from moejax.topology import compile_only_devices
+from moejax.train.config import TrainConfig
 from moejax.train.step import make_train_step
 
 FLAGS = common.ConfigFlags(__doc__, config="moe_16x10b")
@@ -44,25 +44,24 @@ _OUT = FLAGS.define_output("out", "Where --grid's table goes. Default: experimen
 
 
 def main(argv: list[str]) -> int:
-    config, mesh_config = FLAGS.parse_configs(argv)
+    config = FLAGS.parse_config(argv)
     if _GRID_FLAG.value:
         audited = audit_grid(_OUT.value or outputs.check_output(audit_cases.FOLDER / "results" / "memory_audit.md"))
     elif _LINES.value:
         audited = audit_lines(_LINES.value)
     else:
-        mesh_config = FLAGS.mesh_of_target(_TARGET.value, mesh_config)
-        audited = [audit_one(config, mesh_config, _TARGET.value)]
+        audited = [audit_one(FLAGS.for_target(_TARGET.value, config), _TARGET.value)]
     summary = audit_cases.summary(audited)
     loading.print_json({"groups": summary, "errors": [round(a.error, 4) for a in audited]})
     return int(_MAX_ERROR.value is not None and summary["all"]["worst_error"] > _MAX_ERROR.value)
 
 
-def audit_one(config: TrainConfig, mesh_config: MeshConfig, target: str) -> Audited:
-    """Compiles the plan of a configuration and prints it category by category."""
-    plan = audit_cases.plan_of(config, mesh_config)
-    case = Case(FLAGS.config, target, plan, used_for_fitting=False)
-    compiled, executable = compile_plan(plan, target, config.compiler_options)
-    print("\n".join([*categories(predict_memory(plan), compiled), "", *counts(plan, executable)]))
+def audit_one(config: TrainConfig, target: str) -> Audited:
+    """Compiles the step of a configuration and prints it category by category."""
+    case = Case(FLAGS.config, target, config.model, config.layout, used_for_fitting=False)
+    compiled, executable = compile_step(case, config.compiler_options)
+    predicted = predict_memory(case.model, case.layout)
+    print("\n".join([*categories(predicted, compiled), "", *counts(case, executable)]))
     return Audited.of(case, compiled)
 
 
@@ -75,7 +74,7 @@ def audit_lines(numbers: list[int]) -> list[Audited]:
     audited = []
     for number in numbers:
         case = Case.parse(grid[number - 1])
-        audited.append(Audited.of(case, compile_plan(case.plan, case.target)[0]))
+        audited.append(Audited.of(case, compile_step(case)[0]))
         print(audited[-1].line, flush=True)
     return audited
 
@@ -86,7 +85,7 @@ def audit_grid(out: Path) -> list[Audited]:
     for row in audit_cases.read_grid():
         if audit_cases.key(row) not in record:
             case = Case.parse(row)
-            compiled, _ = compile_plan(case.plan, case.target)
+            compiled, _ = compile_step(case)
             audit_cases.append_record(row, compiled)
             print(Audited.of(case, compiled).line, flush=True)
     return write_table(out)
@@ -114,12 +113,10 @@ def _preface(versions: str) -> list[str]:
     ]
 
 
-def compile_plan(plan: Plan, target: str, compiler_options: tuple[str, ...] = ()) -> tuple[Compiled, Any]:
-    """Compiles the train step that follows the plan; also returns what JAX made of it."""
-    config = plan.train_config(compiler_options=compiler_options)
-    program = Program.from_config(config, build_mesh(plan.mesh, compile_only_devices(target)))
-    train_step = make_train_step(program, config.optimizer, accumulate=config.accumulate)
-    lowered = train_step.lower(plan.batch_size, plan.seq_len)
+def compile_step(case: Case, compiler_options: tuple[str, ...] = ()) -> tuple[Compiled, Any]:
+    """Compiles the train step of a case; also returns what JAX made of it."""
+    mesh, balance = build_mesh(case.layout.mesh, compile_only_devices(case.target)), BalanceConfig.suited_to(case.model)
+    lowered = make_train_step(Program(case.model, case.layout, mesh, balance, compiler_options)).lower()
     began = time.perf_counter()
     executable = lowered.compile()
     compile_s = time.perf_counter() - began
@@ -151,10 +148,11 @@ def categories(predicted: Memory, compiled: Compiled) -> list[str]:
     return [*lines, "", f"The peak is in the {predicted.moment}; compiled in {compiled.compile_s:.0f} s."]
 
 
-def counts(plan: Plan, executable: Any) -> list[str]:
+def counts(case: Case, executable: Any) -> list[str]:
     """Markdown: FLOPs of matrix products and bytes sent to other devices, traced and compiled."""
     lines = ["| | traced | compiled | error |", "|---|---|---|---|"]
-    for name, (traced, compiled) in against_trace(plan, compiled_counts(executable, plan)).items():
+    found = compiled_counts(executable, case.model, case.layout)
+    for name, (traced, compiled) in against_program(case.model, case.layout, found).items():
         label, unit = ("matrix products, TFLOP", 1e12) if name == "flops" else (f"{name}, GB sent", 1e9)
         if compiled:
             lines.append(f"| {label} | {traced / unit:.3f} | {compiled / unit:.3f} | {traced / compiled - 1:+.1%} |")

@@ -46,7 +46,7 @@ _SIZES = {  # (widths of square products, bytes of copies, bytes of a device's p
 
 
 def main(argv: list[str]) -> None:
-    _, mesh_config = FLAGS.parse_configs(argv)
+    mesh_config = FLAGS.parse_config(argv).layout.mesh
     FLAGS.setup_jax(mesh_config)
     mesh = Mesh(build_mesh(mesh_config).devices.reshape(-1), (DEVICES,))
     products, copies, exchanges = _SIZES["cpu" if platform(mesh) == "cpu" else "accelerator"]

@@ -25,9 +25,10 @@ from rich.console import Console
 
 from experiments.shared import common, loading
 from moejax import strict_json
-from moejax.config import BalanceConfig, ConfigError, TrainConfig, check
+from moejax.config import BalanceConfig, ConfigError, check
 from moejax.mesh import build_mesh
 from moejax.plots import check_installed, pyplot
+from moejax.train.config import TrainConfig
 from moejax.train.files import replace_text
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
@@ -63,7 +64,7 @@ COLUMNS = {
 
 
 def main(argv: list[str]) -> None:
-    base, mesh_config = FLAGS.parse_configs(argv)
+    base = FLAGS.parse_config(argv)
     for name, values, allowed in (
         ("methods", _METHODS.value, METHODS),
         ("capacities", _CAPACITIES.value, CAPACITIES),
@@ -73,19 +74,19 @@ def main(argv: list[str]) -> None:
     check_installed()
     runs = [(method, capacity) for method in _METHODS.value for capacity in _CAPACITIES.value]
     configs = {run: variant(base, *run) for run in runs}
-    FLAGS.setup_jax(mesh_config)
-    mesh = build_mesh(mesh_config)
+    FLAGS.setup_jax(base.layout.mesh)
+    build_mesh(base.layout.mesh)  # other devices are refused before the first run's headline
     console = Console(stderr=True)
     folder, rows = _WORKDIR.value or check_folder(Path("runs/load_balance")), []
     for number, (method, capacity) in enumerate(runs, start=1):
         console.rule(f"{number} of {len(runs)}: {method}, {capacity}")
         workdir = folder / f"{method}-{capacity}"
-        rows.append({"method": method, "capacity": capacity} | train(configs[method, capacity], mesh, workdir))
+        rows.append({"method": method, "capacity": capacity} | train(configs[method, capacity], workdir))
     out = _OUT.value or folder / "table"
-    write(rows, base, dict(mesh_config.shape), out)
+    write(rows, base, out)
     plot(rows, out.with_suffix(".png"))
     console.print(f"written: {out}.csv, {out}.md, {out}.png", highlight=False)
-    loading.print_json({"steps": base.steps, "seed": base.seed, "mesh": dict(mesh_config.shape), "rows": rows})
+    loading.print_json({"steps": base.steps, "seed": base.seed, "mesh": base.layout.mesh.shape, "rows": rows})
 
 
 def variant(base: TrainConfig, method: str, capacity: str) -> TrainConfig:
@@ -99,14 +100,14 @@ def variant(base: TrainConfig, method: str, capacity: str) -> TrainConfig:
         "loss-free": dataclasses.replace(off, bias_update_rate=_RATE.value),
     }[method]
     if capacity == "dropless":
-        dispatch = dataclasses.replace(base.dispatch, strategy="dropless")
+        base = base.with_layout(strategy="dropless")
     else:
-        dispatch = dataclasses.replace(base.dispatch, strategy="capacity", capacity_factor=float(capacity))
+        base = base.with_layout(strategy="capacity", capacity_factor=float(capacity))
     model = dataclasses.replace(base.model, router_bias=method == "loss-free")
-    return dataclasses.replace(base, model=model, balance=balance, dispatch=dispatch, sample_tokens=0)
+    return dataclasses.replace(base, model=model, balance=balance, sample_tokens=0)
 
 
-def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
+def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     """Trains and returns the run's figures; those of a run that has ended are read."""
     ended = workdir / "row.json"
     settings = json.loads(strict_json.dumps(dataclasses.asdict(config)))
@@ -114,7 +115,7 @@ def train(config: TrainConfig, mesh: Any, workdir: Path) -> dict[str, Any]:
         kept = _read_row(ended)
         check(kept["config"] == settings, f"{workdir} holds a run of another configuration; use another --workdir")
         return kept["row"]
-    summary = Trainer(config, mesh, workdir).run()
+    summary = Trainer(config, workdir).run()
     check(not summary.interrupted, f"stopped at step {summary.step}; start again to go on")
     last = read_metrics(workdir)[-1]
     row = {
@@ -141,14 +142,14 @@ def _read_row(path: Path) -> dict[str, Any]:
     return kept
 
 
-def write(rows: list[dict[str, Any]], base: TrainConfig, mesh: dict[str, int], out: Path) -> None:
+def write(rows: list[dict[str, Any]], base: TrainConfig, out: Path) -> None:
     """OUT.csv for programs, OUT.md for people."""
     with out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(COLUMNS))
         writer.writeheader()
         writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
     m = base.model
-    tokens = base.data.batch_size * base.data.seq_len
+    tokens, mesh = base.layout.tokens, base.layout.mesh.shape
     lines = [
         "# Load balance by method and capacity",
         "",

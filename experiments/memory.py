@@ -1,7 +1,7 @@
 """Tells what a train step will take memory for, before it runs: by phase, by what it is, and buffer by buffer.
 
     python experiments/memory.py --out=memory.png                                                 # virtual CPU devices
-    python experiments/memory.py --config=moe_16x10b --target=h100_2x8 --config.parallel.remat=full
+    python experiments/memory.py --config=moe_16x10b --target=h100_2x8 --config.layout.remat=full
     python experiments/memory.py --config=moe_16x10b --target=tpu_v5p_16 --top=40 --markdown=m.md --json=m.json
 
 The step is compiled and not run: for the devices of --mesh, or with --target for accelerators that are not there
@@ -17,10 +17,8 @@ import time
 
 from absl import flags
 
-from experiments.shared import audit_cases, common, loading
+from experiments.shared import common, loading
 from moejax import strict_json
-from moejax.mesh import build_mesh
-from moejax.model import Program
 from moejax.planner.hardware import get_device
 from moejax.planner.memory import predict_memory
 from moejax.plots import SUFFIXES
@@ -41,26 +39,23 @@ _JSON = FLAGS.define_output("json", "Where to write the figures as JSON.")
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config = FLAGS.parse_configs(argv)
-    if buckets := FLAGS.plan_buckets():
-        cases = [(bucket.applied(config), bucket.mesh) for bucket in buckets]
-        config, mesh_config = max(cases, key=lambda case: predict_memory(audit_cases.plan_of(*case)).peak_bytes)
+    config = FLAGS.parse_config(argv)
     target, devices = _TARGET.value, None
     if target:
-        mesh_config = FLAGS.mesh_of_target(target, mesh_config)
+        config = FLAGS.for_target(target, config)
         devices = compile_only_devices(target)
     else:
-        FLAGS.setup_jax(mesh_config)
-    device, plan = get_device(mesh_config.hardware), audit_cases.plan_of(config, mesh_config)
-    program = Program.from_config(config, build_mesh(mesh_config, devices))
-    train_step = make_train_step(program, config.optimizer, steps=config.steps, accumulate=config.accumulate)
-    lowered = train_step.lower(plan.batch_size, plan.seq_len)
+        FLAGS.setup_jax(config.layout.mesh)
+    layout = max(config.layouts, key=lambda layout: predict_memory(config.model, layout).peak_bytes)
+    device, predicted = get_device(layout.mesh.hardware), predict_memory(config.model, layout)
+    program = config.make_program(layout, devices)
+    lowered = make_train_step(program, config.optimizer, steps=config.steps).lower()
     began = time.perf_counter()
-    memory, predicted = StepMemory.of(*compile_with_buffers(lowered)), predict_memory(plan)
+    memory = StepMemory.of(*compile_with_buffers(lowered))
     compile_s = time.perf_counter() - began
 
-    what = f"{FLAGS.config}, {plan.batch_size:,} × {plan.seq_len:,} tokens"
-    title = f"Memory of a train step of {what}, a device of {target or FLAGS.mesh}"
+    what = f"{FLAGS.config}, {layout.batch_size:,} × {layout.seq_len:,} tokens"
+    title = f"Memory of a train step of {what}, a device of {target or FLAGS.plan or FLAGS.mesh}"
     text = f"{title}\n\n{memory_report.as_markdown(memory, predicted, device, _TOP.value)}"
     data = memory_report.as_data(memory, predicted, device, _TOP.value) | {"compile_s": round(compile_s, 1)}
     print(text)

@@ -18,11 +18,10 @@ from absl import flags
 
 from experiments.shared import common, loading
 from moejax import hlo
-from moejax.config import TrainConfig, make_folder
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
+from moejax.config import make_folder
 from moejax.profiling import overlap
 from moejax.topology import compile_only_devices
+from moejax.train.config import TrainConfig
 from moejax.train.step import make_train_step
 
 FLAGS = common.ConfigFlags(__doc__, config="moe_16x10b")
@@ -31,8 +30,8 @@ _TARGET = flags.DEFINE_list(
 )
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens per sequence.", lower_bound=1, flag_values=FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences per step.", lower_bound=1, flag_values=FLAGS)
-_CHUNKS = FLAGS.define_numbers("chunks", [1, 2, 4], "Values of dispatch.chunks.")
-_BATCH_SPLIT = FLAGS.define_numbers("batch_split", [1, 2], "Values of parallel.batch_split.", lower=0)
+_CHUNKS = FLAGS.define_numbers("chunks", [1, 2, 4], "Values of layout.dispatch.chunks.")
+_BATCH_SPLIT = FLAGS.define_numbers("batch_split", [1, 2], "Values of layout.batch_split.", lower=0)
 _OUT = FLAGS.define_output("out", "A Markdown file for the table.")
 _TEXT = FLAGS.define_output("text", "A folder for the compiled programs' texts.", folder=True)
 
@@ -52,39 +51,34 @@ HEADER = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config = FLAGS.parse_configs(argv)
+    config = FLAGS.parse_config(argv)
     print(HEADER)
     rows = []
     choices = itertools.product(_TARGET.value, _BATCH_SPLIT.value, _CHUNKS.value)
     for target, batch_split, chunks in choices:
-        variant = dataclasses.replace(
-            config,
-            parallel=dataclasses.replace(config.parallel, batch_split=batch_split),
-            dispatch=dataclasses.replace(config.dispatch, chunks=chunks),
-            data=dataclasses.replace(config.data, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value),
+        variant = FLAGS.for_target(target, config).with_layout(
+            batch_split=batch_split, chunks=chunks, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value
         )
-        mesh = FLAGS.mesh_of_target(target, mesh_config)
-        rows.append({"target": target, "batch_split": batch_split, "chunks": chunks} | measure(target, mesh, variant))
+        rows.append({"target": target, "batch_split": batch_split, "chunks": chunks} | measure(target, variant))
         print(line(rows[-1]), flush=True)
     if _OUT.value:
         _OUT.value.write_text("\n".join([HEADER, *map(line, rows)]) + "\n")
     loading.print_json(rows)
 
 
-def measure(target: str, mesh_config: MeshConfig, config: TrainConfig) -> dict[str, Any]:
+def measure(target: str, config: TrainConfig) -> dict[str, Any]:
     """Figures of one compiled step."""
-    devices = compile_only_devices(target)
-    program = Program.from_config(config, build_mesh(mesh_config, devices))
-    lowered = make_train_step(program, config.optimizer).lower(config.data.batch_size, config.data.seq_len)
+    layout = config.layout
+    lowered = make_train_step(config.make_program(devices=compile_only_devices(target)), config.optimizer).lower()
     began = time.perf_counter()
     compiled = lowered.compile()
     compile_s = time.perf_counter() - began
     text = compiled.as_text()
     if _TEXT.value:
-        name = f"{target}_{config.parallel.batch_split}_{config.dispatch.chunks}.txt"
+        name = f"{target}_{layout.batch_split}_{layout.dispatch.chunks}.txt"
         (make_folder("--text", _TEXT.value) / name).write_text(text)
-    flops_per_s, bytes_per_s = _PEAKS[mesh_config.hardware]
-    module = hlo.parse(text, overlap.attention_flops(config.data.seq_len))
+    flops_per_s, bytes_per_s = _PEAKS[layout.mesh.hardware]
+    module = hlo.parse(text, overlap.attention_flops(layout.seq_len))
     found = overlap.measure(module, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)
     waited_s = sum(o.waited_s for o in found.values())
     return {

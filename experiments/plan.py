@@ -3,7 +3,7 @@
     python experiments/plan.py --model=moe_16x10b --cluster=a100_64gb_2x8 --seq_len=128,1024,4096,10240
     python experiments/plan.py --cluster=h100_2x8 --mode=decode --seq_len=4096 --batch_size=256
     python experiments/plan.py --cluster=h100_2x8 --seq_len=1024 --out=plan.py
-    python experiments/train.py --mesh=plan.py
+    python experiments/train.py --plan=plan.py
 
 Nothing is run or compiled: the figures are closed forms, which experiments/audit.py holds against the compiler. Several
 lengths are planned one by one; --out writes them as one run of mixed lengths. In a pipe, ends with one line of JSON.
@@ -24,7 +24,7 @@ from moejax.planner import report
 from moejax.planner.hardware import load_calibration
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan
 from moejax.plots import SUFFIXES
-from moejax.train.schedule import Bucket, write_plan_file
+from moejax.train.plan_file import write_plan_file
 
 FLAGS = loading.Flags(__doc__)
 _MODEL = flags.DEFINE_string(
@@ -54,7 +54,7 @@ _CAPACITY = flags.DEFINE_float(
     MAX_CAPACITY_FACTOR,
     flag_values=FLAGS,
 )
-_OUT = FLAGS.define_output("out", "Where to write the plan as a mesh file that train.py --mesh takes.", ".py")
+_OUT = FLAGS.define_output("out", "Where to write the plan as a file that train.py --plan takes.", ".py")
 _JSON = FLAGS.define_output("json", "Where to write the figures as JSON.")
 _PLOT = FLAGS.define_output("plot", "Where to draw memory and time; needs the extra plots.", *SUFFIXES)
 
@@ -122,14 +122,13 @@ def render(requests: list[Request], choices: dict[int, Choice]) -> str:
 
 
 def write_plan(path: Path, choices: dict[int, Choice]) -> None:
-    """Writes the plans as a mesh file, and prints the command that follows it."""
-    plans = [choice.best.plan for choice in choices.values()]
-    buckets = tuple(Bucket(p.seq_len, p.batch_size, p.mesh, p.parallel, p.dispatch, p.accumulate) for p in plans)
+    """Writes the layouts as a plan file, and prints the command that follows it."""
+    layouts = tuple(choice.best.layout for choice in choices.values())
     model, cluster = _MODEL.value, _CLUSTER.value
     if model.endswith(".py"):  # found from any folder
         model = str(loading.find(model, loading.CONFIGS).resolve())
-    write_plan_file(path, buckets, model, f"{_plain_stem(model)} on {_plain_stem(cluster)}, training")
-    print(f"wrote {path}; run it with {loading.command('train', f'--mesh={path}')}", file=sys.stderr)
+    write_plan_file(path, layouts, model, f"{_plain_stem(model)} on {_plain_stem(cluster)}, training")
+    print(f"wrote {path}; run it with {loading.command('train', f'--plan={path}')}", file=sys.stderr)
 
 
 def _plain_stem(path: str) -> str:

@@ -10,6 +10,7 @@ inputs of its formula below it. In a pipe, ends with one line of JSON.
 from __future__ import annotations
 
 from experiments.shared import loading
+from moejax.config import ModelConfig
 from moejax.planner import report
 from moejax.planner.costs import Assumptions
 from moejax.planner.flops import ceilings, forward_flops
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     text = "\n\n".join([
         f"# {MODEL} on {CLUSTER}, as planned",
         "Closed forms; nothing was run. `python experiments/reference_table.py`.",
-        targets_table(trained, prefilled, cluster),
+        targets_table(model, trained, prefilled, cluster),
         "## Training", report.choice_table(trained), report.memory_table(trained), report.time_table(trained),
         *(report.why(train[n], trained[n]) for n in LENGTHS),
         "## Prefill of the same batch, without queueing", report.choice_table(prefilled),
@@ -54,16 +55,16 @@ def main(argv: list[str]) -> None:
     print(text)
     if _OUT.value:
         _OUT.value.write_text(text + "\n")
-    figures = {n: figures_of(trained[n], prefilled[n], cluster) for n in LENGTHS}
+    figures = {n: figures_of(model, trained[n], prefilled[n], cluster) for n in LENGTHS}
     loading.print_json({"model": MODEL, "cluster": CLUSTER, "figures": figures})
 
 
-def figures_of(trained: Choice, prefilled: Choice, cluster: Cluster) -> dict[str, float]:
+def figures_of(model: ModelConfig, trained: Choice, prefilled: Choice, cluster: Cluster) -> dict[str, float]:
     """The figures that have targets, and exposed communication."""
-    t = trained.best.time
+    t, layout = trained.best.time, trained.best.layout
     return {
         "throughput, tokens/ms": trained.best.tokens_per_ms,
-        SUSTAINED: trained.best.plan.tokens / predict_step(trained.best.plan, cluster, FULL_RATE).expected / 1e3,
+        SUSTAINED: layout.tokens / predict_step(model, layout, cluster, FULL_RATE).expected / 1e3,
         "time to first token, s": prefilled.best.time.expected,
         "memory per device, GB": trained.best.memory.peak_bytes / 1e9,
         "busy": t.busy,
@@ -71,9 +72,11 @@ def figures_of(trained: Choice, prefilled: Choice, cluster: Cluster) -> dict[str
     }
 
 
-def targets_table(trained: dict[int, Choice], prefilled: dict[int, Choice], cluster: Cluster) -> str:
+def targets_table(
+    model: ModelConfig, trained: dict[int, Choice], prefilled: dict[int, Choice], cluster: Cluster
+) -> str:
     """Every length's figures; what misses its target says so."""
-    figures = {n: figures_of(trained[n], prefilled[n], cluster) for n in LENGTHS}
+    figures = {n: figures_of(model, trained[n], prefilled[n], cluster) for n in LENGTHS}
     rows = []
     for name in figures[LENGTHS[0]]:
         target, more = TARGETS.get(name, (None, True))

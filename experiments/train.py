@@ -2,8 +2,8 @@
 
     python experiments/train.py
     python experiments/train.py --config=small --data=~/texts --tokenizer=bpe
-    python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --config.data.batch_size=32
-    python experiments/train.py --config=mixed --mesh=cpu_16_mixed     # a plan: lengths mixed, each on its own mesh
+    python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --config.layout.batch_size=32
+    python experiments/train.py --config=mixed --plan=cpu_16_mixed     # a plan: lengths mixed, each on its own mesh
 
 A run that was stopped goes on, as what it was, when it is started again with its --workdir and nothing else. Flags that
 differ from its record are printed; those that would make it another run are refused without --override.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # what is imported next takes seconds
@@ -26,13 +25,12 @@ if __name__ == "__main__":  # what is imported next takes seconds
 from absl import flags, logging
 
 from experiments.shared import loading, resuming
-from moejax.config import TrainConfig
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.planner import DEVICES, Plan, predict
+from moejax.mesh import build_mesh
+from moejax.planner import DEVICES, predict
 from moejax.profiling.capture import StepCapture, parse_steps
+from moejax.train.config import TrainConfig
 from moejax.train.loop import Trainer
 from moejax.train.progress import make_console
-from moejax.train.schedule import Bucket
 from moejax.train.summary import report
 
 FLAGS = resuming.RunFlags(
@@ -45,45 +43,38 @@ _PROFILE_STEPS = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config = FLAGS.parse_configs(argv)
-    buckets = FLAGS.plan_buckets()
-    refuse_what_cannot_fit(config, mesh_config, buckets)
+    config = FLAGS.parse_config(argv)
+    refuse_what_cannot_fit(config)
     profiled = range(0) if _PROFILE_STEPS.value is None else parse_steps(_PROFILE_STEPS.value, config.steps)
-    FLAGS.setup_jax(mesh_config)
-    mesh = build_mesh(mesh_config)
+    mesh = config.layouts[0].mesh
+    FLAGS.setup_jax(mesh)
+    build_mesh(mesh)  # other devices are refused before the headline
     workdir = FLAGS.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     console = make_console()
-    console.print(f"mesh {dict(mesh_config.shape)} on {mesh_config.hardware}, workdir {workdir}")
-    meshes = [bucket.mesh for bucket in buckets] or [mesh_config]
-    with StepCapture(workdir, meshes, profiled) as profiler:
-        trainer = Trainer(
-            config, mesh, workdir, buckets, profiler.step, mesh_config=mesh_config, override=FLAGS.override
-        )
-        summary = trainer.run()
-    console.print("\n".join(report(summary, config.steps, workdir, mesh_config)))
+    console.print(f"mesh {dict(mesh.shape)} on {mesh.hardware}, workdir {workdir}")
+    with StepCapture(workdir, profiled) as profiler:
+        summary = Trainer(config, workdir, profiler.step, override=FLAGS.override).run()
+    console.print("\n".join(report(summary, config.steps, workdir, mesh)))
     loading.print_json(dataclasses.asdict(summary))
 
 
-def refuse_what_cannot_fit(config: TrainConfig, mesh: MeshConfig, buckets: Sequence[Bucket]) -> None:
+def refuse_what_cannot_fit(config: TrainConfig) -> None:
     """Checks sizes against the mesh, and on accelerators the predicted memory against the devices', before any work.
 
     Raises:
         ConfigError: a size that must be a multiple of the mesh's is not.
-        DoesNotFitError: a bucket, or the run of one length, is predicted not to fit however it is cut.
+        DoesNotFitError: a layout is predicted not to fit however it is cut.
     """
-    device = None if mesh.hardware == "cpu" else DEVICES.get(mesh.hardware)
-    data = config.data
-    one = Bucket(data.seq_len, data.batch_size, mesh, config.parallel, config.dispatch, config.accumulate)
-    for b in buckets or (one,):
-        plan = Plan(config.model, b.mesh, b.seq_len, b.batch_size, b.parallel, b.dispatch, b.accumulate)
-        predict.check(plan)
+    config.check_fits()
+    for layout in config.layouts:
+        device = None if layout.mesh.platform == "cpu" else DEVICES.get(layout.mesh.hardware)
         if device is None:
             continue
         limit = config.memory_limit_bytes or device.usable_bytes
-        if not predict.check_fits(plan, limit):
+        if not predict.check_fits(config.model, layout, limit):
             logging.warning(
                 "%d sequences of %d tokens are predicted not to fit in %.1f GB as they are; the memory guard will step "
-                "down. experiments/plan.py finds a plan that fits.", b.batch_size, b.seq_len, limit / 1e9,
+                "down. experiments/plan.py finds a plan that fits.", layout.batch_size, layout.seq_len, limit / 1e9,
             )  # fmt: skip
 
 

@@ -60,8 +60,8 @@ PROGRAM: dict[Platform, tuple[Option, ...]] = {
             "xla_gpu_dot_merger_threshold_mb",
             "0",
             "products with the same weights would be merged (up to 32 MB) and wait for all of their operands, which "
-            "undoes dispatch.chunks and parallel.batch_split: with two of each 31% of olmoe_7b's exchanged bytes run "
-            "beside products on H100, not 62%",
+            "undoes layout.dispatch.chunks and layout.batch_split: with two of each 31% of olmoe_7b's exchanged bytes "
+            "run beside products on H100, not 62%",
             "experiments/results/overlap.md",
         ),
     ),

@@ -2,7 +2,7 @@
 
 A wrong value raises `ConfigError` with one line that names the field, its value and what would be right. A variant of
 a configuration is a function that calls `dataclasses.replace`. What depends on the mesh as well (divisibility of
-experts, heads, layers, vocabulary, batch) is checked by `moejax.sharding.check_layout`.
+experts, heads, layers, vocabulary, batch) is checked by `moejax.layout.Layout.check`.
 """
 
 from __future__ import annotations
@@ -11,28 +11,37 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Gather = Literal["step", "layer"]
-Remat = Literal["auto", "none", "minimal", "collectives", "full"]
-Bubble = Literal["auto", "skip", "compute"]
 RouterScore = Literal["softmax", "sigmoid"]
 Strategy = Literal["capacity", "dropless", "ragged"]
-Payload = Literal["full", "float8"]
+WireDtype = Literal["compute", "float8"]
 ExpertAxis = Literal["expert", "tensor"]
 
 MAX_CAPACITY_FACTOR = 1e6
+_MOVED = {  # names of version 0.1
+    "ParallelConfig": "is moejax.layout.Layout now, which also has the mesh, the batch's shape and the dispatch",
+    "TrainConfig": "is in moejax.train.config now",
+}
 _EXPECTED = {int: "a whole number (int)", float: "a finite number (float)", str: "a text (str)", bool: "True or False"}
 
 
 class ConfigError(ValueError):
     """A configuration that cannot work; the message is one line that says what would."""
+
+
+if not TYPE_CHECKING:  # or every name would exist for a type checker
+
+    def __getattr__(name: str) -> Any:
+        """Raises `ConfigError` for what was here in version 0.1, so that old configuration files learn its new home."""
+        if name in _MOVED:
+            raise ConfigError(f"moejax.config.{name} {_MOVED[name]}")
+        raise AttributeError(f"module 'moejax.config' has no attribute {name!r}")
 
 
 def check(ok: bool, message: str) -> None:
@@ -69,13 +78,15 @@ def make_folder(name: str, path: str | Path) -> Path:
     return path
 
 
-def _check_positive(config: object, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
+    """Raises `ConfigError` unless the fields of these names are above 0."""
     for name in names:
         value = getattr(config, name)
         check(value > 0, f"{name}={value} must be positive")
 
 
-def _check_not_negative(config: object, *names: str) -> None:
+def check_not_negative(config: object, *names: str) -> None:
+    """Raises `ConfigError` unless the fields of these names are 0 or more."""
     for name in names:
         value = getattr(config, name)
         check(value >= 0, f"{name}={value} must be 0 or more")
@@ -167,11 +178,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_positive(
+        check_positive(
             self, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_experts",
             "experts_per_token", "vocab_size", "max_seq_len", "rope_theta", "norm_eps",
         )  # fmt: skip
-        _check_not_negative(self, "shared_d_ff", "num_dense_layers", "dense_d_ff")
+        check_not_negative(self, "shared_d_ff", "num_dense_layers", "dense_d_ff")
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -211,26 +222,27 @@ class DispatchConfig:
     and "capacity", of a receiver's experts together in "ragged".
 
     `expert_axes` are the mesh axes that the experts are spread over: `("expert",)` splits each expert's width over
-    `tensor`; `("expert", "tensor")` (folded) keeps experts whole. With `hosts` > 1, tokens travel in two hops, inside
-    the host, then across. It must divide the number of hosts that the mesh's expert axis crosses; virtual CPU devices
-    stand for any number of hosts.
+    `tensor`; `("expert", "tensor")` (folded) keeps experts whole. If `hierarchical`, tokens travel in two hops, inside
+    the host, then across; `mesh.hosts` says how many hosts there are, and virtual CPU devices stand for any number.
+
     `chunks` cuts each round's buffers into parts that travel and compute by themselves, so that one part's exchange can
-    run during another's matrix products. `payload` "float8" sends tokens to their experts as float8_e4m3fn, with a
+    run during another's matrix products. `wire_dtype` "float8" sends tokens to their experts as float8_e4m3fn, with a
     scale each; results travel as they are (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 
-    Where one device has all experts, no token travels: buffers, `chunks`, `payload` and `expert_axes` change nothing.
+    Where one device has all experts, no token travels: buffers, `chunks`, `wire_dtype` and `expert_axes` change
+    nothing.
     """
 
     strategy: Strategy = "dropless"  # what happens to more tokens than a buffer holds; only capacity drops them
     capacity_factor: float = 1.5  # room in a buffer, over the balanced load of an expert
     expert_axes: tuple[ExpertAxis, ...] = ("expert", "tensor")  # the experts' axes: expert or expert,tensor
-    hosts: int = 1  # hosts that those axes span; more than 1: tokens travel inside the host, then across
+    hierarchical: bool = False  # tokens travel inside the host first, then across hosts
     chunks: int = 1  # parts of a buffer whose exchange can overlap with the others' matrix products
-    payload: Payload = "full"  # how tokens travel to their experts
+    wire_dtype: WireDtype = "compute"  # what tokens travel to their experts as: the model's dtype, or float8
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_positive(self, "capacity_factor", "hosts", "chunks")
+        check_positive(self, "capacity_factor", "chunks")
         check(
             self.capacity_factor <= MAX_CAPACITY_FACTOR,
             f"capacity_factor={self.capacity_factor} must be at most {MAX_CAPACITY_FACTOR:,.0f}",
@@ -253,7 +265,7 @@ class BalanceConfig:
 
     Losses, by weight (0: off): load balance over the global batch (Switch, arXiv 2101.03961, eq. 4), the same inside
     each sequence (DeepSeek-V3, 2412.19437, eq. 17), and z (ST-MoE, 2202.08906, eq. 5). The global batch is that of the
-    optimizer step: with `TrainConfig.accumulate` > 1, its load-balance loss takes one more forward pass.
+    optimizer step: with `Layout.grad_accumulation_steps` > 1, its load-balance loss takes one more forward pass.
     `bias_update_rate` is the step of the selection bias (loss-free balancing, 2408.15664; needs
     `ModelConfig.router_bias`), 0 to leave it as it is.
 
@@ -282,8 +294,8 @@ class BalanceConfig:
 
     def __post_init__(self) -> None:
         check_types(self, infinite=("max_load_cv", "max_dropped_fraction", "max_rounds"))
-        _check_positive(self, "window")
-        _check_not_negative(
+        check_positive(self, "window")
+        check_not_negative(
             self, "aux_loss_weight", "sequence_loss_weight", "z_loss_weight", "bias_update_rate",
             "max_load_cv", "max_dropped_fraction", "max_idle_experts",
         )  # fmt: skip
@@ -317,47 +329,6 @@ class BalanceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelConfig:
-    """How one step is spread over the mesh, beyond the mesh's own shape.
-
-    A batch shard is cut into `num_microbatches` for the pipeline; each stage holds `repeats` separate chunks of layers
-    (1: GPipe; more: interleaved). With one stage, `repeats` and `bubble` change nothing. `gather` says when dense
-    weights are gathered from their shards: once per step (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps
-    activations up to 2,048 tokens and recomputes above. `bubble` says whether a stage without work skips it or computes
-    what nobody uses; "auto" skips on CPUs, whose virtual devices share cores, and computes on accelerators, which would
-    only wait (see `moejax.pipeline`).
-    A layer works on `batch_split` equal parts of a microbatch side by side, so that one part's tokens can be exchanged
-    while another's are computed; capacity is then counted in each part. 0 is auto: 2 on accelerators that exchange any
-    and where it divides the sequences, otherwise 1 (see `parts`).
-    """
-
-    num_microbatches: int = 2  # parts of a batch shard, for the pipeline
-    repeats: int = 1  # chunks of layers per pipeline stage; 1 is GPipe, more is interleaved
-    gather: Gather = "step"  # when dense weights are gathered, as in ZeRO-1 or as in FSDP
-    remat: Remat = "auto"  # what the backward pass recomputes; auto: nothing up to 2,048 tokens, then all
-    bubble: Bubble = "auto"  # what a pipeline stage without work does; auto: skip on CPUs, else compute
-    batch_split: int = 0  # parts of a microbatch that a layer works on side by side; 0: auto
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        _check_positive(self, "num_microbatches", "repeats")
-        _check_not_negative(self, "batch_split")
-
-    def remat_policy(self, seq_len: int) -> str:
-        """The policy's name with `auto` resolved for sequences of `seq_len` tokens."""
-        if self.remat != "auto":
-            return self.remat
-        return "none" if seq_len <= 2048 else "full"
-
-    def parts(self, num_sequences: int, overlaps: bool) -> int:
-        """Parts of a device's `num_sequences` of a microbatch: `batch_split` with auto resolved.
-
-        `overlaps`: whether there are exchanges, on devices that could compute meanwhile (virtual ones can't).
-        """
-        return self.batch_split or math.gcd(num_sequences, 2 if overlaps else 1)
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up to `learning_rate`, then a cosine to `final_learning_rate_fraction` of it.
 
@@ -375,8 +346,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_positive(self, "learning_rate", "eps", "clip_norm")
-        _check_not_negative(self, "weight_decay", *(() if self.warmup_steps is None else ("warmup_steps",)))
+        check_positive(self, "learning_rate", "eps", "clip_norm")
+        check_not_negative(self, "weight_decay", *(() if self.warmup_steps is None else ("warmup_steps",)))
         check(
             0 <= self.final_learning_rate_fraction <= 1,
             f"final_learning_rate_fraction={self.final_learning_rate_fraction} must be between 0 and 1",
@@ -410,7 +381,6 @@ class DataConfig:
     that holds it. `separator` is the token of that file that leads each document. If empty, it is the BOS token where
     the model's tokenizer has one, else EOS, as `tokenizer_config.json` beside the file names them.
 
-    `batch_size` counts the sequences of one optimizer step over the whole mesh, each of `seq_len` tokens.
     `eval_fraction` of the files, chosen by a hash of their names, is held out. Of a plan with several lengths, steps on
     the same mesh come `block_steps` in a row, because a change of mesh moves the whole state.
     """
@@ -419,15 +389,13 @@ class DataConfig:
     tokenizer: str = "bytes"  # bytes, bpe (trained on the data) or the path of a tokenizer.json or its folder
     tokenizer_vocab_size: int = 4096  # tokens that bpe is trained to; more than 256
     separator: str = ""  # token of tokenizer.json that leads each document; empty: its BOS, else its EOS
-    seq_len: int = 256  # tokens per sequence
-    batch_size: int = 32  # sequences per optimizer step, over the whole mesh
     eval_fraction: float = 0.05  # part of the files that is held out
     seed: int = 0  # of the order of the data
     block_steps: int = 16  # steps in a row on one mesh, where a plan has several
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_positive(self, "seq_len", "batch_size", "block_steps")
+        check_positive(self, "block_steps")
         check(
             self.tokenizer_vocab_size > 256,
             f"tokenizer_vocab_size={self.tokenizer_vocab_size} must be more than 256: BPE starts from the 256 bytes",
@@ -448,45 +416,4 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_positive(self, "every", "keep")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything a training run needs besides its mesh and its work directory.
-
-    `compiler_options` are given to XLA after those of `moejax.compiler`, which explains them. They are items
-    "name=value", of which the later wins; "name=default" takes one away.
-    """
-
-    model: ModelConfig = ModelConfig()
-    dispatch: DispatchConfig = DispatchConfig()
-    balance: BalanceConfig = BalanceConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    data: DataConfig = DataConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    steps: int = 300  # optimizer steps of the whole run
-    accumulate: int = 1  # forward-backward passes per optimizer step
-    eval_every: int = 100  # steps between evaluations on held-out text
-    eval_batches: int = 8  # batches per evaluation
-    sample_tokens: int = 128  # generated at the end of a run; 0 for none
-    memory_limit_bytes: int = 0  # of a device, which a step is made to fit in; 0: what the device's runtime says
-    compiler_options: tuple[str, ...] = ()  # of XLA, name=value, separated by commas
-    seed: int = 0  # of the parameters
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        _check_positive(self, "steps", "accumulate", "eval_every", "eval_batches")
-        self.balance.check_moves_a_bias(self.model)
-        _check_not_negative(self, "sample_tokens", "memory_limit_bytes")
-        for item in self.compiler_options:
-            check(
-                re.match(r"\w+=", item) is not None,
-                f"compiler_options item {item!r} must be name=value, such as xla_gpu_dot_merger_threshold_mb=0",
-            )
-        check(
-            self.data.seq_len <= self.model.max_seq_len,
-            f"data.seq_len={self.data.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}",
-        )
-        self.optimizer.warmup(self.steps)
+        check_positive(self, "every", "keep")

@@ -150,6 +150,12 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     return Mesh(grid, config.axis_names, axis_types=(AxisType.Auto,) * grid.ndim)
 
 
+def count_hosts(mesh: Mesh, axis: str) -> int:
+    """Returns how many hosts the devices along an axis are in: how many processes, of which every host has one."""
+    along = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+    return len({device.process_index for device in along})
+
+
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """The mesh of `config` without devices: programs can be traced on it as they would be for its hardware."""
     device = AbstractDevice(device_kind=config.hardware, num_cores=None, platform=config.platform)

@@ -20,13 +20,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import balance, sharding
+from moejax.batch import Batch, check_batch
 from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, check
 from moejax.dispatch import Exchange
 from moejax.kernels.manual import varying
-from moejax.mesh import EXPERT, TENSOR
-from moejax.model import Batch, Metrics, Program, check_batch, summarize
+from moejax.layout import check_divides, check_experts, check_hops
+from moejax.mesh import EXPERT, TENSOR, count_hosts
+from moejax.metrics import EvalMetrics, summarize
 from moejax.moe import global_stats, mixture_of_experts
 from moejax.nn.embedding import check_ids
+from moejax.program import Program
 
 
 class MoEStats(NamedTuple):
@@ -80,7 +83,7 @@ class MoELayer(nnx.Module):
                 `router_bias`, `shared_d_ff` and `dtype` are used, and `num_layers` to scale the initial output weights
                 as the branches of so deep a residual network.
             mesh: has the axes `expert` and `tensor`; `moejax.build_mesh` makes one.
-            dispatch: how tokens reach their experts.
+            dispatch: how tokens reach their experts. With `hierarchical`, each process of JAX is a host.
             rngs: the stream `params`, or the default one.
 
         Raises:
@@ -89,7 +92,10 @@ class MoELayer(nnx.Module):
         missing = [axis for axis in (EXPERT, TENSOR) if axis not in mesh.axis_names]
         check(not missing, f"mesh axes {mesh.axis_names} lack {' and '.join(missing)}; make it with moejax.build_mesh")
         self.config, self.mesh, self.dispatch = config, mesh, dispatch or DispatchConfig()
-        sharding.check_moe_layout(config, self.dispatch, mesh)
+        check_experts(config, self.dispatch, mesh)
+        hosts = _exchange_hosts(self.dispatch, mesh)
+        check_hops(self.dispatch, hosts, f"mesh={dict(mesh.shape)}")
+        check_divides("expert", mesh.shape[EXPERT], "its hosts", hosts)
         table = sharding.moe_params(config, self.dispatch)
         _hold(self, sharding.init_params(table, mesh, rngs.params()))
 
@@ -242,12 +248,12 @@ class Transformer(nnx.Module):
         Raises:
             ConfigError: B or S does not fit on the mesh, or a token is not in the vocabulary.
         """
-        self._check(tokens_BS)
-        check_ids("tokens_BS", tokens_BS, self.program.model.vocab_size)
+        program = self._program_for(tokens_BS)
+        check_ids("tokens_BS", tokens_BS, program.model.vocab_size)
         segment_ids_BS = jnp.ones_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
-        return _global_logits(self.program)(self.params, tokens_BS, segment_ids_BS)
+        return _global_logits(program)(self.params, tokens_BS, segment_ids_BS)
 
-    def loss(self, batch: Batch) -> tuple[jax.Array, Metrics]:
+    def loss(self, batch: Batch) -> tuple[jax.Array, EvalMetrics]:
         """Returns the loss of {"tokens", "targets", "segment_ids"}, int32 [B, S], and the metrics of
         `TrainStep.evaluate`. Targets of -100 are left out.
 
@@ -256,11 +262,11 @@ class Transformer(nnx.Module):
                 the loss is NaN and the metric `out_of_range_ids` counts it.
         """
         check_batch(batch, self.program.model.vocab_size)
-        self._check(batch["tokens"])
-        loss, metrics = _global_loss(self.program)(self.params, batch)
+        program = self._program_for(batch["tokens"])
+        loss, metrics = _global_loss(program)(self.params, batch)
         return loss, summarize(metrics, batch)
 
-    def _check(self, tokens_BS: jax.Array) -> None:
+    def _program_for(self, tokens_BS: jax.Array) -> Program:
         manual = jax.sharding.get_abstract_mesh().manual_axes
         check(
             not manual,
@@ -268,9 +274,7 @@ class Transformer(nnx.Module):
             "use Program.logits or Program.loss",
         )
         check(tokens_BS.ndim == 2, f"tokens_BS has shape {tokens_BS.shape}; it must be [B, S]")
-        p = self.program
-        batch_size, seq_len = tokens_BS.shape
-        sharding.check_layout(p.model, p.dispatch, p.parallel, p.mesh, batch_size=batch_size, seq_len=seq_len)
+        return self.program.for_batch(*tokens_BS.shape)
 
 
 def _hold(module: nnx.Module, params: dict[str, Any]) -> None:
@@ -306,12 +310,17 @@ def _x_spec(mesh: Mesh) -> P:
     return P(sharding.batch_axes(mesh), TENSOR)
 
 
+def _exchange_hosts(dispatch: DispatchConfig, mesh: Mesh) -> int:
+    """Hosts that tokens are exchanged between in a hop of its own; 1 where one hop takes them anywhere."""
+    return count_hosts(mesh, EXPERT) if dispatch.hierarchical else 1
+
+
 def _device_moe(
     params: dict[str, Any], x_bsD: jax.Array, *, config: ModelConfig, mesh: Mesh, dispatch: DispatchConfig
 ) -> tuple[jax.Array, MoEStats]:
     """The layer on one device's tokens and stored shards."""
     p = sharding.gather(params, sharding.moe_params(config, dispatch))
-    exchange = Exchange.make(dispatch, config, math.prod(x_bsD.shape[:2]), hosts=dispatch.hosts)
+    exchange = Exchange.make(dispatch, config, math.prod(x_bsD.shape[:2]), _exchange_hosts(dispatch, mesh))
     y_bsD, sums, _ = mixture_of_experts(p, x_bsD.astype(config.dtype), config, exchange)
     token_axes = _token_axes(mesh)
     sums = global_stats(sums, token_axes)

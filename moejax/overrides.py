@@ -1,7 +1,8 @@
 """Typed dotted overrides of nested frozen dataclasses, configuration files in Python, and records of them in JSON.
 
 `--config.model.num_layers=4` is read by the type hint of `model.num_layers`. All overrides of one dataclass are
-applied in one `dataclasses.replace`, so fields that must change together are validated together.
+applied in one `dataclasses.replace`, so fields that must change together are validated together. A field such as
+`layouts`, a tuple of dataclasses, is called `layout` in paths, and can be changed while it holds one.
 """
 
 from __future__ import annotations
@@ -43,13 +44,17 @@ def _replace(config: Any, overrides: Mapping[str, str], parent: str) -> Any:
     hints = get_type_hints(type(config))
     values: dict[str, Any] = {}
     nested: dict[str, dict[str, str]] = {}
+    plurals = {name: field for field, name in _path_names(config).items() if name != field}
     for path, text in overrides.items():
         name, _, rest = path.partition(".")
-        if name not in hints:
+        if name not in _path_names(config).values():
             raise ConfigError(_unknown_message(config, parent, name))
-        is_nested = dataclasses.is_dataclass(getattr(config, name))
+        if name in plurals:
+            number = len(getattr(config, plurals[name]))
+            check(number == 1, f"{parent}{path}={text!r} cannot be set: there are {number} {plurals[name]}")
+        is_nested = dataclasses.is_dataclass(_value(config, name))
         if is_nested and not rest:
-            fields = ", ".join(f"{parent}{name}.{field}" for field in _field_names(getattr(config, name)))
+            fields = ", ".join(f"{parent}{name}.{field}" for field in _path_names(_value(config, name)).values())
             raise ConfigError(f"{parent}{name}={text!r} cannot be set as a whole; set one of {fields}")
         if is_nested:
             nested.setdefault(name, {})[rest] = text
@@ -58,7 +63,8 @@ def _replace(config: Any, overrides: Mapping[str, str], parent: str) -> Any:
         else:
             values[name] = _parse(text, hints[name], f"{parent}{name}")
     for name, inner in nested.items():
-        values[name] = _replace(getattr(config, name), inner, f"{parent}{name}.")
+        inner_value = _replace(_value(config, name), inner, f"{parent}{name}.")
+        values |= {plurals[name]: (inner_value,)} if name in plurals else {name: inner_value}
     try:
         return dataclasses.replace(config, **values)
     except ConfigError as error:
@@ -78,8 +84,10 @@ class FieldInfo:
 def describe(config: Any, parent: str = "") -> list[FieldInfo]:
     """Returns all fields of a dataclass, those of nested ones in place of these; `parent` ("model.") begins paths."""
     hints, meanings, found = get_type_hints(type(config)), _meanings(type(config)), []
-    for name in _field_names(config):
-        value, path = getattr(config, name), f"{parent}{name}"
+    for field, name in _path_names(config).items():
+        if name != field and len(getattr(config, field)) > 1:
+            continue  # no path leads to one of several
+        value, path = _value(config, name), f"{parent}{name}"
         if dataclasses.is_dataclass(value):
             found += describe(value, f"{path}.")
             continue
@@ -100,12 +108,25 @@ def _meanings(kind: type) -> dict[str, str]:
     return {ast.unparse(field.target): comments.get(field.end_lineno or 0, "") for field in fields}
 
 
-def _field_names(config: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(config)]
+def _path_names(config: Any) -> dict[str, str]:
+    """Returns the names that paths have for the fields of a dataclass, by field."""
+    fields = [field.name for field in dataclasses.fields(config)]
+    return {field: field.removesuffix("s") if _holds_dataclasses(getattr(config, field)) else field for field in fields}
+
+
+def _holds_dataclasses(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(map(dataclasses.is_dataclass, value))
+
+
+def _value(config: Any, name: str) -> Any:
+    """Returns what the field that paths call `name` holds: of several the first."""
+    field = next(field for field, path_name in _path_names(config).items() if path_name == name)
+    value = getattr(config, field)
+    return value if field == name else value[0]
 
 
 def _unknown_message(config: Any, parent: str, name: str) -> str:
-    names = _field_names(config)
+    names = list(_path_names(config).values())
     close = difflib.get_close_matches(name, names, n=2)
     hint = f"did you mean {' or '.join(parent + match for match in close)}? " if close else ""
     owner = f"{parent.removesuffix('.')} ({type(config).__name__})" if parent else type(config).__name__

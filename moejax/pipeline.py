@@ -10,6 +10,7 @@ next repeat, and in the end the outputs. (A slot must be read before it is repla
 Dimensions: M microbatches, b sequences, s local sequence, D model, R repeats.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,16 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax import remat
 from moejax.kernels.manual import vary, varying
+from moejax.layout import Layout
 from moejax.mesh import PIPELINE
 
 # (x_bsD, repeat, microbatch) -> (y_bsD, sums of this stage's chunk of layers)
 Stage = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-
-def num_ticks(num_microbatches: int, num_stages: int, repeats: int) -> int:
-    """Length of the schedule in ticks, of which `num_stages - 1` are bubble on every stage."""
-    return repeats * num_microbatches + num_stages - 1
 
 
 def _check_closure(closed_over: Sequence[Any]) -> None:
@@ -40,29 +38,21 @@ def _check_closure(closed_over: Sequence[Any]) -> None:
             )
 
 
-def run_pipeline(
-    stage: Stage,
-    x_MbsD: jax.Array,
-    repeats: int,
-    *,
-    skip_bubble: bool,
-    checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda work: work,
-) -> tuple[jax.Array, Any]:
-    """Runs every microbatch through all `repeats * stages` chunks of layers.
+def run_pipeline(stage: Stage, x_MbsD: jax.Array, layout: Layout) -> tuple[jax.Array, Any]:
+    """Runs every microbatch through all chunks of layers: `layout.pipeline_repeats` on each stage.
 
-    With `skip_bubble` a stage without work does nothing, in a `cond` that all devices of a stage decide alike;
+    With `layout.bubble="skip"` a stage without work does nothing, in a `cond` that all devices of a stage decide alike;
     otherwise it works on what lies there and the result is not used. An accelerator would wait either way, and the
     `cond` would keep collectives from overlapping; virtual devices share their cores, so there work saved is time
     saved (a third of it for 2 stages and 2 microbatches).
 
-    `checkpoint` rematerializes what one tick does. It stands around the `cond`, for a `cond` hands what its branches
-    save to the loop as values of the tick, the weights too, which the loop would stack.
+    What one tick does is rematerialized by `layout.remat`. The checkpoint is around the `cond`, for a `cond` hands what
+    its branches save to the loop as values of the tick, the weights too, which the loop would stack.
 
     Returns the outputs [M, b, s, D], meaningful on stage 0 only, and the stage's sums over microbatches, [R, ...].
     """
     num_stages, index = lax.axis_size(PIPELINE), lax.axis_index(PIPELINE)
-    num_microbatches = x_MbsD.shape[0]
-    ticks = num_ticks(num_microbatches, num_stages, repeats)
+    num_microbatches, repeats, skip_bubble = x_MbsD.shape[0], layout.pipeline_repeats, layout.bubble == "skip"
     to_next = [(i, (i + 1) % num_stages) for i in range(num_stages)]
 
     nothing_bsD, first = jnp.zeros_like(x_MbsD[0]), jnp.zeros((), jnp.int32)
@@ -74,7 +64,7 @@ def run_pipeline(
     def idle(x_bsD: jax.Array, *_: jax.Array) -> tuple[jax.Array, Any]:
         return x_bsD, no_sums
 
-    @checkpoint
+    @functools.partial(remat.checkpoint, policy=layout.remat)
     def work(live: jax.Array, x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Any]:
         if skip_bubble:
             return lax.cond(live, stage, idle, x_bsD, repeat, microbatch)
@@ -104,5 +94,5 @@ def run_pipeline(
     sums_R = jax.tree.map(lambda s: jnp.repeat(s[None], repeats, axis=0), no_sums)
     with jax.named_scope("pipeline"):
         start = (nothing_bsD, x_MbsD, sums_R)
-        (arrived_bsD, x_MbsD, sums_R), _ = lax.scan(tick, start, jnp.arange(ticks, dtype=jnp.int32))
-        return put(x_MbsD, arrived_bsD, ticks - num_stages), sums_R
+        (arrived_bsD, x_MbsD, sums_R), _ = lax.scan(tick, start, jnp.arange(layout.ticks, dtype=jnp.int32))
+        return put(x_MbsD, arrived_bsD, layout.ticks - num_stages), sums_R

@@ -39,7 +39,7 @@ def setup_jax(mesh_config: MeshConfig, *, compilation_cache_dir: str | os.PathLi
     elif mesh_config.hosts > 1 and not jax.distributed.is_initialized():
         _join_hosts(mesh_config)
     if compilation_cache_dir is None:
-        compilation_cache_dir = jax.config.jax_compilation_cache_dir or cache_folder() / "xla"
+        compilation_cache_dir = jax.config.jax_compilation_cache_dir or cache_folder() / "xla"  # type: ignore[attr-defined]
     folder = str(expand(compilation_cache_dir, "compilation_cache_dir")) if compilation_cache_dir else None
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)

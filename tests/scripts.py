@@ -54,9 +54,9 @@ def parse_command(name, arguments):
     script_flags = load_script(name).FLAGS
     with contextlib.suppress(SystemExit):  # after --help
         if isinstance(script_flags, common.ConfigFlags):
-            config, mesh = script_flags.parse_configs([name, *arguments])
+            config = script_flags.parse_config([name, *arguments])
             if name == "train":
-                load_script(name).refuse_what_cannot_fit(config, mesh, script_flags.plan_buckets())
+                load_script(name).refuse_what_cannot_fit(config)
         else:
             script_flags.parse([name, *arguments], positional=name == "read_trace")
     for flag, find in (("model", loading.load_model), ("cluster", loading.load_cluster), ("target", find_target)):

@@ -8,7 +8,7 @@ import math
 import jax
 import pytest
 
-from moejax import MeshConfig, ParallelConfig, Program, build_mesh, make_train_step
+from moejax import Layout, MeshConfig, Program, make_train_step
 from moejax.presets import moe_16x10b
 
 SLOW = pytest.mark.slow
@@ -20,9 +20,8 @@ LENGTHS = [  # sequence length, batch size: fewer sequences as they grow
 ]
 
 
-def make_step(*axes):
-    program = Program(moe_16x10b(), build_mesh(MeshConfig(*axes)), parallel=ParallelConfig(num_microbatches=4))
-    return make_train_step(program)
+def make_step(*axes, seq_len=128, batch_size=128):
+    return make_train_step(Program(moe_16x10b(), Layout(MeshConfig(*axes), seq_len, batch_size, num_microbatches=4)))
 
 
 def stored_bytes(shapes):
@@ -44,10 +43,10 @@ def test_no_device_has_more_than_its_share():
 @pytest.mark.parametrize(("expert", "pipeline", "tensor"), [(4, 2, 2), pytest.param(8, 2, 1, marks=SLOW)])
 @pytest.mark.parametrize(("seq_len", "batch_size"), LENGTHS)
 def test_the_reference_model_compiles_on_16_devices(seq_len, batch_size, expert, pipeline, tensor):
-    step = make_step(expert, pipeline, tensor)
-    memory = step.lower(batch_size, seq_len).compile().memory_analysis()
+    step = make_step(expert, pipeline, tensor, seq_len=seq_len, batch_size=batch_size)
+    memory = step.lower().compile().memory_analysis()
 
-    stored = stored_bytes((step.state_shapes, step.batch_shapes(batch_size, seq_len)))
+    stored = stored_bytes((step.state_shapes, step.program.batch_shapes))
     assert memory.argument_size_in_bytes == pytest.approx(stored, rel=1e-4)
     # No device has more than its part: only norms and routers are stored twice.
     assert memory.argument_size_in_bytes == pytest.approx(share_bytes(step), rel=2e-3)

@@ -244,7 +244,8 @@ def test_what_is_recommended_is_not_in_force_already(router_bias, rate, weight, 
     balancer = ExpertLoadBalancer(model, balance, configs["dispatch"])
     [_, state] = run(balancer, [stats(loads(2.0))])
     for figure in balancer.figures(jax.device_get(balancer.report(state))).values():
-        recommended = re.findall(r"([a-z]+)\.([a-z_]+)(=\S+)?( than [\d.]+)?", figure.remedy.replace(",", ""))
+        remedy = figure.remedy.replace(",", "").replace("layout.dispatch.", "dispatch.")
+        recommended = re.findall(r"([a-z]+)\.([a-z_]+)(=\S+)?( than [\d.]+)?", remedy)
         assert recommended
         for part, field, value, now in recommended:
             current = getattr(configs[part], field)

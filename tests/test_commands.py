@@ -9,9 +9,10 @@ import pytest
 from scripts import EXPERIMENTS, SCRIPTS, parse_command, run_script
 
 from experiments.shared import common
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.train.metrics import read_metrics
-from moejax.train.schedule import Bucket, write_plan_file
+from moejax.train.plan_file import write_plan_file
 
 EXAMPLE = re.compile(r"^    python experiments/([\w/]+)\.py(.*)$", re.MULTILINE)
 EXAMPLES = [
@@ -29,7 +30,7 @@ SHORT = (  # evaluated and saved less often than there are steps
 def test_the_examples_of_help_are_understood(script, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments" / "results").mkdir(parents=True)  # where some of them write
-    write_plan_file("plan.py", [Bucket(64, 32, MeshConfig(16))], "moe_16x10b", "What the example before wrote.")
+    write_plan_file("plan.py", (Layout(MeshConfig(16), 64, 32),), "moe_16x10b", "What the example before wrote.")
     parse_command(script, shlex.split(arguments, comments=True))
 
 
@@ -51,8 +52,9 @@ def test_a_printed_plan_trains_the_model_that_was_planned(tmp_path, monkeypatch)
     Path("small models").mkdir()
     Path("small models/mine.py").write_text(
         "import dataclasses\n"
-        "from moejax.config import BalanceConfig, TrainConfig\n"
+        "from moejax.config import BalanceConfig\n"
         "from moejax.presets import tiny\n"
+        "from moejax.train.config import TrainConfig\n"
         "def get_config():\n"
         "    model = dataclasses.replace(tiny(), num_layers=1, d_model=16, head_dim=4, d_ff=16)\n"
         "    return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))\n"
@@ -64,15 +66,15 @@ def test_a_printed_plan_trains_the_model_that_was_planned(tmp_path, monkeypatch)
     workdir.parent.mkdir()
     run_script("train", *arguments, f"--workdir={workdir}", *SHORT)
     monkeypatch.chdir(workdir.parent)  # the plan finds its model from any folder
-    config, _ = common.ConfigFlags("").parse_configs(["train", f"--mesh={tmp_path / 'a plan[1].py'}"])
-    assert (config.model.num_layers, config.model.d_model, config.data.seq_len) == (1, 16, 16)
+    config = common.ConfigFlags("").parse_config(["train", f"--plan={tmp_path / 'a plan[1].py'}"])
+    assert (config.model.num_layers, config.model.d_model, config.layout.seq_len) == (1, 16, 16)
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
 
 
 def test_a_printed_plan_of_a_preset_names_it(tmp_path):
     arguments = ["--model=small", "--cluster=cpu_16", "--seq_len=64", "--batch_size=16", f"--out={tmp_path / 's.py'}"]
     _, arguments = printed_command(run_script("plan", *arguments).stderr)
-    config, _ = common.ConfigFlags("").parse_configs(["train", *arguments])
-    small, _ = common.ConfigFlags("").parse_configs(["train", "--config=small"])
-    assert config.model == small.model
-    assert dataclasses.replace(config, data=small.data, parallel=small.parallel, dispatch=small.dispatch) == small
+    config = common.ConfigFlags("").parse_config(["train", *arguments])
+    small = common.ConfigFlags("").parse_config(["train", "--config=small"])
+    assert (config.layout.seq_len, config.layout.batch_size) == (64, 16)
+    assert dataclasses.replace(config, layouts=small.layouts) == small

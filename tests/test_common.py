@@ -13,18 +13,20 @@ from scripts import SCRIPTS, load_script, run_script
 
 from experiments.shared import common, loading
 from moejax.compiler import PROGRAM
-from moejax.config import ConfigError, TrainConfig
+from moejax.config import ConfigError
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.overrides import describe
 from moejax.presets import mixtral_8x7b, small, tiny
-from moejax.sharding import check_layout
+from moejax.train.config import TrainConfig
+from moejax.train.plan_file import load_layouts
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = common.ConfigFlags("What it does.")
 
 
 def parse(*arguments):
-    return FLAGS.parse_configs(["script.py", *arguments])
+    return FLAGS.parse_config(["script.py", *arguments])
 
 
 def error_of(*arguments):
@@ -35,61 +37,134 @@ def error_of(*arguments):
 
 
 def test_defaults():
-    config, mesh_config = parse()
-    assert config == loading.load_config("quickstart")
+    config = parse()
+    assert config == loading.load_config("quickstart").with_layout(mesh=MeshConfig(expert=4, pipeline=2, tensor=2))
     assert config.model == dataclasses.replace(tiny(), vocab_size=config.data.tokenizer_vocab_size)
-    assert mesh_config == MeshConfig(expert=4, pipeline=2, tensor=2)
 
 
 def test_names_and_overrides():
-    config, mesh_config = parse("--config=small", "--config.steps=100", "--mesh=single", "--mesh.expert", "2")
+    config = parse("--config=small", "--config.steps=100", "--mesh=single", "--mesh.expert", "2")
     assert (config.model, config.steps) == (small(), 100)
-    assert mesh_config == MeshConfig(expert=2)
+    assert config.layout == loading.load_config("small").layout.replace(mesh=MeshConfig(expert=2))
+
+
+def test_fields_of_the_layout():
+    flags = ["seq_len=64", "remat=full", "grad_accumulation_steps=2", "dispatch.chunks=2", "dispatch.hierarchical=true"]
+    config = parse("--config=tiny", *(f"--config.layout.{flag}" for flag in flags), "--mesh.hosts=2")
+    expected = loading.load_config("tiny").layout.replace(
+        mesh=MeshConfig(4, 2, 2, hosts=2), seq_len=64, remat="full", grad_accumulation_steps=2, chunks=2,
+        hierarchical=True,
+    )  # fmt: skip
+    assert config.layouts == (expected,)
+
+
+def test_the_mesh_of_a_layout_has_flags_of_its_own():
+    assert error_of("--config.layout.mesh.expert=2") == "--config.layout.mesh.expert is --mesh.expert"
+    assert not [path for path in common.field_paths() if path.startswith("--config.layout.mesh")]
+    assert {"--mesh.expert", "--config.layout.seq_len", "--config.layout.dispatch.chunks"} <= {*common.field_paths()}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("accumulate", "layout.grad_accumulation_steps"),
+        ("data.seq_len", "layout.seq_len"),
+        ("data.batch_size", "layout.batch_size"),
+        ("parallel.num_microbatches", "layout.num_microbatches"),
+        ("parallel.repeats", "layout.pipeline_repeats"),
+        ("parallel.gather", "layout.gather"),
+        ("parallel.remat", "layout.remat"),
+        ("parallel.bubble", "layout.bubble"),
+        ("parallel.batch_split", "layout.batch_split"),
+        ("dispatch.strategy", "layout.dispatch.strategy"),
+        ("dispatch.capacity_factor", "layout.dispatch.capacity_factor"),
+        ("dispatch.expert_axes", "layout.dispatch.expert_axes"),
+        ("dispatch.hosts", "layout.dispatch.hierarchical"),
+        ("dispatch.chunks", "layout.dispatch.chunks"),
+        ("dispatch.payload", "layout.dispatch.wire_dtype"),
+    ],
+)
+def test_a_name_of_version_0_1_gives_the_one_of_today(before, now):
+    assert error_of(f"--config.{before}=2") == f"--config.{before} is called --config.{now} now"
+    assert f"--config.{now}" in common.field_paths()
 
 
 def test_every_parse_starts_from_the_defaults():
-    assert parse("--config=small", "--data=a")[0] != parse()[0]
+    assert parse("--config=small", "--data=a") != parse()
     assert parse() == parse("--config=quickstart", "--mesh=cpu_16")
 
 
 @pytest.mark.parametrize("name", ["quickstart", "tiny", "small", "mixed", "peer", "moe_16x10b", "mixtral_8x7b"])
 @pytest.mark.parametrize("steps", [1, 20, 100_000])
 def test_any_number_of_steps_can_be_asked_for_alone(name, steps):
-    config = parse(f"--config={name}", f"--config.steps={steps}")[0]
+    config = parse(f"--config={name}", f"--config.steps={steps}")
     assert config.optimizer.warmup(config.steps) == min(steps // 10, 500)
 
 
-def test_a_plan_decides_what_its_buckets_say():
-    config, mesh_config = parse("--config=mixed", "--mesh=cpu_16_mixed", "--config.steps=20", "--config.data.seed=3")
-    first, *_, last = buckets = FLAGS.plan_buckets()
-    assert len(buckets) == 3
-    assert mesh_config == first.mesh != last.mesh
-    assert (config.data.seq_len, config.data.batch_size) == (first.seq_len, first.batch_size)
-    assert (config.parallel, config.dispatch, config.accumulate) == (first.parallel, first.dispatch, first.accumulate)
+def test_a_plan_decides_the_layouts():
+    config = parse("--config=mixed", "--plan=cpu_16_mixed", "--config.steps=20", "--config.data.seed=3")
+    assert config.layouts == load_layouts(loading.PLANS / "cpu_16_mixed.py")
+    assert [layout.seq_len for layout in config.layouts] == [1024, 2560, 5120]
+    assert config.layouts[0].mesh != config.layout.mesh
     assert (config.steps, config.data.seed) == (20, 3)
+    config.check_fits()
 
 
 @pytest.mark.parametrize(
-    "flag", ["--config.data.seq_len=9", "--config.parallel.remat=full", "--config.accumulate=2", "--mesh.expert=2"]
-)
-def test_what_a_plan_decides_cannot_be_changed(flag):
+    "flag",
+    [
+        "--config.layout.seq_len=9", "--config.layout.remat=full", "--config.layout.dispatch.chunks=2",
+        "--config.layout.grad_accumulation_steps=2", "--mesh.expert=2",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layouts", ["several", "one"])
+def test_what_a_plan_decides_cannot_be_changed(flag, layouts, tmp_path):
+    plan = "cpu_16_mixed"
+    if layouts == "one":
+        plan = tmp_path / "plan.py"
+        plan.write_text("from moejax import Layout\ndef get_layouts():\n    return (Layout(),)\n")
     name = flag.partition("=")[0]
-    assert error_of("--mesh=cpu_16_mixed", flag) == (
-        f"{name} cannot be changed: --mesh=cpu_16_mixed is a plan, which decides it; "
-        "change the plan's file, or use a mesh without get_buckets()"
+    assert error_of(f"--plan={plan}", flag) == (
+        f"{name} cannot be changed: --plan={plan} is a plan, which decides it; "
+        "change the plan's file, or use --mesh instead of --plan"
     )
 
 
+def test_a_plan_and_a_mesh_are_too_much():
+    expected = "--mesh=cpu_16 and --plan=cpu_16_mixed both say where to run; give one"
+    assert error_of("--plan=cpu_16_mixed", "--mesh=cpu_16") == expected
+
+
+def test_a_plan_of_one_layout_is_a_configuration(tmp_path):
+    plan = tmp_path / "plan.py"
+    plan.write_text(
+        "from moejax import Layout, MeshConfig\n"
+        "def get_layouts():\n    return (Layout(MeshConfig(4, 2, 2), 64, 16, remat='full'),)\n"
+    )
+    expected = Layout(MeshConfig(4, 2, 2), 64, 16, remat="full")
+    assert parse("--config=tiny", f"--plan={plan}") == dataclasses.replace(parse("--config=tiny"), layouts=(expected,))
+
+
 def test_a_plan_brings_its_model():
-    assert parse("--mesh=cpu_16_mixed")[0] == parse("--mesh=cpu_16_mixed", "--config=mixed")[0]
-    assert parse("--mesh=cpu_16_mixed", "--tokenizer=bpe")[0].model.vocab_size == 4096
+    assert parse("--plan=cpu_16_mixed") == parse("--plan=cpu_16_mixed", "--config=mixed")
+    assert parse("--plan=cpu_16_mixed", "--tokenizer=bpe").model.vocab_size == 4096
+
+
+def test_a_plan_is_no_mesh(tmp_path):
+    plan = tmp_path / "plan.py"
+    plan.write_text("from moejax import Layout\ndef get_layouts():\n    return (Layout(),)\n")
+    for name in ("cpu_16_mixed", plan):
+        assert error_of(f"--mesh={name}") == f"--mesh={name} is a plan; write --plan={name}"
+    plan.write_text("x = 1\n")
+    assert error_of(f"--mesh={plan}") == f"{plan} has no get_config(); define get_config() -> MeshConfig"
+    assert error_of(f"--plan={plan}").startswith(f"{plan} has no get_layouts(); a mesh file goes with --mesh")
 
 
 @pytest.mark.parametrize("flag", ["--config=small", "--config.model.num_layers=6", "--config.model.dtype=bfloat16"])
 def test_another_model_than_the_plans_is_refused(flag):
-    message = error_of("--mesh=cpu_16_mixed", flag)
+    message = error_of("--plan=cpu_16_mixed", flag)
     field = "dtype=float32, not bfloat16" if "dtype" in flag else "num_layers=2, not 6"
-    assert message.startswith(f"--mesh=cpu_16_mixed is a plan for --config=mixed, with model.{field}; leave out the ")
+    assert message.startswith(f"--plan=cpu_16_mixed is for --config=mixed, with model.{field}; leave out the ")
 
 
 @pytest.mark.parametrize(
@@ -112,10 +187,10 @@ def test_another_model_than_the_plans_is_refused(flag):
     ],
 )
 def test_the_vocabulary_follows_the_tokenizer(arguments, vocab_size, capsys):
-    config, mesh_config = parse(*arguments)
+    config = parse(*arguments)
     assert config.model.vocab_size == vocab_size
-    check_layout(config.model, config.dispatch, config.parallel, mesh_config)
-    own = parse(*(a for a in arguments if a.startswith("--config=")))[0].model.vocab_size
+    config.layout.check(config.model, batch=False)
+    own = parse(*(a for a in arguments if a.startswith("--config="))).model.vocab_size
     changed = vocab_size != own and not any("vocab_size" in a and "tokenizer" not in a for a in arguments)
     said = f"--config.model.vocab_size={vocab_size} follows --tokenizer={config.data.tokenizer}\n"
     assert capsys.readouterr().err == (said if changed else "")
@@ -153,8 +228,8 @@ def test_hardware_that_is_not_there_is_one_line_in_every_script(script, tmp_path
 
 
 def test_the_local_mesh_is_what_there_is():
-    assert parse("--mesh=local")[1] == MeshConfig(expert=16)
-    assert parse("--mesh=local", "--mesh.expert=4", "--mesh.tensor=4")[1] == MeshConfig(expert=4, tensor=4)
+    assert parse("--mesh=local").layout.mesh == MeshConfig(expert=16)
+    assert parse("--mesh=local", "--mesh.expert=4", "--mesh.tensor=4").layout.mesh == MeshConfig(expert=4, tensor=4)
 
 
 def test_commands_are_quoted_and_found_from_here(tmp_path, monkeypatch):
@@ -165,18 +240,18 @@ def test_commands_are_quoted_and_found_from_here(tmp_path, monkeypatch):
 
 
 def test_a_preset_without_a_file_is_a_config():
-    assert parse("--config=mixtral_8x7b")[0].model == mixtral_8x7b()
+    assert parse("--config=mixtral_8x7b").model == mixtral_8x7b()
 
 
 def test_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("from moejax.mesh import MeshConfig\nget_config = lambda: MeshConfig(tensor=3)\n")
-    assert parse("--mesh=mine.py")[1] == MeshConfig(tensor=3)
-    assert parse("--mesh=mesh_configs/single.py")[1] == MeshConfig()  # from any folder
+    assert parse("--mesh=mine.py").layout.mesh == MeshConfig(tensor=3)
+    assert parse("--mesh=mesh_configs/single.py").layout.mesh == MeshConfig()  # from any folder
 
 
 def test_data_shortcuts():
-    data = parse("--data=a,b/*.txt", "--tokenizer=bpe")[0].data
+    data = parse("--data=a,b/*.txt", "--tokenizer=bpe").data
     assert (data.paths, data.tokenizer) == (("a", "b/*.txt"), "bpe")
 
 
@@ -188,6 +263,14 @@ def test_data_shortcuts():
             "--config=tinny does not exist; did you mean tiny? use one of load_balance, mixed, mixtral_8x7b,",
         ),
         (["--mesh=cpu16"], "--mesh=cpu16 does not exist; did you mean cpu_16? use one of a100_64gb_2x8,"),
+        (
+            ["--plan=cpu_16"],
+            "--plan=cpu_16 does not exist; did you mean cpu_16_mixed? use one of cpu_16_mixed, or a path",
+        ),
+        (["--plan=no.py"], "--plan=no.py is no file; experiments/plan.py writes plans"),
+        (["--config=tiny", "cpu_16_mixed"], "did you mean --plan=cpu_16_mixed?"),
+        (["--parallel.remat=full"], "did you mean --config.layout.remat?"),
+        (["--config.layouts.remat=full"], "--config.layouts does not exist; did you mean layout?"),
         (["--mesh=no.py"], "no.py does not exist; use a Python file with get_config() -> MeshConfig"),
         (["--config=mesh_configs/single.py"], "it must return a TrainConfig"),
         (["--config.model.num_layer=3"], "--config.model.num_layer does not exist; did you mean model.num_layers"),
@@ -253,18 +336,23 @@ def test_help_lists_the_compilers_options_in_force_with_their_reasons(capsys):
 
 
 def test_flags_change_the_mesh_of_a_target_too():
-    _, mesh_config = parse("--mesh.pipeline=1", "--mesh.expert=16", "--mesh.host_axis=expert")
+    config = parse("--mesh.pipeline=1", "--mesh.expert=16", "--mesh.host_axis=expert", "--config.layout.seq_len=64")
     expected = MeshConfig(expert=16, hardware="h100", hosts=2, host_axis="expert")
-    assert FLAGS.mesh_of_target("h100_2x8", mesh_config) == expected
-    _, mesh_config = parse("--mesh=single", "--mesh.expert=2")
-    assert FLAGS.mesh_of_target("h100_2x8", mesh_config) == MeshConfig(expert=2)
+    assert FLAGS.for_target("h100_2x8", config) == config.with_layout(mesh=expected)
+    config = parse("--mesh=single", "--mesh.expert=2")
+    assert FLAGS.for_target("h100_2x8", config) == config
+    assert config.layout.mesh == MeshConfig(expert=2)
+    config = parse("--plan=cpu_16_mixed")
+    assert FLAGS.for_target("h100_2x8", config) == config
+    with pytest.raises(ConfigError, match=r"target=h100 does not exist"):
+        FLAGS.for_target("h100", config)
 
 
 def test_jax_is_set_up_with_the_cache_that_the_flag_names(monkeypatch):
     calls = []
     monkeypatch.setattr(common.runtime, "setup_jax", lambda mesh_config, **options: calls.append(options))
     for arguments in (["--compilation_cache_dir=here"], ["--compilation_cache_dir="], []):
-        FLAGS.setup_jax(parse(*arguments)[1])
+        FLAGS.setup_jax(parse(*arguments).layout.mesh)
     assert calls == [{"compilation_cache_dir": folder} for folder in ("here", "", None)]
 
 
@@ -335,9 +423,9 @@ def test_a_script_runs_on_virtual_devices(tmp_path):
         "from experiments.shared import common, loading\n"
         "FLAGS = common.ConfigFlags(__doc__)\n"
         "def main(argv):\n"
-        "    config, mesh_config = FLAGS.parse_configs(argv)\n"
-        "    FLAGS.setup_jax(mesh_config)\n"
-        "    print(moejax.build_mesh(mesh_config).size)\n"
+        "    config = FLAGS.parse_config(argv)\n"
+        "    FLAGS.setup_jax(config.layout.mesh)\n"
+        "    print(moejax.build_mesh(config.layout.mesh).size)\n"
         "loading.run(main, FLAGS)\n"
     )
     command = [sys.executable, str(script), f"--compilation_cache_dir={tmp_path / 'cache'}", "--mesh.expert=3"]

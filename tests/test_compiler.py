@@ -10,25 +10,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from layouts import MODEL
+from cases import MODEL
 
 from moejax import compiler
 from moejax.compiler import ONCE, PROCESS, PROGRAM, check_accepted, in_force, program_options
-from moejax.config import ConfigError, DataConfig, TrainConfig
+from moejax.config import ConfigError
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig, abstract_mesh, build_mesh
-from moejax.model import Program
 from moejax.overrides import apply_overrides
+from moejax.program import Program
 from moejax.topology import TARGETS
+from moejax.train.config import TrainConfig
 from moejax.train.sample import generate
 from moejax.train.step import make_train_step
 
-CONFIG = TrainConfig(model=MODEL, data=DataConfig(seq_len=8, batch_size=4))
+CONFIG = TrainConfig(model=MODEL, layouts=(Layout(seq_len=8, batch_size=4),))
 MERGER = "xla_gpu_dot_merger_threshold_mb"
 
 
-def make_step(*items, mesh=None):
-    mesh = mesh or build_mesh(MeshConfig(), jax.devices()[:1])
-    return make_train_step(Program.from_config(dataclasses.replace(CONFIG, compiler_options=items), mesh))
+def make_step(*items):
+    config = dataclasses.replace(CONFIG, compiler_options=items)
+    return make_train_step(config.make_program(devices=jax.devices()[:1]))
 
 
 @pytest.mark.parametrize("platform", PROGRAM)
@@ -43,10 +45,10 @@ def test_every_option_says_why_and_from_where(platform):
 
 @pytest.mark.parametrize("hardware", ["cpu", "a100_64gb", "h100", "tpu_v5p"])
 def test_a_step_is_compiled_with_the_table_of_its_devices(hardware):
-    config = MeshConfig(hardware=hardware)
-    options = make_step(mesh=abstract_mesh(config)).program.xla_options
-    assert options == program_options(config.platform)
-    assert options.keys() == {option.name for option in PROGRAM[config.platform]}
+    layout = Layout(MeshConfig(hardware=hardware))
+    options = Program(MODEL, layout, abstract_mesh(layout.mesh)).xla_options
+    assert options == program_options(layout.mesh.platform)
+    assert options.keys() == {option.name for option in PROGRAM[layout.mesh.platform]}
 
 
 def test_items_come_after_the_table_and_the_later_wins():
@@ -91,7 +93,7 @@ def test_options_reach_the_step_and_the_sampler(monkeypatch):
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.state_shapes.params)
     refused = pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_thing'")
     with refused:
-        step.lower(4, 8).compile()
+        step.lower().compile()
     with refused:
         generate(step.program, params, [1], 1, vocab_size=2)
 

@@ -15,35 +15,38 @@ from moejax.config import (
     DispatchConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
 )
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
-from moejax.train.schedule import Bucket
+from moejax.train.config import TrainConfig
 
 POSITIVE = {
     ModelConfig: "num_layers d_model num_heads num_kv_heads head_dim d_ff num_experts experts_per_token vocab_size "
     "max_seq_len rope_theta norm_eps",
-    DispatchConfig: "capacity_factor hosts chunks",
+    DispatchConfig: "capacity_factor chunks",
     BalanceConfig: "window",
-    ParallelConfig: "num_microbatches repeats",
+    Layout: "seq_len batch_size grad_accumulation_steps num_microbatches pipeline_repeats",
     OptimizerConfig: "learning_rate eps clip_norm",
-    DataConfig: "seq_len batch_size block_steps",
+    DataConfig: "block_steps",
     CheckpointConfig: "every keep",
-    TrainConfig: "steps accumulate eval_every eval_batches",
+    TrainConfig: "steps eval_every eval_batches",
 }
 NOT_NEGATIVE = {
     ModelConfig: "shared_d_ff num_dense_layers dense_d_ff",
     BalanceConfig: "aux_loss_weight sequence_loss_weight z_loss_weight bias_update_rate max_load_cv "
     "max_dropped_fraction max_idle_experts",
-    ParallelConfig: "batch_split",
+    Layout: "batch_split",
     OptimizerConfig: "warmup_steps weight_decay",
     TrainConfig: "sample_tokens memory_limit_bytes",
 }
 CHOICES = {
     ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'", "router_score": "'softmax', 'sigmoid'"},
-    DispatchConfig: {"strategy": "'capacity', 'dropless', 'ragged'", "payload": "'full', 'float8'"},
-    ParallelConfig: {"gather": "'step', 'layer'", "remat": "'auto', 'none', 'minimal', 'collectives', 'full'"},
+    DispatchConfig: {"strategy": "'capacity', 'dropless', 'ragged'", "wire_dtype": "'compute', 'float8'"},
+    Layout: {
+        "gather": "'step', 'layer'",
+        "remat": "'auto', 'none', 'minimal', 'collectives', 'full'",
+        "bubble": "'auto', 'skip', 'compute'",
+    },
 }
 RELATIONS = [
     (ModelConfig, {"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
@@ -89,8 +92,24 @@ RELATIONS = [
     (DataConfig, {"eval_fraction": 1}, "eval_fraction=1 must be between 0 and 1"),
     (
         TrainConfig,
-        {"data": DataConfig(seq_len=20_000)},
-        "data.seq_len=20000 must be at most model.max_seq_len=10240",
+        {"layouts": (Layout(seq_len=20_000),)},
+        "layout.seq_len=20000 must be at most model.max_seq_len=10240",
+    ),
+    (TrainConfig, {"layouts": ()}, "layouts=() must hold one at least"),
+    (
+        TrainConfig,
+        {"layouts": (Layout(seq_len=64), Layout(seq_len=64))},
+        "layouts have seq_len=[64, 64], which must ascend",
+    ),
+    (
+        TrainConfig,
+        {"layouts": (Layout(seq_len=64), Layout(MeshConfig(expert=2), 128))},
+        "layouts have mesh.num_devices=[1, 2], which must be the same for all",
+    ),
+    (
+        TrainConfig,
+        {"layouts": (Layout(seq_len=64), Layout(MeshConfig(hardware="h100"), 128))},
+        "layouts have mesh.hardware=['cpu', 'h100'], which must be the same for all",
     ),
     (
         ModelConfig,
@@ -123,7 +142,7 @@ def message_of(config, fields):
 
 
 def configs():
-    return [value for value in vars(config_module).values() if dataclasses.is_dataclass(value)]
+    return [Layout, TrainConfig, *(value for value in vars(config_module).values() if dataclasses.is_dataclass(value))]
 
 
 @pytest.mark.parametrize("config", configs())
@@ -175,12 +194,12 @@ def test_what_means_something_is_allowed(config, fields):
 # What has no effect beside some other value, and cannot be refused: the default may be what has none, or the mesh
 # decides. The docstring says so in these words.
 NO_EFFECT = [
-    (DispatchConfig, "Where one device has all experts, no token travels: buffers, `chunks`, `payload` and"),
-    (DispatchConfig, "virtual CPU devices stand for any number of hosts"),
+    (DispatchConfig, "Where one device has all experts, no token travels: buffers, `chunks`, `wire_dtype` and"),
+    (DispatchConfig, "`mesh.hosts` says how many hosts there are, and virtual CPU devices stand for any number"),
     (BalanceConfig, 'where the strategy is "capacity", the size is `dispatch.capacity_factor` throughout'),
     (BalanceConfig, "otherwise that is where it starts"),
     (BalanceConfig, "0 to leave it as it is"),
-    (ParallelConfig, "With one stage, `repeats` and `bubble` change nothing."),
+    (Layout, "With one stage, `pipeline_repeats` and `bubble` change nothing."),
     (DataConfig, '"bpe" (trained on the corpus to `tokenizer_vocab_size` and cached)'),
     (DataConfig, "Of a plan with several lengths, steps on the same mesh come `block_steps` in a row"),
     (CheckpointConfig, "and at the end"),
@@ -197,7 +216,7 @@ WRONG_TYPES = [
     (DataConfig, {"paths": None}, "paths=None must be a tuple"),
     (DataConfig, {"paths": "t.txt"}, "paths='t.txt' must be a tuple; write ('t.txt',)"),
     (DataConfig, {"paths": (1,)}, "paths[0]=1 must be a text (str)"),
-    (DataConfig, {"batch_size": 32.0}, "batch_size=32.0 must be a whole number (int)"),
+    (Layout, {"batch_size": 32.0}, "batch_size=32.0 must be a whole number (int)"),
     (ModelConfig, {"d_model": 128.0}, "d_model=128.0 must be a whole number (int)"),
     (ModelConfig, {"d_model": True}, "d_model=True must be a whole number (int)"),
     (ModelConfig, {"tie_embeddings": 1}, "tie_embeddings=1 must be True or False"),
@@ -214,7 +233,10 @@ WRONG_TYPES = [
     (DispatchConfig, {"capacity_factor": 10**5000}, "capacity_factor has 16610 bits; it must be within ±2**63"),
     (TrainConfig, {"model": None}, "model=None must be a ModelConfig"),
     (MeshConfig, {"expert": 2.0}, "expert=2.0 must be a whole number (int)"),
-    (Bucket, {"seq_len": 8, "batch_size": 2, "mesh": None}, "mesh=None must be a MeshConfig"),
+    (Layout, {"mesh": None}, "mesh=None must be a MeshConfig"),
+    (Layout, {"dispatch": "ragged"}, "dispatch='ragged' must be a DispatchConfig"),
+    (TrainConfig, {"layouts": Layout()}, f"layouts={Layout()!r} must be a tuple"),
+    (TrainConfig, {"layouts": (3,)}, "layouts[0]=3 must be a Layout"),
 ]
 
 
@@ -250,10 +272,26 @@ def test_capacity_is_the_balanced_load_with_headroom():
     assert DispatchConfig(capacity_factor=100.0).capacity(10, model) == 10  # a token visits an expert once at most
 
 
-def test_rematerialization_starts_above_2048_tokens():
-    assert ParallelConfig().remat_policy(2048) == "none"
-    assert ParallelConfig().remat_policy(2049) == "full"
-    assert ParallelConfig(remat="minimal").remat_policy(8) == "minimal"
+def test_a_configuration_of_one_length_changes_its_layout():
+    config = TrainConfig(steps=77).with_layout(remat="full", chunks=2, mesh=MeshConfig(4))
+    assert config == TrainConfig(
+        layouts=(Layout(MeshConfig(4), remat="full", dispatch=DispatchConfig(chunks=2)),), steps=77
+    )
+    several = TrainConfig(layouts=(Layout(seq_len=64), Layout(seq_len=128)))
+    assert several.layout == Layout(seq_len=128)
+    with pytest.raises(ConfigError, match="with_layout changes the only layout, and there are 2"):
+        several.with_layout(remat="full")
+
+
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [("ParallelConfig", "is moejax.layout.Layout now"), ("TrainConfig", "is in moejax.train.config now")],
+)
+def test_a_name_of_version_0_1_leads_to_its_home(name, home):
+    with pytest.raises(ConfigError, match=rf"^moejax\.config\.{name} {home}"):
+        getattr(config_module, name)
+    with pytest.raises(AttributeError, match=r"module 'moejax\.config' has no attribute 'Nothing'"):
+        _ = config_module.Nothing
 
 
 def test_dense_layers_are_counted_among_the_layers():

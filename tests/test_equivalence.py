@@ -16,7 +16,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from layouts import CI_LAYOUTS, Layout, relative_error, tiered, variant
+from cases import CI_CASES, Case, relative_error, tiered, variant
 
 from moejax.config import ConfigError
 
@@ -37,7 +37,7 @@ OPTIONS = [
     for gather in ("step", "layer")
 ]  # fmt: skip
 GRID = [
-    Layout(expert, pipeline, tensor, model=GRID_MODEL, num_microbatches=max(pipeline, min(2, 16 // expert)), **options)
+    Case(expert, pipeline, tensor, model=GRID_MODEL, num_microbatches=max(pipeline, min(2, 16 // expert)), **options)
     for expert, pipeline, tensor in itertools.product(SIZES, repeat=3)
     if expert * pipeline * tensor == 16
     for options in OPTIONS
@@ -52,51 +52,49 @@ def report(request):
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     if not found or capture is None:
         return
-    loss, at = max((errors["loss"], layout) for layout, errors in found.items())
-    gradients = [
-        (error, name, layout) for layout, errors in found.items() for name, error in errors.items() if "[" in name
-    ]
+    loss, at = max((errors["loss"], case) for case, errors in found.items())
+    gradients = [(error, name, case) for case, errors in found.items() for name, error in errors.items() if "[" in name]
     grad, name, grad_at = max(gradients)
     with capture.global_and_fixture_disabled():
         print(f"\n{len(found)} layouts against the oracle: loss within {loss:.1e} ({at}),")
         print(f"{len(gradients)} gradients within {grad:.1e} ({name} on {grad_at})")
 
 
-def errors(layout):
+def errors(case):
     """Relative error of the loss' parts and of every gradient, by name."""
-    metrics, grads = layout.result
-    expected, expected_grads = layout.oracle()
+    metrics, grads = case.result
+    expected, expected_grads = case.oracle()
     parts = {name: relative_error(metrics[name], getattr(expected, name)) for name in ("loss", "cross_entropy")}
     parts |= {
         name: relative_error(metrics[name], getattr(expected, name)) for name in ("aux_loss", "sequence_loss", "z_loss")
     }
-    grads = jax.tree.map(relative_error, layout.unplace(grads), expected_grads)
+    grads = jax.tree.map(relative_error, case.unplace(grads), expected_grads)
     return parts | {jax.tree_util.keystr(path): error for path, error in jax.tree.leaves_with_path(grads)}
 
 
-@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
-def test_loss_and_gradients_equal_the_oracle(layout, report):
-    report[str(layout)] = found = errors(layout)
+@pytest.mark.parametrize("case", tiered(CI_CASES), ids=str)
+def test_loss_and_gradients_equal_the_oracle(case, report):
+    report[str(case)] = found = errors(case)
     assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", GRID, ids=str)
-def test_every_layout_equals_the_oracle(layout, report):
-    layout = dataclasses.replace(layout)  # its programs and results go when this test does
-    if layout.pipeline * layout.repeats > GRID_MODEL.num_layers:
-        with pytest.raises(ConfigError, match="num_layers=16 must be a multiple of pipeline stages × repeats 32"):
-            _ = layout.program
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_every_layout_equals_the_oracle(case, report):
+    case = dataclasses.replace(case)  # its programs and results go when this test does
+    if case.pipeline * case.repeats > GRID_MODEL.num_layers:
+        with pytest.raises(ConfigError, match="num_layers=16 must be a multiple of pipeline × pipeline_repeats = 32"):
+            _ = case.program
         return
-    report[str(layout)] = found = errors(layout)
+    report[str(case)] = found = errors(case)
     assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("layout", tiered(CI_LAYOUTS), ids=str)
-def test_loads_and_drops_are_the_oracles(layout):
-    metrics, _ = layout.result
-    expected, _ = layout.oracle()
+@pytest.mark.parametrize("case", tiered(CI_CASES), ids=str)
+def test_loads_and_drops_are_the_oracles(case):
+    metrics, _ = case.result
+    expected, _ = case.oracle()
     router = metrics["router"]
     np.testing.assert_array_equal(np.asarray(router.count_E).reshape(expected.load_LE.shape), expected.load_LE)
     np.testing.assert_array_equal(np.asarray(router.dropped).reshape(-1), expected.dropped_L)
-    assert (expected.dropped_L > 0).all() == layout.drops
+    assert (expected.dropped_L > 0).all() == case.drops

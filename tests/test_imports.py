@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import moejax
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moejax"
 
@@ -20,16 +22,18 @@ LAYERS = (
     {"config", "strict_json"},
     {"cache", "compiler"},
     {"mesh", "overrides", "topology", "hlo", "plots"},
-    {"presets", "remat", "runtime"},
+    {"presets", "remat", "runtime", "layout"},
     {"sharding"},
     {"kernels"},
     {"nn"},
     {"dispatch", "balance"},
     {"moe"},
     {"pipeline"},
+    {"batch"},
+    {"metrics"},
     {"model", "data"},
-    {"modules", "train", "serve"},
-    {"planner", "interop"},
+    {"program"},
+    {"modules", "train", "planner", "serve", "interop"},
     {"profiling"},
 )
 ONLY = {"data": {"cache", "config"}}  # narrower than the layers say
@@ -96,7 +100,12 @@ def test_imports_run_one_way(path, module, is_package):
         ("moejax.nn.experts", "import moejax"),
         ("moejax.balance", "from moejax.dispatch import capacity"),
         ("moejax.data.loader", "from moejax.mesh import EXPERT"),
+        ("moejax.layout", "from moejax.sharding import Param"),
+        ("moejax.model", "from moejax.program import Program"),
         ("moejax.model", "from moejax.train.step import step"),
+        ("moejax.planner.search", "from moejax.train.schedule import Schedule"),
+        ("moejax.planner.search", "from moejax.profiling.step_counts import count_step"),
+        ("moejax.train.loop", "from moejax.planner import predict"),
         ("moejax.model", "from experiments.shared.common import run"),
         ("moejax.train.loop", "import mesh_configs.single"),
         ("moejax", "import experiments"),
@@ -118,7 +127,10 @@ def test_wrong_imports_are_found(module, source):
         ),
         ("moejax.data.loader", "from moejax.config import DataConfig\nfrom moejax.data import corpus"),
         ("moejax.train.loop", "from moejax.data import loader\nfrom moejax.model import loss"),
-        ("moejax.planner.search", "from moejax import model"),
+        ("moejax.sharding", "from moejax.layout import Layout"),
+        ("moejax.program", "from moejax.model import loss"),
+        ("moejax.planner.search", "from moejax import program"),
+        ("moejax.profiling.report", "from moejax.planner.predict import predict_step"),
         ("moejax", "from moejax.train import fit"),
     ],
 )
@@ -138,6 +150,19 @@ def test_what_a_script_imports_is_there(script):
 def test_no_script_hides_a_module_of_the_standard_library(script):
     """A script's folder comes first on Python's path, so `experiments/profile.py` would be what `cProfile` imports."""
     assert script.stem not in sys.stdlib_module_names
+
+
+def test_public_names_are_there():
+    assert all(getattr(moejax, name) is not None for name in moejax.__all__)
+    assert set(moejax.__all__) <= set(dir(moejax))
+    with pytest.raises(AttributeError, match="module 'moejax' has no attribute 'nothing'"):
+        _ = moejax.nothing
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_asked_for():
+    branches = [node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If)]
+    imports = [node for branch in branches for node in branch.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name: node.module for node in imports for alias in node.names} == moejax._MODULES
 
 
 @pytest.mark.full

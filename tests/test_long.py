@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import ModelConfig, OptimizerConfig, ParallelConfig
+from moejax.config import ModelConfig, OptimizerConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
+from moejax.program import Program
 from moejax.train.step import make_train_step
 
 MODEL = ModelConfig(
@@ -18,9 +19,9 @@ MODEL = ModelConfig(
     ("seq_len", "batch_size", "bubble"), [pytest.param(10_240, 2, "skip", marks=pytest.mark.full), (32, 32, "compute")]
 )
 def test_a_step_in_bfloat16_lowers_the_loss(seq_len, batch_size, bubble):
-    mesh = build_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
-    program = Program(MODEL, mesh, parallel=ParallelConfig(num_microbatches=1, bubble=bubble))
-    assert program.parallel.remat_policy(seq_len) == ("full" if seq_len > 2048 else "none")
+    layout = Layout(MeshConfig(2, 2, 2), seq_len, batch_size, num_microbatches=1, bubble=bubble)
+    program = Program(MODEL, layout, build_mesh(layout.mesh, jax.devices()[:8]))
+    assert program.resolved.remat == ("full" if seq_len > 2048 else "none")
     train_step = make_train_step(program, OptimizerConfig(warmup_steps=0, learning_rate=0.003), steps=10)
     state = train_step.init(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 64, (batch_size, seq_len), dtype=np.int32)

@@ -5,27 +5,27 @@ import functools
 import jax
 import numpy as np
 import pytest
-from layouts import make_batch, variant
+from cases import make_batch, variant
 
-from moejax.config import BalanceConfig, ParallelConfig
+from moejax.batch import Totals
+from moejax.config import BalanceConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import BatchTotals, Program
 from moejax.nn.loss_scale import LARGEST, loss_scale, scale_gradient
+from moejax.program import Program
 
-MESH = build_mesh(MeshConfig(expert=2), jax.devices()[:2])
-BATCH_SIZE, SEQ_LEN = 64, 16
-FEW, MANY = BATCH_SIZE * SEQ_LEN, 2**20
+LAYOUT = Layout(MeshConfig(expert=2), seq_len=16, batch_size=64, num_microbatches=1)
+FEW, MANY = LAYOUT.tokens, 2**20
 
 
 @functools.cache
 def gradients(dtype, num_tokens, *, same=False):
     """Those of 1,024 tokens as a part of `num_tokens`, times the number of parts; `same`: one token, one target."""
     model = variant(num_layers=1, dtype=dtype)
-    program = Program(
-        model, MESH, balance=BalanceConfig(z_loss_weight=0.0), parallel=ParallelConfig(num_microbatches=1)
-    )
-    totals = BatchTotals(num_tokens // SEQ_LEN, num_tokens, np.int32(num_tokens), np.int32(0))
-    batch = make_batch(model.vocab_size, BATCH_SIZE, SEQ_LEN)
+    mesh = build_mesh(LAYOUT.mesh, jax.devices()[:2])
+    program = Program(model, LAYOUT, mesh, BalanceConfig(z_loss_weight=0.0))
+    totals = Totals(num_tokens // LAYOUT.seq_len, num_tokens, np.int32(num_tokens), np.int32(0))
+    batch = make_batch(model.vocab_size, LAYOUT.batch_size, LAYOUT.seq_len)
     if same:
         batch = {name: np.full_like(x, 7) for name, x in batch.items()}
     function = program.sharded(

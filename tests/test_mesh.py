@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError, DispatchConfig, ModelConfig
+from moejax.layout import check_experts
 from moejax.mesh import (
     EXPERT,
     PIPELINE,
@@ -18,7 +19,6 @@ from moejax.mesh import (
     local_mesh_config,
     platform,
 )
-from moejax.sharding import check_moe_layout
 
 
 def hosts_of(mesh):
@@ -251,4 +251,4 @@ def test_an_axis_of_any_size_is_checked_at_once():
     with pytest.raises(ConfigError, match="hosts=3 must divide expert=1000000000000"):
         MeshConfig(expert=10**12, hosts=3)
     with pytest.raises(ConfigError, match="num_experts=16 must be a multiple of expert"):
-        check_moe_layout(ModelConfig(), DispatchConfig(), MeshConfig(expert=10**12))
+        check_experts(ModelConfig(), DispatchConfig(), MeshConfig(expert=10**12))

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from moejax.config import TrainConfig
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import load_config_file
+from moejax.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MESHES = sorted((ROOT / "mesh_configs").glob("*.py"))
@@ -34,5 +34,5 @@ def test_mesh_config_builds_and_says_when_to_use_it(path, fake_devices):
 @pytest.mark.parametrize("path", CONFIGS, ids=named)
 def test_train_config_loads(path):
     config = load_config_file(path, TrainConfig)
-    assert config.data.batch_size % config.parallel.num_microbatches == 0
+    assert config.layout.batch_size % config.layout.num_microbatches == 0
     assert path.read_text().startswith('"""')

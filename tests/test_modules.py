@@ -12,11 +12,14 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from reference import oracle
 
-from moejax.config import BalanceConfig, ConfigError, DispatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
+from moejax import modules
+from moejax.config import ConfigError, DispatchConfig, ModelConfig, OptimizerConfig
+from moejax.layout import Layout
+from moejax.mesh import MeshConfig, build_mesh, count_hosts
 from moejax.modules import MoELayer, MoEStats, Transformer
+from moejax.program import Program
 from moejax.train.step import make_train_step
 
 B, S, D = 16, 4, 16
@@ -50,50 +53,22 @@ def normal(seed, *shape):
 X, WANTED = normal(1, B, S, D), normal(2, B, S, D)
 
 
-# What follows shares no code with the layer: every expert sees every token.
-
-
-def swiglu(w_in, w_out, x):
-    gate, up = jnp.einsum("bsd,dgf->gbsf", x, w_in)
-    return jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, w_out)
-
-
-def dense_moe(params, x, k):
-    logits = jnp.einsum("bsd,de->bse", x, params["w_router_DE"])
-    probs = jax.nn.softmax(logits)
-    num_experts = probs.shape[-1]
-    threshold = jnp.sort(probs)[..., num_experts - k, None]
-    chosen = probs >= threshold
-    gates = jnp.where(chosen, probs, 0)
-    gates = gates / gates.sum(-1, keepdims=True)
-
-    def add(y, expert):
-        gate, w_in, w_out = expert
-        return y + gate[..., None] * swiglu(w_in, w_out, x), None
-
-    experts = params["experts"]
-    y, _ = lax.scan(add, jnp.zeros_like(x), (jnp.moveaxis(gates, -1, 0), experts["w_in_EDGF"], experts["w_out_EFD"]))
-    if "shared" in params:
-        y += swiglu(params["shared"]["w_in_DGF"], params["shared"]["w_out_FD"], x)
-    load = chosen.sum((0, 1)).astype(jnp.float32)
-    aux = num_experts * (load / load.sum() * probs.mean((0, 1))).sum()
-    z = jnp.square(jax.nn.logsumexp(logits, -1)).mean()
-    return y, MoEStats(aux, z, load, jnp.zeros(()), jnp.ones(()))
-
-
 def objective(y, stats, wanted, mean=jnp.mean):
     return mean(jnp.square(y - wanted)) + 0.1 * stats.aux_loss + 0.01 * stats.z_loss
 
 
 @functools.cache
 def dense_results(shared):
-    params = jax.device_get(plain(make_layer("1x1x1", config=MOE if shared else UNSHARED)))
+    """Gradients of parameters and input, then results and statistics, as the oracle has them."""
+    model = MOE if shared else UNSHARED
 
-    def loss(params, x):
-        y, stats = dense_moe(params, x, MOE.experts_per_token)
+    def loss(params_and_x):
+        y, figures = oracle.mixture(*params_and_x, model)
+        stats = MoEStats(figures.aux_loss, figures.z_loss, figures.load_E, jnp.zeros(()), jnp.ones(()))
         return objective(y, stats, WANTED), (y, stats)
 
-    return jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, X))
+    params = plain(make_layer("1x1x1", config=model))
+    return oracle.in_float64(jax.jit(jax.grad(loss, has_aux=True)))((params, X))
 
 
 def plain(module):
@@ -243,6 +218,43 @@ def test_layers_that_do_not_fit_are_told():
         MoELayer(MOE, jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+    ("mesh", "hosts"),
+    [
+        (MeshConfig(expert=8, hardware="h100"), 1),
+        (MeshConfig(expert=8, hardware="h100", hosts=4), 4),
+        (MeshConfig(expert=8, pipeline=2, hardware="h100", hosts=2, host_axis="pipeline"), 1),
+        (MeshConfig(expert=8, replica=2, hardware="h100", hosts=2, host_axis="replica"), 1),
+        (MeshConfig(expert=8, replica=2, tensor=2, hardware="h100", hosts=4), 2),
+    ],
+)
+def test_hosts_are_counted_from_the_processes_of_devices(mesh, hosts, fake_devices):
+    placed = build_mesh(mesh, fake_devices(mesh.hosts, mesh.num_devices // mesh.hosts))
+    assert count_hosts(placed, "expert") == mesh.hosts_along("expert") == hosts
+
+
+def test_two_hops_need_hosts_to_go_between(monkeypatch):
+    """Virtual devices are all of one process, whatever the mesh says of its hosts."""
+    two_hops = DispatchConfig(capacity_factor=ROOM, hierarchical=True)
+    message = (
+        r"^dispatch.hierarchical=True has no hosts to go between: the expert axis of "
+        r"mesh={'expert': 4, 'pipeline': 2, 'tensor': 2} is inside one host; use dispatch.hierarchical=False$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        make_layer(dispatch=two_hops)
+    monkeypatch.setattr(modules, "count_hosts", lambda mesh, axis: 3)
+    with pytest.raises(ConfigError, match="expert=4 must be a multiple of its hosts = 3; try expert=6, or its hosts"):
+        make_layer(dispatch=two_hops)
+
+
+def test_between_hosts_the_exchange_takes_two_hops_and_computes_the_same(monkeypatch):
+    monkeypatch.setattr(modules, "count_hosts", lambda mesh, axis: {"expert": 2}[axis])
+    layer = make_layer(dispatch=DispatchConfig(capacity_factor=ROOM, hierarchical=True))
+    assert_close(layer(X), dense_results(True)[1])
+    hops = [str(jax.make_jaxpr(layer)(X)).count("all_to_all[") for layer in (layer, make_layer())]
+    assert hops[0] == 2 * hops[1] > 0
+
+
 def test_wrong_shard_maps_are_told():
     layer = make_layer()
     graphdef, state = nnx.split(layer)
@@ -368,8 +380,8 @@ MODEL = ModelConfig(
 
 @functools.cache
 def make_program(mesh):
-    parallel = ParallelConfig(num_microbatches=2)
-    return Program(MODEL, mesh_of(mesh), DispatchConfig(capacity_factor=4.0), BalanceConfig(), parallel)
+    layout = Layout(MESHES[mesh], seq_len=8, batch_size=16, num_microbatches=2).replace(capacity_factor=4.0)
+    return Program(MODEL, layout, mesh_of(mesh))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from scripts import run_script
 
 from experiments.shared import common, loading
 from moejax.config import ConfigError
-from moejax.train.schedule import load_plan_model
+from moejax.train.plan_file import load_plan_model
 
 FLAGS = loading.Flags("Writes.")
 FILE = FLAGS.define_output("file", "A file.")
@@ -83,7 +83,7 @@ def test_a_pipe_is_no_output(tmp_path_factory):
         ("plan --model=mine.py --json=./other/../mine.py", "is the file that --model reads; give another file"),
         ("plan --cluster=mine.py --out=link.py", "--out=link.py is the file that --cluster reads; give another file"),
         ("plan --calibration=mine.py --json=hard.py", "--json=hard.py is the file that --calibration reads; give"),
-        (f"plan --out={common.MESH_CONFIGS}/h100_2x8.py --cluster=h100_2x8", "is the file that --cluster reads; give"),
+        (f"plan --out={loading.MESH_CONFIGS}/h100_2x8.py --cluster=h100_2x8", "is the file that --cluster reads; give"),
         ("memory --data=a,mine.py --json=mine.py", "--json=mine.py is the file that --data reads; give another file"),
         (
             "memory --config.data.paths=mine.py --json=mine.py",

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax import strict_json
-from moejax.config import BalanceConfig, ConfigError, DataConfig, ModelConfig, TrainConfig, check
+from moejax.config import BalanceConfig, ConfigError, DataConfig, DispatchConfig, ModelConfig, check
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
-from moejax.overrides import apply_overrides, from_record, load_config_file, split_overrides
-from moejax.train.schedule import Bucket
+from moejax.overrides import apply_overrides, describe, from_record, load_config_file, split_overrides
+from moejax.train.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Outer:
         check(self.inner.high <= self.top, f"inner.high={self.inner.high} must be at most top={self.top}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Required:
+    size: int
+    top: int = 10
+
+
 def error_of(config, overrides):
     with pytest.raises(ConfigError) as error:
         apply_overrides(config, overrides)
@@ -56,8 +63,10 @@ def error_of(config, overrides):
         ("model.dtype", "float16", "float16"),
         ("optimizer.learning_rate", "1e-3", 1e-3),
         ("optimizer.learning_rate", "1", 1.0),
-        ("dispatch.expert_axes", "expert", ("expert",)),
-        ("dispatch.expert_axes", "expert, tensor", ("expert", "tensor")),
+        ("layout.seq_len", "64", 64),
+        ("layout.dispatch.hierarchical", "true", True),
+        ("layout.dispatch.expert_axes", "expert", ("expert",)),
+        ("layout.dispatch.expert_axes", "expert, tensor", ("expert", "tensor")),
         ("data.paths", "a/*.py,b", ("a/*.py", "b")),
         ("data.paths", "", ()),
         ("data.tokenizer", "a=b.json", "a=b.json"),
@@ -93,7 +102,7 @@ def test_other_types():
         ("optimizer.learning_rate", "nan", "a finite number (float)"),
         ("model.tie_embeddings", "1", "true or false"),
         ("model.dtype", "int8", "one of float32, bfloat16, float16"),
-        ("dispatch.expert_axes", "expert,pipeline", "one of expert, tensor"),
+        ("layout.dispatch.expert_axes", "expert,pipeline", "one of expert, tensor"),
     ],
 )
 def test_wrong_type_names_path_value_and_type(path, text, expected):
@@ -109,10 +118,14 @@ def test_wrong_type_names_path_value_and_type(path, text, expected):
         ("model.num_layer", ["model.num_layer does not exist", "did you mean model.num_layers", "d_model, num_heads"]),
         (
             "modle.num_layers",
-            ["modle does not exist", "did you mean model", "fields of TrainConfig are model, dispatch"],
+            ["modle does not exist", "did you mean model", "fields of TrainConfig are model, layout, balance"],
         ),
         ("zzz", ["zzz does not exist; the fields of TrainConfig are"]),
         ("model", ["model='1' cannot be set as a whole", "model.num_layers"]),
+        ("layouts", ["layouts does not exist; did you mean layout? the fields of TrainConfig are"]),
+        ("layout", ["layout='1' cannot be set as a whole; set one of layout.mesh, layout.seq_len, "]),
+        ("layout.repeats", ["layout.repeats does not exist; did you mean ", "or layout.pipeline_repeats? the fields"]),
+        ("layout.chunks", ["layout.chunks does not exist; ", "the fields of layout (Layout) are mesh, seq_len"]),
         ("steps.more", ["steps.more='1' does not exist", "steps has no fields"]),
         ("model.", ["model='1' cannot be set as a whole"]),
         ("", ["does not exist"]),
@@ -142,10 +155,39 @@ def test_a_refused_value_keeps_its_path():
     assert message == "model.num_heads=5 must be a multiple of num_kv_heads=2"
 
 
+class TestLayouts:
+    SEVERAL = TrainConfig(layouts=(Layout(seq_len=64), Layout(seq_len=128)))
+
+    def test_paths_lead_to_the_only_one(self):
+        texts = {"layout.remat": "full", "layout.dispatch.chunks": "2", "layout.mesh.expert": "4", "steps": "77"}
+        expected = Layout(MeshConfig(expert=4), remat="full", dispatch=DispatchConfig(chunks=2))
+        assert apply_overrides(TrainConfig(), texts) == TrainConfig(layouts=(expected,), steps=77)
+
+    def test_fields_of_one_change_together(self):
+        assert apply_overrides(TrainConfig(), {"layout.seq_len": "20000", "model.max_seq_len": "20000"})
+        message = error_of(TrainConfig(), {"layout.seq_len": "20000"})
+        assert message == "layout.seq_len=20000 must be at most model.max_seq_len=10240"
+
+    def test_a_refused_value_keeps_its_path(self):
+        assert error_of(TrainConfig(), {"layout.seq_len": "0"}) == "layout.seq_len=0 must be positive"
+        message = error_of(TrainConfig(), {"layout.dispatch.chunks": "0"})
+        assert message == "layout.dispatch.chunks=0 must be positive"
+
+    def test_no_path_leads_to_one_of_several(self):
+        message = error_of(self.SEVERAL, {"layout.remat": "full"})
+        assert message == "layout.remat='full' cannot be set: there are 2 layouts"
+        assert apply_overrides(self.SEVERAL, {"steps": "77"}) == dataclasses.replace(self.SEVERAL, steps=77)
+
+    def test_only_fields_that_can_be_set_are_described(self):
+        paths = {field.path for field in describe(TrainConfig())}
+        assert {"layout.seq_len", "layout.dispatch.strategy", "layout.mesh.expert"} <= paths
+        assert {path for path in paths if not path.startswith("layout.")} == {f.path for f in describe(self.SEVERAL)}
+
+
 def test_nothing_to_do_and_the_original_stays():
     config = TrainConfig()
     assert apply_overrides(config, {}) == config
-    apply_overrides(config, {"steps": "7000", "data.seq_len": "16"})
+    apply_overrides(config, {"steps": "7000", "layout.seq_len": "16"})
     assert config == TrainConfig()
 
 
@@ -197,9 +239,9 @@ def test_an_override_needs_a_value(argv):
 
 def test_config_file_runs(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from moejax.config import DataConfig\ndef get_config():\n    return DataConfig(seq_len=7)\n")
-    assert load_config_file(path, DataConfig) == DataConfig(seq_len=7)
-    assert load_config_file(str(path), DataConfig).seq_len == 7
+    path.write_text("from moejax.config import DataConfig\ndef get_config():\n    return DataConfig(seed=7)\n")
+    assert load_config_file(path, DataConfig) == DataConfig(seed=7)
+    assert load_config_file(str(path), DataConfig).seed == 7
 
 
 @pytest.mark.parametrize(
@@ -216,9 +258,18 @@ def test_config_file_runs(tmp_path):
         ("import nothing_of_that_name", "failed at line 1: ModuleNotFoundError"),
         ("\ndef get_config(:\n    pass", "failed at line 2: SyntaxError"),
         (
-            "from moejax.config import DataConfig\ndef get_config():\n    return DataConfig(seq_len=0)",
-            ": seq_len=0 must be positive",
+            "from moejax.config import DataConfig\ndef get_config():\n    return DataConfig(block_steps=0)",
+            ": block_steps=0 must be positive",
         ),
+        (
+            "from moejax.config import ParallelConfig",
+            ": moejax.config.ParallelConfig is moejax.layout.Layout now, which also has the mesh, the batch's shape",
+        ),
+        (
+            "import moejax.config\nmoejax.config.TrainConfig()",
+            ": moejax.config.TrainConfig is in moejax.train.config now",
+        ),
+        ("from moejax.config import Nothing", "failed at line 1: ImportError: cannot import name 'Nothing'"),
     ],
 )
 def test_config_file_that_cannot_be_used(tmp_path, source, expected):
@@ -262,12 +313,13 @@ class TestFromRecord:
                 TrainConfig(),
                 {
                     "data.paths": "a,b",
-                    "dispatch.expert_axes": "expert",
+                    "layout.dispatch.expert_axes": "expert",
                     "compiler_options": "a=b",
                     "optimizer.eps": "1",
                 },
             ),
             TrainConfig(balance=BalanceConfig(max_load_cv=float("inf"), aux_loss_weight=0)),
+            TestLayouts.SEVERAL,
             MeshConfig(2, 4, hardware="h100", hosts=2),
             Outer(Inner(limit=3, either="x", sizes=(1, 2), width=16), top=5),
         ],
@@ -311,5 +363,5 @@ class TestFromRecord:
         assert str(error.value) == expected
 
     def test_a_field_without_a_default_cannot_be_missing(self):
-        with pytest.raises(ConfigError, match=r"^buckets\[0\].batch_size is missing, and has no default$"):
-            from_record(tuple[Bucket, ...], [{"seq_len": 8}], "buckets")
+        with pytest.raises(ConfigError, match=r"^items\[0\].size is missing, and has no default$"):
+            from_record(tuple[Required, ...], [{"top": 8}], "items")

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import relative_error
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from layouts import relative_error
 from tiers import full_unless
 
+from moejax.layout import Layout
 from moejax.mesh import PIPELINE, MeshConfig, build_mesh
-from moejax.pipeline import num_ticks, run_pipeline
+from moejax.pipeline import run_pipeline
 
 B, S, D = 2, 3, 4
 SCHEDULES = [  # microbatches, stages, repeats
@@ -27,9 +28,16 @@ def layer(w_DD, bias_D, x_bsD):
     return jnp.tanh(x_bsD @ w_DD + bias_D[None, None] + 0.1)
 
 
-def in_pipeline(num_stages, repeats, skip_bubble):
+def make_layout(num_microbatches, num_stages, repeats, bubble="skip"):
+    return Layout(
+        MeshConfig(pipeline=num_stages), num_microbatches=num_microbatches, pipeline_repeats=repeats, remat="none",
+        bubble=bubble,
+    )  # fmt: skip
+
+
+def in_pipeline(layout):
     """(w [R, P, D, D], bias [M, D], x [M, b, s, D]) -> (outputs, sums and calls of each repeat and stage)."""
-    mesh = build_mesh(MeshConfig(pipeline=num_stages), jax.devices()[:num_stages])
+    mesh = build_mesh(layout.mesh, jax.devices()[: layout.mesh.num_devices])
 
     def device(w_RpDD, bias_MD, x_MbsD):
         def stage(x_bsD, repeat, microbatch):
@@ -37,7 +45,7 @@ def in_pipeline(num_stages, repeats, skip_bubble):
             return y_bsD, {"sum": y_bsD.sum(), "calls": jnp.ones_like(y_bsD[0, 0, 0])}
 
         bias_MD, x_MbsD = lax.pcast((bias_MD, x_MbsD), (PIPELINE,), to="varying")
-        y_MbsD, sums_R = run_pipeline(stage, x_MbsD, repeats, skip_bubble=skip_bubble)
+        y_MbsD, sums_R = run_pipeline(stage, x_MbsD, layout)
         y_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, y_MbsD, 0.0), PIPELINE)
         return y_MbsD, jax.tree.map(lambda s: s[:, None], sums_R)
 
@@ -57,8 +65,8 @@ def in_sequence(w_RPDD, bias_MD, x_MbsD):
 
 
 @pytest.mark.parametrize(("num_microbatches", "num_stages", "repeats"), full_unless(FAST.__contains__, SCHEDULES))
-@pytest.mark.parametrize("skip_bubble", [True, False], ids=["skip", "compute"])
-def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, repeats, skip_bubble):
+@pytest.mark.parametrize("bubble", ["skip", "compute"])
+def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, repeats, bubble):
     rng = np.random.default_rng(0)
     w = rng.standard_normal((repeats, num_stages, D, D)).astype(np.float32)
     bias = rng.standard_normal((num_microbatches, D)).astype(np.float32)
@@ -71,7 +79,8 @@ def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, re
         return total, (y, sums)
 
     grad = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-    actual = jax.jit(grad(functools.partial(scalar, in_pipeline(num_stages, repeats, skip_bubble))))(w, bias, x)
+    layout = make_layout(num_microbatches, num_stages, repeats, bubble)
+    actual = jax.jit(grad(functools.partial(scalar, in_pipeline(layout))))(w, bias, x)
     expected = grad(functools.partial(scalar, in_sequence))(w, bias, x)
     assert max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected))) < 1e-5
 
@@ -83,20 +92,21 @@ def test_the_schedule_is_as_long_as_it_says(num_microbatches, num_stages, repeat
         jax.ShapeDtypeStruct((num_microbatches, D), jnp.float32),
         jax.ShapeDtypeStruct((num_microbatches, B, S, D), jnp.float32),
     )
-    jaxpr = jax.make_jaxpr(in_pipeline(num_stages, repeats, True))(*shapes)
+    layout = make_layout(num_microbatches, num_stages, repeats)
+    jaxpr = jax.make_jaxpr(in_pipeline(layout))(*shapes)
     (loop,) = [e for e in jaxpr.eqns[0].params["jaxpr"].eqns if e.primitive.name == "scan"]
-    assert loop.params["length"] == num_ticks(num_microbatches, num_stages, repeats)
-    assert loop.params["length"] == repeats * num_microbatches + num_stages - 1
+    assert loop.params["length"] == layout.ticks == repeats * num_microbatches + num_stages - 1
 
 
 def test_a_skipped_stage_cannot_hold_a_sum_over_stages():
     """Its gradient would wait for stages that are not there."""
-    mesh = build_mesh(MeshConfig(pipeline=2), jax.devices()[:2])
+    layout = make_layout(2, 2, 1)
+    mesh = build_mesh(layout.mesh, jax.devices()[:2])
 
     def device(scale, x_MbsD):
         x_MbsD = lax.pcast(x_MbsD, (PIPELINE,), to="varying")
         stage = lambda x_bsD, repeat, microbatch: (x_bsD * scale, {})  # noqa: E731
-        return lax.psum(run_pipeline(stage, x_MbsD, 1, skip_bubble=True)[0], PIPELINE)
+        return lax.psum(run_pipeline(stage, x_MbsD, layout)[0], PIPELINE)
 
     function = jax.shard_map(device, mesh=mesh, in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match=r"a stage closes over .*; give it vary\(x, \('pipeline',\)\)"):

@@ -14,10 +14,11 @@ import pytest
 from scripts import EXPERIMENTS, SCRIPTS, load_script, parse_command
 
 from experiments.shared import common, loading
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner import Cluster
 from moejax.profiling.capture import TRIGGER
-from moejax.train.schedule import Bucket, write_plan_file
+from moejax.train.plan_file import write_plan_file
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKDOWN = sorted(
@@ -67,7 +68,7 @@ def test_there_are_readmes_and_commands():
 def test_a_command_is_understood(command, tmp_path, monkeypatch, pytestconfig):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    write_plan_file("plan.py", [Bucket(64, 32, MeshConfig(16))], "moe_16x10b", "What plan.py wrote.")
+    write_plan_file("plan.py", (Layout(MeshConfig(16), 64, 32),), "moe_16x10b", "What plan.py wrote.")
     check_command(list(command), pytestconfig)
 
 
@@ -116,7 +117,8 @@ def test_flags_and_names_in_the_text_exist(path):
     text = " ".join(inline_code(path))
     assert set(re.findall(r"--(?:config|mesh)\.[\w.]*\w", text)) <= set(common.field_paths())
     assert {name for name in re.findall(r"--(\w+)", text) if name not in ("config", "mesh")} <= known
-    assert set(re.findall(r"--mesh=(\w+)", text)) <= {*loading.mesh_names(), "plan"}
+    assert set(re.findall(r"--mesh=(\w+)", text)) <= {*loading.mesh_names()}
+    assert set(re.findall(r"--plan=(\w+)", text)) <= {*loading.plan_names(), "plan"}
     assert set(re.findall(r"--config=(\w+)", text)) <= set(loading.config_names())
 
 

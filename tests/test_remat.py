@@ -9,19 +9,18 @@ import itertools
 import math
 
 import pytest
+from cases import Case, variant
 from jax.extend.core import jaxprs_in_params
-from layouts import Layout, variant
 
 from moejax.mesh import EXPERT
-from moejax.pipeline import num_ticks
 
 COLLECTIVES = ("all_gather", "all_to_all", "pmax", "ppermute", "psum", "psum_invariant", "psum2", "reduce_scatter")
 POLICIES = ("none", "minimal", "collectives", "full")
 EVERYTHING = variant(num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16)
-LAYOUTS = [
-    Layout(4, 2, 2, gather="layer", repeats=2, bubble="compute"),
-    Layout(4, 2, 2, gather="layer", repeats=2),
-    Layout(2, 2, 4, folded=False, model=EVERYTHING),
+CASES = [
+    Case(4, 2, 2, gather="layer", repeats=2, bubble="compute"),
+    Case(4, 2, 2, gather="layer", repeats=2),
+    Case(2, 2, 4, folded=False, model=EVERYTHING),
 ]
 
 
@@ -57,14 +56,14 @@ def split(counts):
     return {key: count for key, count in counts.items() if not gathers_weights(*key)}, weights
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
-def layout(request):
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def traces(layout):
-    return {policy: dataclasses.replace(layout, remat=policy).trace() for policy in POLICIES}
+def traces(case):
+    return {policy: dataclasses.replace(case, remat=policy).trace() for policy in POLICIES}
 
 
 @pytest.mark.parametrize("policy", ["minimal", "collectives"])
@@ -97,13 +96,13 @@ def test_each_policy_saves_less_than_the_one_before(traces):
     assert all(more > less > 0 for more, less in itertools.pairwise(saved)), saved
 
 
-def test_full_saves_the_layers_inputs_alone(traces, layout):
+def test_full_saves_the_layers_inputs_alone(traces, case):
     """And no weight: the pipeline's loop has them as constants, but what it saves is stacked, once a tick."""
-    m, stages = layout.model, layout.pipeline
-    row = layout.seq_len // layout.tensor * m.d_model * 4
-    sequences = layout.batch_size // layout.expert
-    ticks = num_ticks(layout.num_microbatches, stages, layout.repeats)
-    inputs = ticks * m.num_moe_layers // (stages * layout.repeats) * sequences // layout.num_microbatches * row
+    m, stages = case.model, case.pipeline
+    row = case.seq_len // case.tensor * m.d_model * 4
+    sequences = case.batch_size // case.expert
+    ticks = case.layout.ticks
+    inputs = ticks * m.num_moe_layers // (stages * case.repeats) * sequences // case.num_microbatches * row
     inputs += m.num_dense_layers * sequences // stages * row + sequences * row  # the last: inputs of the logits
     assert saved_bytes(traces["full"]) == pytest.approx(inputs, rel=0.2)
 
@@ -111,7 +110,7 @@ def test_full_saves_the_layers_inputs_alone(traces, layout):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_skipping_the_bubble_saves_nothing_more(policy):
     skip, compute = (
-        saved_bytes(dataclasses.replace(LAYOUTS[0], remat=policy, bubble=bubble).trace())
+        saved_bytes(dataclasses.replace(CASES[0], remat=policy, bubble=bubble).trace())
         for bubble in ("skip", "compute")
     )
     assert skip == pytest.approx(compute, rel=0.02)

@@ -7,7 +7,7 @@ CASES = [
     # Flags of other programs, and flags misspelled.
     ("train --lr=1e-4", "--lr does not exist; did you mean --config.optimizer.learning_rate? --help lists all"),
     ("train --steps 20", "--steps does not exist; did you mean --config.steps? --help lists all"),
-    ("train --batch-size=8", "--batch-size does not exist; did you mean --config.data.batch_size? --help lists all"),
+    ("train --batch-size=8", "--batch-size does not exist; did you mean --config.layout.batch_size? --help lists all"),
     ("train --epochs=3", "--epochs does not exist; did you mean --config.steps? --help lists all"),
     (
         "train --layers=8",
@@ -48,6 +48,23 @@ CASES = [
     ("train --config=a\x1b[31mb", r"--config=a\x1b[31mb does not exist; use one of "),
     ("train --mesh=" + 300 * "a" + ".py", 80 * "a" + "… cannot be read (File name too long); use a Python file with "),
     ("plan --model=" + 300 * "a", "--model=" + 72 * "a" + "… does not exist; use one of "),
+    ("train --mesh=cpu_16_mixed", "--mesh=cpu_16_mixed is a plan; write --plan=cpu_16_mixed"),
+    ("train --plan=cpu_16", "--plan=cpu_16 does not exist; did you mean cpu_16_mixed? use one of cpu_16_mixed, or a "),
+    ("train --plan=mine.py", "--plan=mine.py is no file; experiments/plan.py writes plans"),
+    ("train cpu_16_mixed", "argument cpu_16_mixed is no flag; did you mean --plan=cpu_16_mixed? flags start with --"),
+    # Fields of version 0.1, fields in another place, and fields that a plan decides.
+    ("train --config.accumulate=2", "--config.accumulate is called --config.layout.grad_accumulation_steps now"),
+    ("memory --config.parallel.remat=full", "--config.parallel.remat is called --config.layout.remat now"),
+    ("train --config.layout.mesh.expert=2", "--config.layout.mesh.expert is --mesh.expert"),
+    (
+        "train --plan=cpu_16_mixed --mesh=single",
+        "--mesh=single and --plan=cpu_16_mixed both say where to run; give one",
+    ),
+    (
+        "train --plan=cpu_16_mixed --config.layout.remat=full",
+        "--config.layout.remat cannot be changed: --plan=cpu_16_mixed is a plan, which decides it; change the plan's "
+        "file, or use --mesh instead of --plan",
+    ),
     # Values.
     ("train --config.steps=1e3", "--config.steps='1e3' must be a whole number (int)"),
     (
@@ -61,12 +78,12 @@ CASES = [
         "try num_experts=16, or expert × tensor = 1, 3 or 5",
     ),
     (
-        "train --config.data.batch_size=12",
-        "--config.data.batch_size=12 must be a multiple of 8 = expert 4 × num_microbatches 2; try 8",
+        "train --config.layout.batch_size=12",
+        "--config.layout.batch_size=12 must be a multiple of 8 = expert 4 × num_microbatches 2; try 8",
     ),
     (
-        "train --config.data.seq_len=20000",
-        "--config.data.seq_len=20000 must be at most model.max_seq_len=10240",
+        "train --config.layout.seq_len=20000",
+        "--config.layout.seq_len=20000 must be at most model.max_seq_len=10240",
     ),
     ("plan --seq_len=64,128,64", "--seq_len=64,128,64 has a length twice; give it once"),
     ("plan --seq_len=64,20480", "--seq_len=20480 must be at most the model's max_seq_len=10240"),

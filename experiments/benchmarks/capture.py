@@ -1,6 +1,6 @@
 """What a trace costs the steps around it: those before, traced and after, against steps of a block without a trace.
 
-    python experiments/benchmarks/capture.py --config.data.seq_len=64 --config.data.batch_size=16
+    python experiments/benchmarks/capture.py --config.layout.seq_len=64 --config.layout.batch_size=16
 
 Blocks of steps with a trace in their middle and blocks without take turns; both go through the hook that a training run
 has around each step. Wall clock, and the process's CPU time, which other work on the machine hardly changes. To write
@@ -22,8 +22,6 @@ from absl import flags
 
 from experiments.benchmarks.train import random_batch
 from experiments.shared import common, loading
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
 from moejax.planner.report import table
 from moejax.profiling.capture import StepCapture
 from moejax.train.step import TrainStep, make_train_step
@@ -36,12 +34,11 @@ _AROUND = flags.DEFINE_integer("around", 5, "Steps before them, and as many afte
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config = FLAGS.parse_configs(argv)
-    FLAGS.setup_jax(mesh_config)
-    program = Program.from_config(config, build_mesh(mesh_config))
-    step = make_train_step(program, config.optimizer, steps=config.steps, accumulate=config.accumulate)
-    tokens = random_batch(config.data.batch_size, config.data.seq_len, config.model.vocab_size)
-    bench = Bench(step, tokens, mesh_config, seed=config.seed)
+    config = FLAGS.parse_config(argv)
+    FLAGS.setup_jax(config.layout.mesh)
+    step = make_train_step(config.make_program(), config.optimizer, steps=config.steps)
+    tokens = random_batch(config.layout.batch_size, config.layout.seq_len, config.model.vocab_size)
+    bench = Bench(step, tokens, seed=config.seed)
     bench.block(with_trace=False)  # warms up
     bench.forget()
     for _ in range(_ROUNDS.value):
@@ -53,9 +50,8 @@ def main(argv: list[str]) -> None:
 class Bench:
     """Runs blocks of steps and keeps the seconds of each by kind: before, traced and after, or without a trace."""
 
-    def __init__(self, step: TrainStep, tokens: dict[str, np.ndarray], mesh: MeshConfig, *, seed: int) -> None:
-        self._tokens_BS, self._mesh = tokens["tokens"], mesh
-        self._fitted = types.SimpleNamespace(compiled=step.lower(*self._tokens_BS.shape).compile(), step=step)
+    def __init__(self, step: TrainStep, tokens: dict[str, np.ndarray], *, seed: int) -> None:
+        self._fitted = types.SimpleNamespace(compiled=step.lower().compile(), step=step)
         self._state, self._batch = step.init(jax.random.key(seed)), step.put_batch(tokens)
         self.forget()
 
@@ -70,10 +66,10 @@ class Bench:
         around, traced = _AROUND.value, _TRACED.value
         kinds = [*["before"] * around, *["traced"] * traced, *["after"] * around]
         wanted = range(around, around + traced) if with_trace else range(0)
-        with tempfile.TemporaryDirectory() as folder, StepCapture(folder, [self._mesh], wanted) as profiler:
+        with tempfile.TemporaryDirectory() as folder, StepCapture(folder, wanted) as profiler:
             for number, kind in enumerate(kinds):
                 began = time.perf_counter()
-                with profiler.step(number, self._fitted, self._tokens_BS):
+                with profiler.step(number, self._fitted):
                     wall, cpu = self._step()
                 self.wall[kind if with_trace else "without"].append(wall)
                 self.cpu[kind if with_trace else "without"].append(cpu)

@@ -3,12 +3,12 @@
     python experiments/benchmarks/dispatch_memory.py                                         # virtual devices, and runs
     python experiments/benchmarks/dispatch_memory.py --config=moe_16x10b --target=h100_2x8   # compiled for 16 H100s
 
-Compares designs that drop nothing: rounds of buffers with `--config.dispatch.capacity_factor` times the balanced load,
-and one round of buffers with room for the worst case, all of a sender's tokens for one expert. The block is that of one
-microbatch. Figures are the compiler's, for one device. A program's buffers do not depend on the routing, so one figure
-holds for every batch: on CPU one executable of the block is given a balanced batch and one whose tokens all pick the
-same experts, and what comes out is compared with the worst-case design's. Of `ragged`, CPU's figure for the block says
-nothing about accelerators: its exchange is a gather of all rows there. In a pipe, ends with one line of JSON.
+Compares designs that drop nothing: rounds of buffers with `--config.layout.dispatch.capacity_factor` times the balanced
+load, and one round of buffers with room for the worst case, all of a sender's tokens for one expert. The block is that
+of one microbatch. Figures are the compiler's, for one device. A program's buffers do not depend on the routing, so one
+figure holds for every batch: on CPU one executable of the block is given a balanced batch and one whose tokens all pick
+the same experts, and what comes out is compared with the worst-case design's. Of `ragged`, CPU's figure for the block
+says nothing about accelerators: its exchange is a gather of all rows there. In a pipe, ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jax.sharding import PartitionSpec as P
 from experiments.shared import common, loading
 from moejax import sharding
 from moejax.compiler import program_options
-from moejax.config import DispatchConfig, ModelConfig, TrainConfig
+from moejax.config import DispatchConfig, ModelConfig
 from moejax.dispatch import Exchange
-from moejax.mesh import EXPERT, TENSOR, MeshConfig, build_mesh, platform
-from moejax.model import Program
+from moejax.mesh import EXPERT, TENSOR, build_mesh, platform
 from moejax.moe import mixture_of_experts
 from moejax.topology import compile_only_devices
+from moejax.train.config import TrainConfig
 from moejax.train.memory_guard import MemoryUse
 from moejax.train.step import make_train_step
 
@@ -46,31 +46,31 @@ TOKENS = P(EXPERT, TENSOR)  # [B, S, D]
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config = FLAGS.parse_configs(argv)
-    target = _TARGET.value
+    config, target, devices = FLAGS.parse_config(argv), _TARGET.value, None
     if target is None:
-        FLAGS.setup_jax(mesh_config)
-        mesh = build_mesh(mesh_config)
+        FLAGS.setup_jax(config.layout.mesh)
     else:
-        mesh_config = FLAGS.mesh_of_target(target, mesh_config)
-        mesh = build_mesh(mesh_config, compile_only_devices(target))
+        config = FLAGS.for_target(target, config)
+        devices = compile_only_devices(target)
+    mesh = build_mesh(config.layout.mesh, devices)
     rows, results = [], {}
     for name, dispatch in designs(config).items():
-        block = Block(config, dispatch, mesh)
+        variant = config.with_layout(dispatch=dispatch)
+        block = Block(variant, mesh)
         options = program_options(platform(mesh), config.compiler_options)
         compiled = block.program.lower(*block.shapes).compile(options)
-        step = lower_step(dataclasses.replace(config, dispatch=dispatch), mesh).compile()
+        step = make_train_step(variant.make_program(devices=devices), config.optimizer).lower().compile()
         rows.append({"design": name, "block_bytes": memory(compiled), "step_bytes": memory(step)})
         if target is None:
             found = block.run(compiled)
             results = results or found
             rows[-1] |= {f"rounds_{batch}": rounds for batch, (rounds, _) in found.items()}
             rows[-1]["relative_error"] = max(error(found[batch][1], results[batch][1]) for batch in found)
-    report = "\n".join([f"{FLAGS.config}: {setting(config, mesh_config)}", "", *table(rows), ""])
+    report = "\n".join([f"{FLAGS.config}: {setting(config)}", "", *table(rows), ""])
     print(report)
     if _OUT.value:
         _OUT.value.write_text(report)
-    loading.print_json({"designs": rows, "mesh": dict(mesh_config.shape), "hardware": mesh_config.hardware})
+    loading.print_json({"designs": rows, "mesh": config.layout.mesh.shape, "hardware": config.layout.mesh.hardware})
 
 
 def error(actual: Any, expected: Any) -> float:
@@ -79,17 +79,18 @@ def error(actual: Any, expected: Any) -> float:
     return float(max(jax.tree.leaves(errors)))
 
 
-def setting(config: TrainConfig, mesh_config: MeshConfig) -> str:
+def setting(config: TrainConfig) -> str:
     """The batch and the mesh in words."""
-    mesh = " × ".join(f"{name} {size}" for name, size in mesh_config.shape.items())
-    batch = f"{config.data.batch_size} sequences of {config.data.seq_len} tokens"
-    return f"{batch} in {config.parallel.num_microbatches} microbatches on {mesh_config.hardware}, {mesh}."
+    layout = config.layout
+    mesh = " × ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+    batch = f"{layout.batch_size} sequences of {layout.seq_len} tokens"
+    return f"{batch} in {layout.num_microbatches} microbatches on {layout.mesh.hardware}, {mesh}."
 
 
 def designs(config: TrainConfig) -> dict[str, DispatchConfig]:
     """What is compared, by name."""
-    m, factor = config.model, config.dispatch.capacity_factor
-    change = functools.partial(dataclasses.replace, config.dispatch)
+    m, dispatch = config.model, config.layout.dispatch
+    factor, change = dispatch.capacity_factor, functools.partial(dataclasses.replace, dispatch)
     return {
         f"room for the worst case ({m.num_experts / m.experts_per_token:g} × balanced), one round": change(
             strategy="dropless", capacity_factor=m.num_experts / m.experts_per_token
@@ -104,7 +105,6 @@ class Block:
     """One mixture-of-experts feed-forward on one microbatch [B, S, D], forward and backward."""
 
     config: TrainConfig
-    dispatch: DispatchConfig
     mesh: Mesh
 
     @property
@@ -114,13 +114,13 @@ class Block:
     @functools.cached_property
     def params(self) -> Any:
         """The block's part of the table of parameters."""
-        return sharding.moe_params(self.model, self.dispatch)
+        return sharding.moe_params(self.model, self.config.layout.dispatch)
 
     @property
     def shapes(self) -> tuple[Any, ...]:
         """Of the arguments: parameters, tokens, the gradient of the results."""
-        batch_size = self.config.data.batch_size // self.config.parallel.num_microbatches
-        shape = (batch_size, self.config.data.seq_len, self.model.d_model)
+        layout = self.config.layout
+        shape = (layout.batch_size // layout.num_microbatches, layout.seq_len, self.model.d_model)
         x = jax.ShapeDtypeStruct(shape, self.model.dtype, sharding=NamedSharding(self.mesh, TOKENS))
         return sharding.param_shapes(self.params, self.mesh), x, x
 
@@ -131,8 +131,8 @@ class Block:
         def device(params: Any, x_bsD: jax.Array, dy_bsD: jax.Array) -> tuple[Any, ...]:
             def forward(params: Any, x_bsD: jax.Array) -> tuple[jax.Array, jax.Array]:
                 p = sharding.gather(params, self.params)
-                num_tokens, hosts = math.prod(x_bsD.shape[:2]), self.dispatch.hosts
-                exchange = Exchange.make(self.dispatch, self.model, num_tokens, hosts)
+                layout, num_tokens = self.config.layout, math.prod(x_bsD.shape[:2])
+                exchange = Exchange.make(layout.dispatch, self.model, num_tokens, layout.exchange_hosts)
                 y_bsD, stats, _ = mixture_of_experts(p, x_bsD, self.model, exchange)
                 return y_bsD, jax.lax.pmax(stats.rounds, (EXPERT, TENSOR))
 
@@ -171,12 +171,6 @@ class Block:
             y_BSD, grads, rounds = compiled(params, *args)
             found[name] = (int(rounds), jax.tree.map(np.asarray, (y_BSD, grads)))
         return found
-
-
-def lower_step(config: TrainConfig, mesh: Mesh) -> Any:
-    """The whole train step, for `compile`."""
-    train_step = make_train_step(Program.from_config(config, mesh), config.optimizer, accumulate=config.accumulate)
-    return train_step.lower(config.data.batch_size, config.data.seq_len)
 
 
 def memory(compiled: Any) -> int:

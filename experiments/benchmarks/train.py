@@ -24,8 +24,6 @@ import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
 from experiments.shared import common, loading  # noqa: E402
-from moejax.mesh import build_mesh  # noqa: E402
-from moejax.model import Program  # noqa: E402
 from moejax.train.memory_guard import MemoryUse  # noqa: E402
 from moejax.train.step import make_train_step  # noqa: E402
 
@@ -35,19 +33,19 @@ _WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before them that are not.", l
 
 
 def main(argv: list[str]) -> None:
-    config, mesh_config = FLAGS.parse_configs(argv)
-    FLAGS.setup_jax(mesh_config)
+    config = FLAGS.parse_config(argv)
+    layout = config.layout
+    FLAGS.setup_jax(layout.mesh)
     times = {"import": time.perf_counter() - START}
-    program = Program.from_config(config, build_mesh(mesh_config))
-    train_step = make_train_step(program, config.optimizer, steps=config.steps, accumulate=config.accumulate)
+    train_step = make_train_step(config.make_program(), config.optimizer, steps=config.steps)
 
-    lowered = train_step.lower(config.data.batch_size, config.data.seq_len)
+    lowered = train_step.lower()
     times["trace"] = time.perf_counter() - START
     compiled = lowered.compile()
     times["compile"] = time.perf_counter() - START
     state = jax.block_until_ready(train_step.init(jax.random.key(config.seed)))
     times["init"] = time.perf_counter() - START
-    batch = train_step.put_batch(random_batch(config.data.batch_size, config.data.seq_len, config.model.vocab_size))
+    batch = train_step.put_batch(random_batch(layout.batch_size, layout.seq_len, config.model.vocab_size))
 
     seconds = []
     for i in range(_WARMUP.value + _STEPS.value):
@@ -61,7 +59,7 @@ def main(argv: list[str]) -> None:
         print(f"{second:7.2f} s  {name} done")
     timed = seconds[_WARMUP.value :]
     print(f"step: median {statistics.median(timed):.3f} s, from {min(timed):.3f} to {max(timed):.3f}; loss {loss:.3f}")
-    tokens = config.data.batch_size * config.data.seq_len
+    tokens = layout.tokens
     figures = {
         "tokens_per_second": tokens / statistics.median(timed),
         "step_seconds_median": statistics.median(timed),
@@ -71,8 +69,8 @@ def main(argv: list[str]) -> None:
         "tokens_per_step": tokens,
         "steps": len(timed),
         "device_memory_bytes": MemoryUse.of(compiled).total,
-        "mesh": dict(mesh_config.shape),
-        "hardware": mesh_config.hardware,
+        "mesh": layout.mesh.shape,
+        "hardware": layout.mesh.hardware,
         "jax": jax.__version__,
     }
     loading.print_json(figures)

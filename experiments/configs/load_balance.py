@@ -2,8 +2,10 @@
 
 import dataclasses
 
-from moejax.config import BalanceConfig, CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from moejax.config import BalanceConfig, CheckpointConfig, OptimizerConfig
+from moejax.layout import Layout
 from moejax.presets import tiny
+from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -11,8 +13,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=model,
         balance=BalanceConfig.suited_to(model),
-        data=DataConfig(seq_len=256, batch_size=8),
-        parallel=ParallelConfig(num_microbatches=1),
+        layouts=(Layout(seq_len=256, batch_size=8, num_microbatches=1),),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),  # as the recorded table was trained
         checkpoint=CheckpointConfig(every=1000, keep=1),
         steps=150,

@@ -1,4 +1,4 @@
-"""A very small model on documents of mixed lengths, with --mesh=cpu_16_mixed: about five minutes on two cores.
+"""A very small model on documents of mixed lengths, with --plan=cpu_16_mixed: about five minutes on two cores.
 
 Its text is the standard library's modules of at most 7,000 bytes. Nearly all of the library's text is in modules longer
 than 10,000, and batches are drawn in proportion to text, so short ones would hardly be seen in so short a run.
@@ -8,8 +8,9 @@ import dataclasses
 import sysconfig
 from pathlib import Path
 
-from moejax.config import BalanceConfig, CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
+from moejax.config import BalanceConfig, CheckpointConfig, DataConfig, OptimizerConfig
 from moejax.presets import tiny
+from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:

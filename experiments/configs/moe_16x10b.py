@@ -1,7 +1,9 @@
 """The reference model on 16 accelerators, at 1,024 tokens per sequence; the planner picks for other lengths."""
 
-from moejax.config import BalanceConfig, DataConfig, ParallelConfig, TrainConfig
+from moejax.config import BalanceConfig, DataConfig
+from moejax.layout import Layout
 from moejax.presets import moe_16x10b
+from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -9,6 +11,6 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=model,
         balance=BalanceConfig.suited_to(model),
-        data=DataConfig(tokenizer="bpe", tokenizer_vocab_size=32_000, seq_len=1024, batch_size=64),
-        parallel=ParallelConfig(num_microbatches=4),
+        data=DataConfig(tokenizer="bpe", tokenizer_vocab_size=32_000),
+        layouts=(Layout(seq_len=1024, batch_size=64, num_microbatches=4),),
     )

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from moejax.config import DataConfig, ParallelConfig, TrainConfig
+from moejax.layout import Layout
 from moejax.presets import tiny
+from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -18,6 +19,4 @@ def get_config() -> TrainConfig:
         num_kv_heads=4,
         head_dim=16,
     )
-    return TrainConfig(
-        model=model, data=DataConfig(seq_len=128, batch_size=64), parallel=ParallelConfig(num_microbatches=2)
-    )
+    return TrainConfig(model=model, layouts=(Layout(seq_len=128, batch_size=64, num_microbatches=2),))

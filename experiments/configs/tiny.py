@@ -2,8 +2,10 @@
 
 import dataclasses
 
-from moejax.config import BalanceConfig, DataConfig, OptimizerConfig, TrainConfig
+from moejax.config import BalanceConfig, OptimizerConfig
+from moejax.layout import Layout
 from moejax.presets import tiny
+from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -12,7 +14,7 @@ def get_config() -> TrainConfig:
         # On virtual devices more rounds cost less than larger buffers: with sizes up to 4, steps after the first 32
         # took 17% longer, and 88 MiB of a device for 54.
         balance=dataclasses.replace(BalanceConfig.suited_to(tiny()), capacity_factors=(1.25, 1.5, 2.0)),
-        data=DataConfig(seq_len=256, batch_size=16),
+        layouts=(Layout(seq_len=256, batch_size=16),),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         steps=300,
     )

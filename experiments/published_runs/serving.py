@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from experiments.published_runs.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
 from experiments.published_runs.runs import Run
-from experiments.published_runs.training import placement
+from experiments.published_runs.training import spans
 from moejax.config import check
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Constant
@@ -142,7 +142,7 @@ def predict_serving(run: Run, assumptions: Assumptions = Assumptions()) -> Servi
     check(run.isl > 0, "layout says no isl, the tokens of a prompt, and seq is empty")
     concurrency, out = max(1, run.concurrency), max(1, run.osl)
     request_s, together = REQUESTS[run.engine]
-    where, device = placement(run), run.cluster.device
+    where, device = spans(run), run.cluster.device
     launch = Constant(GRAPH_LAUNCH * device.launch_s, "assumed", "inside a graph")
     graphs = dataclasses.replace(run.cluster, device=dataclasses.replace(device, launch_s=launch))
 

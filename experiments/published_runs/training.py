@@ -4,7 +4,7 @@
     time = predict_training(run)
 
 What a framework does that the layout text does not say is one of the few constants below, each with its reason. One
-device of the busiest pipeline stage is described; `Step.bubble` adds what it waits.
+device of the busiest pipeline stage is described; `StepFacts.bubble` adds what it waits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from experiments.published_runs.architecture import (
 )
 from experiments.published_runs.runs import Run
 from moejax.planner.costs import Assumptions
-from moejax.planner.time import Placement, Step, StepTime, predict_time
+from moejax.planner.time import AxisSpans, StepFacts, StepTime, predict_time
 from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Pass, Phase, Work
 
 _EXCHANGES: tuple[Phase, ...] = ("dispatch", "combine")
@@ -272,7 +272,7 @@ def _span(run: Run, size: int, stride: int) -> tuple[int, int]:
     return inside, max(1, -(-size // inside))
 
 
-def placement(run: Run) -> Placement:
+def spans(run: Run) -> AxisSpans:
     """As Megatron orders ranks: tensor, context, data (experts fold over tensor and data), pipeline outermost."""
     axes = {
         "tensor": (run.tp, _span(run, run.tp, 1)[1]),
@@ -285,7 +285,7 @@ def placement(run: Run) -> Placement:
     }
     replicas = max(1, run.devices // (run.pp * run.ep * run.etp))
     axes["expert_data"] = (replicas, _span(run, replicas, run.ep * run.etp)[1])
-    return Placement(axes)
+    return AxisSpans(axes)
 
 
 def predicting_block(model: Architecture) -> Layer | None:
@@ -319,7 +319,7 @@ def training_work(run: Run) -> Work:
     return builder.work
 
 
-def training_step(run: Run) -> Step:
+def training_step(run: Run) -> StepFacts:
     model_flops = 3.0 * run.gbs * run.seq * run.model.flops_per_token(run.seq)
     waits = run.pp - 1
     routed = [layer.ffn for _, layer in run.model if isinstance(layer.ffn, Experts)]
@@ -329,7 +329,7 @@ def training_step(run: Run) -> Step:
         violation = BIAS_VIOLATION if ffn.router_bias and not ffn.bias else AUXILIARY_VIOLATION
         spread = ((ffn.num - ffn.per_token) / ffn.per_token) ** 0.5 / VIOLATION_SPREAD
         load += violation * spread / max(1.0, ffn.num / run.ep) ** 0.5
-    return Step(
+    return StepFacts(
         tokens=run.gbs * run.seq,
         model_flops=model_flops,
         bubble=waits / (run.vp * run.microbatches + waits),
@@ -360,4 +360,4 @@ def predict_training(run: Run, assumptions: Assumptions = Assumptions()) -> Step
     if run.system == "torch" and run.cluster.device.name in HOPPER:
         changes["attention"] = SDPA
     assumptions = dataclasses.replace(assumptions, **changes)
-    return predict_time(training_work(run), run.cluster, placement(run), assumptions, step=training_step(run))
+    return predict_time(training_work(run), run.cluster, spans(run), assumptions, step=training_step(run))

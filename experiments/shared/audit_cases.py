@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moejax import strict_json
-from moejax.config import DispatchConfig, ParallelConfig, TrainConfig
+from moejax.config import DispatchConfig, ModelConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.memory import predict_memory
-from moejax.planner.plan import Plan
 from moejax.presets import get_preset
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -37,11 +37,12 @@ HEADER = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A line of the grid: the plan, the target to compile it for, and the model's name."""
+    """A line of the grid: a model by name, the target to compile it for, and the layout."""
 
-    model: str
+    name: str
     target: str
-    plan: Plan
+    model: ModelConfig
+    layout: Layout
     used_for_fitting: bool
 
     @classmethod
@@ -50,58 +51,41 @@ class Case:
         seq_len = int(row["seq_len"])
         if seq_len > model.max_seq_len:
             model = dataclasses.replace(model, max_seq_len=seq_len)
+        hosts = int(row["hosts"])
         sizes = {axis: int(row[axis]) for axis in ("expert", "pipeline", "tensor")}
-        parallel = ParallelConfig(
+        layout = Layout(
+            MeshConfig(**sizes, hardware=HARDWARE[row["target"]], hosts=hosts),  # type: ignore[arg-type]
+            seq_len=seq_len,
+            batch_size=int(row["batch_size"]),
+            grad_accumulation_steps=int(row["accumulate"]),
             num_microbatches=int(row["microbatches"]),
-            repeats=int(row["repeats"]),
+            pipeline_repeats=int(row["repeats"]),
             gather=row["gather"],  # type: ignore[arg-type]
             remat=row["remat"],  # type: ignore[arg-type]
             batch_split=int(row["batch_split"]),
+            dispatch=DispatchConfig(
+                strategy=row["strategy"],  # type: ignore[arg-type]
+                capacity_factor=float(row["capacity_factor"]),
+                expert_axes=tuple(row["expert_axes"].split("+")),  # type: ignore[arg-type]
+                hierarchical=hosts > 1,
+                chunks=int(row["chunks"]),
+            ),
         )
-        dispatch = DispatchConfig(
-            strategy=row["strategy"],  # type: ignore[arg-type]
-            capacity_factor=float(row["capacity_factor"]),
-            expert_axes=tuple(row["expert_axes"].split("+")),  # type: ignore[arg-type]
-            chunks=int(row["chunks"]),
-            hosts=int(row["hosts"]),
-        )
-        plan = Plan(
-            model=model,
-            mesh=MeshConfig(**sizes, hardware=HARDWARE[row["target"]]),  # type: ignore[arg-type]
-            seq_len=seq_len,
-            batch_size=int(row["batch_size"]),
-            parallel=parallel,
-            dispatch=dispatch,
-            accumulate=int(row["accumulate"]),
-        )
-        return cls(row["model"], row["target"], plan, row["used_for_fitting"] == "true")
+        return cls(row["model"], row["target"], model, layout, row["used_for_fitting"] == "true")
 
     @property
     def choices(self) -> str:
-        """What the plan chooses beside the mesh, defaults left out."""
-        plan, parallel, dispatch = self.plan, self.plan.parallel, self.plan.dispatch
-        words = [parallel.remat, f"{parallel.num_microbatches} microbatches", f"{parallel.gather} gather"]
-        words += [f"{parallel.repeats} repeats"] * (parallel.repeats > 1)
-        words += [f"{plan.accumulate} slices"] * (plan.accumulate > 1)
+        """What the layout chooses beside the mesh, defaults left out."""
+        layout, dispatch = self.layout, self.layout.dispatch
+        words = [layout.remat, f"{layout.num_microbatches} microbatches", f"{layout.gather} gather"]
+        words += [f"{layout.pipeline_repeats} repeats"] * (layout.pipeline_repeats > 1)
+        words += [f"{layout.grad_accumulation_steps} slices"] * (layout.grad_accumulation_steps > 1)
         words += [dispatch.strategy] * (dispatch.strategy != "dropless")
         words += [f"buffers of {dispatch.capacity_factor:g}"] * (dispatch.capacity_factor != 1.5)
-        words += ["experts split"] * (plan.mesh.tensor > 1 and dispatch.expert_axes == ("expert",))
-        words += [f"{dispatch.chunks} chunks"] * (dispatch.chunks > 1) + ["two hops"] * (dispatch.hosts > 1)
-        words += [f"{parallel.batch_split} part"] * (parallel.batch_split > 0)
+        words += ["experts split"] * (layout.mesh.tensor > 1 and dispatch.expert_axes == ("expert",))
+        words += [f"{dispatch.chunks} chunks"] * (dispatch.chunks > 1) + ["two hops"] * dispatch.hierarchical
+        words += [f"{layout.batch_split} part"] * (layout.batch_split > 0)
         return ", ".join(words)
-
-
-def plan_of(config: TrainConfig, mesh_config: MeshConfig) -> Plan:
-    """The plan that a configuration follows on a mesh."""
-    return Plan(
-        model=config.model,
-        mesh=mesh_config,
-        seq_len=config.data.seq_len,
-        batch_size=config.data.batch_size,
-        parallel=config.parallel,
-        dispatch=config.dispatch,
-        accumulate=config.accumulate,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +111,7 @@ class Audited:
 
     @classmethod
     def of(cls, case: Case, compiled: Compiled) -> Audited:
-        return cls(case, compiled, predict_memory(case.plan).peak_bytes)
+        return cls(case, compiled, predict_memory(case.model, case.layout).peak_bytes)
 
     @property
     def error(self) -> float:
@@ -140,9 +124,9 @@ class Audited:
 
     @property
     def line(self) -> str:
-        plan = self.case.plan
-        mesh = f"{plan.mesh.expert} × {plan.mesh.pipeline} × {plan.mesh.tensor}"
-        cells = [self.case.model, self.case.target, mesh, f"{plan.batch_size} × {plan.seq_len}", self.case.choices]
+        layout, mesh = self.case.layout, self.case.layout.mesh
+        cells = [self.case.name, self.case.target, f"{mesh.expert} × {mesh.pipeline} × {mesh.tensor}"]
+        cells += [f"{layout.batch_size} × {layout.seq_len}", self.case.choices]
         cells += [f"{self.predicted_bytes / 1e9:.2f}", f"{self.compiled.peak_bytes / 1e9:.2f}"]
         return f"| {' | '.join([*cells, f'{self.error:+.1%}', self.group])} |"
 

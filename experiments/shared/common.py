@@ -1,4 +1,4 @@
-"""What scripts share that take a model and a mesh: their flags, their configurations and how JAX is started.
+"""What scripts share that take a model and a mesh: their flags, their configuration and how JAX is started.
 
 A script reads:
 
@@ -6,8 +6,8 @@ A script reads:
 
 
     def main(argv: list[str]) -> None:
-        config, mesh_config = FLAGS.parse_configs(argv)
-        FLAGS.setup_jax(mesh_config)
+        config = FLAGS.parse_config(argv)
+        FLAGS.setup_jax(config.layout.mesh)
         ...
 
 
@@ -23,13 +23,14 @@ import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from absl import flags
 
 from experiments.shared.loading import (
     FULL_HELP,
-    MESH_CONFIGS,
+    PLANS,
     Flags,
     config_names,
     find,
@@ -37,21 +38,25 @@ from experiments.shared.loading import (
     load_mesh_config,
     load_model,
     mesh_names,
+    plan_names,
+    unknown,
 )
 from moejax import runtime
 from moejax.compiler import in_force
-from moejax.config import ConfigError, TrainConfig, check
+from moejax.config import ConfigError, check
 from moejax.data import tokenizer_vocab_size
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.overrides import FieldInfo, apply_overrides, describe, split_overrides
 from moejax.topology import find_target
-from moejax.train.schedule import DECIDES, Bucket, load_buckets, load_plan_model
+from moejax.train.config import TrainConfig
+from moejax.train.plan_file import load_layouts, load_plan_model
 
 T = TypeVar("T")
 
 
 class ConfigFlags(Flags):
-    """The flags of a script that takes --config, --mesh and overrides of their fields, beside its own flags."""
+    """The flags of a script that takes --config, --mesh or --plan, and overrides of fields, beside its own flags."""
 
     def __init__(
         self, usage: str | None, *, config: str = "quickstart", first: Mapping[str, str] | None = None
@@ -61,7 +66,11 @@ class ConfigFlags(Flags):
         self.__dict__["_first"] = first or {}
         for name, default, meaning in (
             ("config", config, "What to train: one of the configs below, or a Python file with get_config()."),
-            ("mesh", "cpu_16", "What to run on: one of the meshes below, or a Python file such as plan.py writes."),
+            ("mesh", "cpu_16", "What to run on: one of the meshes below, or a Python file with get_config()."),
+            (
+                "plan", None,
+                "The layouts of the run, instead of --mesh: a file that plan.py wrote, or one of the plans below.",
+            ),
             ("data", None, "Files, globs or folders to train on, with commas between. Default: Python's own library."),
             (
                 "tokenizer", None,
@@ -74,13 +83,12 @@ class ConfigFlags(Flags):
         ):  # fmt: skip
             flags.DEFINE_string(name, default, meaning, flag_values=self)
 
-    def parse_configs(self, argv: Sequence[str]) -> tuple[TrainConfig, MeshConfig]:
-        """Reads the flags from `argv` and returns the two configurations.
+    def parse_config(self, argv: Sequence[str]) -> TrainConfig:
+        """Reads the flags from `argv` and returns the configuration, with its layouts on the mesh or by the plan.
 
-        `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name. If `--mesh` is a
-        plan, `--config` is by default what it was made for, the configuration has what its first bucket decides, and no
-        flag may change that: a plan holds as a whole. A tokenizer that a flag chooses also sets the model's vocabulary,
-        unless a flag sets that.
+        `--config.a.b=value` and `--mesh.a=value` change fields of what `--config` and `--mesh` name. With `--plan`,
+        `--config` is by default what the plan was made for, and no flag may change what it decides: a plan holds as a
+        whole. A tokenizer that a flag chooses also sets the model's vocabulary, unless a flag sets that.
 
         Raises:
           ConfigError: a flag, a name, a file or an override that is wrong.
@@ -88,6 +96,8 @@ class ConfigFlags(Flags):
         config_overrides, remaining = split_overrides(argv, "config")
         mesh_overrides, remaining = split_overrides(remaining, "mesh")
         _, wants_help = self._read(remaining)
+        for path in config_overrides:
+            _check_name(path)
         for flag, path in (("data", "data.paths"), ("tokenizer", "data.tokenizer")):
             value = self[flag].value
             if value is None:
@@ -101,40 +111,37 @@ class ConfigFlags(Flags):
         )
 
         self.__dict__["_mesh_overrides"] = mesh_overrides
-        mesh_config = _apply("mesh", self._base_mesh(), mesh_overrides)
-        plan_model = self._plan_model()
+        plan_model = None if self.plan is None else load_plan_model(self._plan_file())
         name = self.config if self["config"].present or plan_model is None else plan_model
-        config = _apply("config", self._base_config(name), config_overrides)
+        config = self._base_config(name)
+        layouts, source = self._layouts(config)
+        if source:
+            self._check_undecided(config_overrides, mesh_overrides, source)
+        else:
+            layouts = (layouts[0].replace(mesh=_apply("mesh", layouts[0].mesh, mesh_overrides)),)
+        config = _apply("config", dataclasses.replace(config, layouts=layouts), config_overrides)
         data = config.data
         self._check_files({"config.data.paths": ",".join(data.paths), "config.data.tokenizer": data.tokenizer})
-        buckets = self.plan_buckets()
-        if buckets:
-            self._check_undecided(config_overrides, mesh_overrides)
-            config = buckets[0].applied(config)
         if plan_model is not None:
             self._check_model(config, plan_model)
         if self._vocabulary_follows(config_overrides):
-            config = _with_tokenizers_vocabulary(config, [bucket.mesh for bucket in buckets] or [mesh_config])
+            config = _with_tokenizers_vocabulary(config)
         if wants_help:
-            print(self._config_help(name, config, mesh_config, wants_help in FULL_HELP))
+            print(self._config_help(name, config, wants_help in FULL_HELP))
             sys.exit(0)
-        return config, mesh_config
+        return config
 
-    def plan_buckets(self) -> tuple[Bucket, ...]:
-        """Returns the buckets of the plan that `--mesh` names, after the flags are read; none if it names a mesh."""
-        path = find(self.mesh, MESH_CONFIGS)
-        return load_buckets(path) if path is not None else ()
-
-    def mesh_of_target(self, target: str, mesh_config: MeshConfig) -> MeshConfig:
-        """Returns the mesh to compile for `target` with: that of --mesh if it was given, else the target's own.
-
-        Either has the fields that flags change.
+    def for_target(self, target: str, config: TrainConfig) -> TrainConfig:
+        """Returns `config` on the mesh to compile for `target` with: as it is if --mesh or --plan was given, else on
+        the target's own mesh, with the fields that flags change.
 
         Raises:
           ConfigError: there is no such target, or flags and its mesh do not go together.
         """
         find_target(target)
-        return mesh_config if self["mesh"].present else _apply("mesh", load_mesh_config(target), self._mesh_overrides)
+        if self["mesh"].present or self.plan is not None:
+            return config
+        return config.with_layout(mesh=_apply("mesh", load_mesh_config(target), self._mesh_overrides))
 
     def setup_jax(self, mesh_config: MeshConfig) -> None:
         """Sets up JAX for the mesh as `moejax.setup_jax` does, with the cache that --compilation_cache_dir names."""
@@ -150,30 +157,32 @@ class ConfigFlags(Flags):
         """Returns what overrides change, which --config or a plan calls `name`."""
         return load_config(name)
 
-    def _base_mesh(self) -> MeshConfig:
-        """Returns what overrides of the mesh change."""
-        return load_mesh_config(self.mesh)
+    def _layouts(self, config: TrainConfig) -> tuple[tuple[Layout, ...], str]:
+        """Returns the layouts before overrides, and what decides them as a whole, such as "--plan=a.py is a plan"."""
+        if self.plan is None:
+            return (config.layout.replace(mesh=load_mesh_config(self.mesh)),), ""
+        check(not self["mesh"].present, f"--mesh={self.mesh} and --plan={self.plan} both say where to run; give one")
+        return load_layouts(self._plan_file()), f"--plan={self.plan} is a plan"
+
+    def _plan_file(self) -> Path:
+        path = find(self.plan, PLANS)
+        if path is None:
+            raise ConfigError(unknown("plan", self.plan, plan_names()))
+        check(os.path.isfile(path), f"--plan={self.plan} is no file; experiments/plan.py writes plans")
+        return path
 
     def _vocabulary_follows(self, overrides: Mapping[str, str]) -> bool:
         """Returns whether the model's vocabulary follows a tokenizer that `overrides` of the configuration choose."""
         return "model.vocab_size" not in overrides and bool(overrides.keys() & _OF_THE_TOKENIZER)
 
-    def _plan_name(self) -> str:
-        return f"--mesh={self.mesh}"
-
-    def _check_undecided(self, config_overrides: dict[str, str], mesh_overrides: dict[str, str]) -> None:
+    def _check_undecided(self, config_overrides: dict[str, str], mesh_overrides: dict[str, str], source: str) -> None:
         decided = [f"--mesh.{path}" for path in mesh_overrides]
-        decided += [f"--config.{path}" for path in config_overrides if path.startswith(DECIDES)]
+        decided += [f"--config.{path}" for path in config_overrides if path.startswith("layout.")]
         if decided:
             raise ConfigError(
-                f"{', '.join(decided)} cannot be changed: {self._plan_name()} is a plan, which decides it; "
-                "change the plan's file, or use a mesh without get_buckets()"
+                f"{', '.join(decided)} cannot be changed: {source}, which decides it; change the plan's file, or use "
+                "--mesh instead of --plan"
             )
-
-    def _plan_model(self) -> str | None:
-        """Returns what the plan that `--mesh` names was made for, as `--config` takes it; None if it does not say."""
-        path = find(self.mesh, MESH_CONFIGS)
-        return None if path is None else load_plan_model(path)
 
     def _check_model(self, config: TrainConfig, name: str) -> None:
         """Refuses a model that the plan was not made for, but for its vocabulary, which the tokenizer decides."""
@@ -182,7 +191,7 @@ class ConfigFlags(Flags):
             ours, theirs = getattr(config.model, field.name), getattr(planned, field.name)
             check(
                 ours == theirs or field.name == "vocab_size",
-                f"--mesh={self.mesh} is a plan for --config={name}, with model.{field.name}={theirs}, not {ours}; "
+                f"--plan={self.plan} is for --config={name}, with model.{field.name}={theirs}, not {ours}; "
                 "leave out the flag that changes it, or plan the other model with experiments/plan.py",
             )
 
@@ -190,14 +199,14 @@ class ConfigFlags(Flags):
         return [*super()._names(), *(path.removeprefix("--") for path in field_paths())]
 
     def _hint_for_word(self, word: str) -> str:
-        for flag, names in (("config", config_names()), ("mesh", mesh_names())):
+        for flag, names in (("config", config_names()), ("mesh", mesh_names()), ("plan", plan_names())):
             if word in names:
                 return f"did you mean --{flag}={word}? "
         return f"did you mean --data={word}? " if os.path.exists(word) else super()._hint_for_word(word)
 
-    def _config_help(self, name: str, config: TrainConfig, mesh_config: MeshConfig, with_options: bool) -> str:
+    def _config_help(self, name: str, config: TrainConfig, with_options: bool) -> str:
         """Returns the flags that a run needs first, with an example each; then names, the other flags and fields."""
-        fields = describe(config, "config.") + describe(mesh_config, "mesh.")
+        fields, mesh_config = _fields(config), config.layout.mesh
         summary, _, details = self._usage.partition("\n")
         meanings = {name: self[name].help for name in self} | {
             field.path: f"{field.meaning.capitalize()}." for field in fields
@@ -207,7 +216,8 @@ class ConfigFlags(Flags):
         parts = [
             summary,
             *(["The flags that a run needs most, with an example each:\n" + "\n".join(first)] if first else []),
-            f"Configs: {', '.join(config_names())}.\nMeshes: {', '.join(mesh_names())}.",
+            f"Configs: {', '.join(config_names())}.\nMeshes: {', '.join(mesh_names())}.\n"
+            f"Plans: {', '.join(plan_names())}.",
             details.strip("\n"),
             f"{'Other flags' if first else 'Flags'}:\n{self._flag_help(rest)}",
             f"Fields, as --config={name} and --mesh={self.mesh} have them:\n" + "\n".join(map(_field_help, fields)),
@@ -226,7 +236,30 @@ class ConfigFlags(Flags):
 
 def field_paths() -> list[str]:
     """Returns every field as the flag that sets it, such as --config.model.num_layers."""
-    return [f"--{field.path}" for field in describe(TrainConfig(), "config.") + describe(MeshConfig(), "mesh.")]
+    return [f"--{field.path}" for field in _fields(TrainConfig())]
+
+
+def _fields(config: TrainConfig) -> list[FieldInfo]:
+    """Returns every field with the flag that sets it; those of a layout's mesh have flags of their own."""
+    fields = [f for f in describe(config, "config.") if not f.path.startswith("config.layout.mesh.")]
+    return fields + describe(config.layout.mesh, "mesh.")
+
+
+# Where the fields of version 0.1 are today, by the beginning of their path.
+_RENAMED = {
+    "accumulate": "layout.grad_accumulation_steps", "data.seq_len": "layout.seq_len",
+    "data.batch_size": "layout.batch_size", "parallel.repeats": "layout.pipeline_repeats", "parallel.": "layout.",
+    "dispatch.hosts": "layout.dispatch.hierarchical", "dispatch.payload": "layout.dispatch.wire_dtype",
+    "dispatch.": "layout.dispatch.",
+}  # fmt: skip
+
+
+def _check_name(path: str) -> None:
+    """Refuses a field that --config does not set, and names the flag that does."""
+    check(not path.startswith("layout.mesh."), f"--config.{path} is --{path.removeprefix('layout.')}")
+    for before, now in _RENAMED.items():
+        if path == before or (before.endswith(".") and path.startswith(before)):
+            raise ConfigError(f"--config.{path} is called --config.{now}{path[len(before) :]} now")
 
 
 def _field_help(field: FieldInfo) -> str:
@@ -249,9 +282,9 @@ def _apply(prefix: str, config: T, overrides: dict[str, str]) -> T:
 _OF_THE_TOKENIZER = {"data.tokenizer", "data.tokenizer_vocab_size"}
 
 
-def _with_tokenizers_vocabulary(config: TrainConfig, meshes: Sequence[MeshConfig]) -> TrainConfig:
-    """Returns `config` with room for every id of its tokenizer, in a vocabulary that divides over the meshes."""
-    divisor = math.lcm(*(mesh.pipeline * mesh.tensor for mesh in meshes))
+def _with_tokenizers_vocabulary(config: TrainConfig) -> TrainConfig:
+    """Returns `config` with room for every id of its tokenizer, in a vocabulary that divides over its meshes."""
+    divisor = math.lcm(*(layout.mesh.pipeline * layout.mesh.tensor for layout in config.layouts))
     size = math.ceil(tokenizer_vocab_size(config.data) / divisor) * divisor
     if size == config.model.vocab_size:
         return config

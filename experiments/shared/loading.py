@@ -37,18 +37,20 @@ from absl import flags
 from experiments.published_runs.models import find_architecture, what_is_missing
 from experiments.shared.outputs import OutputParser, identity
 from moejax import strict_json
-from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig, check, expand, one_line
+from moejax.config import BalanceConfig, ConfigError, ModelConfig, check, expand, one_line
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, is_flag, load_config_file
 from moejax.planner.hardware import Cluster
 from moejax.presets import PRESETS
 from moejax.train.checkpoint import CheckpointError
+from moejax.train.config import TrainConfig
 from moejax.train.progress import show_logs
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"
 CONFIGS = EXPERIMENTS / "configs"
 MESH_CONFIGS = ROOT / "mesh_configs"
+PLANS = MESH_CONFIGS / "plans"
 FULL_HELP = ("--help=full", "-help=full", "--helpfull", "-helpfull")
 ALIASES = {  # other programs' names for flags and fields: what they may be here
     "config": ("model",), "model": ("config",), "preset": ("config", "model"), "mesh": ("cluster",),
@@ -58,9 +60,11 @@ ALIASES = {  # other programs' names for flags and fields: what they may be here
     "wd": ("config.optimizer.weight_decay",), "epochs": ("config.steps",), "max_steps": ("config.steps",),
     "iters": ("config.steps",), "train_steps": ("config.steps",), "top_k": ("config.model.experts_per_token",),
     "hidden_size": ("config.model.d_model",), "dim": ("config.model.d_model",), "n_layer": ("config.model.num_layers",),
-    "n_head": ("config.model.num_heads",), "block_size": ("config.data.seq_len",), "precision": ("config.model.dtype",),
-    "context_length": ("config.data.seq_len",), "grad_accum": ("config.accumulate",), "bs": ("config.data.batch_size",),
-    "fsdp": ("config.parallel.gather",), "tp": ("mesh.tensor",), "ep": ("mesh.expert",), "pp": ("mesh.pipeline",),
+    "n_head": ("config.model.num_heads",), "block_size": ("config.layout.seq_len",),
+    "precision": ("config.model.dtype",),
+    "context_length": ("config.layout.seq_len",), "grad_accum": ("config.layout.grad_accumulation_steps",),
+    "bs": ("config.layout.batch_size",),
+    "fsdp": ("config.layout.gather",), "tp": ("mesh.tensor",), "ep": ("mesh.expert",), "pp": ("mesh.pipeline",),
 }  # fmt: skip
 HELP = ("-h", "--h", "-help", "--help", "-helpshort", "--helpshort", *FULL_HELP)
 
@@ -238,7 +242,8 @@ class Flags(flags.FlagValues):
 def _named(value: str) -> list[Path]:
     """Returns the files that the value of a flag may name, by itself or with commas between."""
     texts = [value, *value.split(",")]
-    places = [(Path(os.path.expanduser(t)), ROOT / t, CONFIGS / f"{t}.py", MESH_CONFIGS / f"{t}.py") for t in texts]
+    folders = (CONFIGS, MESH_CONFIGS, PLANS)
+    places = [(Path(os.path.expanduser(t)), ROOT / t, *(folder / f"{t}.py" for folder in folders)) for t in texts]
     return [path for path in itertools.chain(*places) if os.path.isfile(path)]
 
 
@@ -257,7 +262,7 @@ def load_cluster(name: str) -> Cluster:
     """The cluster of a name in mesh_configs or of a file: its `get_cluster()`, else the devices that its mesh takes."""
     path = find(name, MESH_CONFIGS)
     if path is None:
-        raise ConfigError(_unknown("cluster", name, mesh_names()))
+        raise ConfigError(unknown("cluster", name, mesh_names()))
     found = call_in_file(path, "get_cluster", "Cluster")
     check(
         found is None or isinstance(found, Cluster),
@@ -274,7 +279,7 @@ def load_config(name: str, flag: str = "config") -> TrainConfig:
     if name in PRESETS:
         model = PRESETS[name]()
         return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
-    raise ConfigError(_unknown(flag, name, config_names(), _why_not(name)))
+    raise ConfigError(unknown(flag, name, config_names(), _why_not(name)))
 
 
 def _why_not(name: str) -> str:
@@ -294,9 +299,12 @@ def _why_not(name: str) -> str:
 
 def load_mesh_config(name: str) -> MeshConfig:
     """The mesh of a file, or of a name in mesh_configs."""
-    path = find(name, MESH_CONFIGS)
+    path = find(name, MESH_CONFIGS) or find(name, PLANS)
     if path is None:
-        raise ConfigError(_unknown("mesh", name, mesh_names()))
+        raise ConfigError(unknown("mesh", name, mesh_names()))
+    if call_in_file(path, "get_config", "MeshConfig") is None:
+        is_plan = call_in_file(path, "get_layouts", "tuple[Layout, ...]") is not None
+        check(not is_plan, f"--mesh={name} is a plan; write --plan={name}")
     return load_config_file(path, MeshConfig)
 
 
@@ -319,11 +327,17 @@ def mesh_names() -> list[str]:
     return sorted(_names(MESH_CONFIGS))
 
 
+def plan_names() -> list[str]:
+    """Returns what --plan takes beside files."""
+    return sorted(_names(PLANS))
+
+
 def _names(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
 
 
-def _unknown(flag: str, name: str, names: list[str], problem: str = "does not exist") -> str:
+def unknown(flag: str, name: str, names: list[str], problem: str = "does not exist") -> str:
+    """Says that --flag takes no `name`, and which it does."""
     close = difflib.get_close_matches(name, names, n=1)
     if "=" in name:  # --config steps=20
         close = [f"--{flag}.{name}"]

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 from absl import flags
 
 from experiments.shared.common import ConfigFlags
-from moejax.config import TrainConfig
-from moejax.mesh import MeshConfig
-from moejax.overrides import from_record
-from moejax.train.resume import Run, read_record
-from moejax.train.schedule import Bucket
+from moejax.layout import Layout
+from moejax.train.config import TrainConfig
+from moejax.train.resume import read_record
 
 
 class RunFlags(ConfigFlags):
     """The flags of a script that trains, with --workdir and --override.
 
-    If --workdir holds a run, its record replaces the defaults of --config and --mesh. Flags that are given still count;
-    `Trainer` then compares what was asked for with the record.
+    If --workdir holds a run, its record replaces the defaults of --config and of --mesh or --plan. Flags that are given
+    still count; `Trainer` then compares what was asked for with the record.
     """
 
     def __init__(self, usage: str | None, *, first: Mapping[str, str]) -> None:
@@ -33,31 +30,22 @@ class RunFlags(ConfigFlags):
             "override", False, "Resume the run in --workdir even if flags make it another one.", flag_values=self
         )
 
-    def plan_buckets(self) -> tuple[Bucket, ...]:
-        """Returns the buckets of the plan that `--mesh` names, or without it those of the run in --workdir."""
-        run = self._run("mesh")
-        return super().plan_buckets() if run is None else run.buckets
-
     def _base_config(self, name: str) -> TrainConfig:
         run = self._run("config")
-        return super()._base_config(name) if run is None else run.config
+        return super()._base_config(name) if run is None else run
 
-    def _base_mesh(self) -> MeshConfig:
-        run = self._run("mesh")
+    def _layouts(self, config: TrainConfig) -> tuple[tuple[Layout, ...], str]:
+        run = self._run("mesh") if self.plan is None else None
         if run is None:
-            return super()._base_mesh()
-        mesh_config, lines = from_record(MeshConfig, run.mesh, "mesh")
-        for line in lines:
-            print(f"the record in {self.workdir}: {line}", file=sys.stderr)
-        return mesh_config
+            return super()._layouts(config)
+        if len(run.layouts) > 1:
+            return run.layouts, f"the run in --workdir={self.workdir} follows a plan"
+        return (config.layout.replace(mesh=run.layout.mesh),), ""
 
     def _vocabulary_follows(self, overrides: Mapping[str, str]) -> bool:
         return self._run("config") is None and super()._vocabulary_follows(overrides)
 
-    def _plan_name(self) -> str:
-        return super()._plan_name() if self._run("mesh") is None else f"the run in --workdir={self.workdir}"
-
-    def _run(self, flag: str) -> Run | None:
+    def _run(self, flag: str) -> TrainConfig | None:
         """Returns the run in --workdir; None if there is none, or if `flag`, whose default it replaces, was given."""
         record = None if self[flag].present or self.workdir is None else read_record(self.workdir)
-        return None if record is None else record.run
+        return None if record is None else record.config

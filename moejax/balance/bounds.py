@@ -84,5 +84,5 @@ def roomier(balance: BalanceConfig, dispatch: DispatchConfig) -> str:
     """Returns what would give the dispatch larger buffers."""
     sizes = balance.capacity_factors
     if dispatch.strategy == "capacity" or len(sizes) < 2:
-        return f"a larger dispatch.capacity_factor than {dispatch.capacity_factor:g}"
+        return f"a larger layout.dispatch.capacity_factor than {dispatch.capacity_factor:g}"
     return f"a larger size in balance.capacity_factors than {sizes[-1]:g}"

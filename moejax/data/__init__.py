@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import os
 
+import grain
+
 from moejax.config import DataConfig
 from moejax.data.buckets import BucketShape, make_bucketed_loader
 from moejax.data.corpora import Document, hash_documents, load_corpus, split_documents
@@ -32,11 +34,22 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A tokenizer and the two sides of the split, neither of them empty."""
+    """What `load_data` has read: a tokenizer and the two sides of the split, neither of them empty."""
 
+    config: DataConfig
     tokenizer: Tokenizer
     train_documents: tuple[Document, ...]
     eval_documents: tuple[Document, ...]
+
+    def batches(
+        self, *, seq_len: int, batch_size: int, train: bool = True, report: Report | None = None
+    ) -> grain.DatasetIterator:
+        """Returns an iterator over batches of the text to train on, or else of the held-out text; see `make_loader`."""
+        documents = self.train_documents if train else self.eval_documents
+        return make_loader(
+            self.config, documents, self.tokenizer,
+            seq_len=seq_len, batch_size=batch_size, train=train, report=report,
+        )  # fmt: skip
 
     @functools.cached_property  # hashes all of the text, and every checkpoint holds it
     def fingerprint(self) -> str:
@@ -60,4 +73,5 @@ def load_data(
       ConfigError: as `load_corpus`, `split_documents` and `make_tokenizer`.
     """
     train_documents, eval_documents = split_documents(load_corpus(config.paths, workdir), config.eval_fraction)
-    return Data(make_tokenizer(config, train_documents, cache_dir, report), train_documents, eval_documents)
+    tokenizer = make_tokenizer(config, train_documents, cache_dir, report)
+    return Data(config, tokenizer, train_documents, eval_documents)

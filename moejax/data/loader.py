@@ -34,14 +34,15 @@ def make_loader(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     *,
-    batch_size: int | None = None,
+    seq_len: int,
+    batch_size: int,
     train: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     report: Report | None = None,
 ) -> grain.DatasetIterator:
     """Tokenizes `documents` and returns an iterator over batches of them.
 
-    A batch is a dict of int32[B, S] with B = `batch_size` (default `config.batch_size`) and S = `config.seq_len`:
+    A batch is a dict of int32[B, S] with B = `batch_size` and S = `seq_len`:
       tokens: consecutive tokens of the stream of documents, each led by `tokenizer.separator`. No padding.
       targets: the token that follows each; the last one's is the first token of the stream's next row.
       segment_ids: 1 at a row's start, one more from each later separator on.
@@ -59,15 +60,15 @@ def make_loader(
     11.7 MB.
 
     Raises:
-      ConfigError: `batch_size` is not positive, or the documents have no text.
+      ConfigError: `seq_len` or `batch_size` is not positive, or the documents have no text.
     """
-    batch_size = config.batch_size if batch_size is None else batch_size
-    check(batch_size > 0, f"batch_size={batch_size} must be positive")
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        check(value > 0, f"{name}={value} must be positive")
     encoded = encode_documents(documents, tokenizer, cache_dir, report)
-    rows = Rows(encoded, config.seq_len, tokenizer.separator, config.seed if train else None)
+    rows = Rows(encoded, seq_len, tokenizer.separator, config.seed if train else None)
     if train:
         return start(shuffled_batches(rows, batch_size, config.seed))
-    held, needed = len(encoded.tokens), batch_size * config.seq_len + 1
+    held, needed = len(encoded.tokens), batch_size * seq_len + 1
     if held < needed:
         _log.warning("held-out text of %d tokens is repeated to fill one batch, which takes %d", held, needed)
     num_rows = max(rows.per_epoch, batch_size)

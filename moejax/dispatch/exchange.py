@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.config import DispatchConfig, ModelConfig, Strategy
+from moejax.config import DispatchConfig, ModelConfig, Strategy, WireDtype
 from moejax.dispatch import float8
 from moejax.dispatch.ordering import Order, nothing_before, wait_for
 from moejax.mesh import EXPERT, TENSOR
 from moejax.nn.collectives import all_to_all
 
 SENDERS = (EXPERT, TENSOR)  # whose tokens meet at an expert, also where its width is split over `tensor`
-WireDtype = Literal["compute", "float8"]
 
 
 @partial(
@@ -53,8 +51,7 @@ class Exchange:
     def make(cls, config: DispatchConfig, model: ModelConfig, num_tokens: int, hosts: int) -> Exchange:
         """Returns the exchange of devices that dispatch `num_tokens` tokens each, with no dispatch before it."""
         capacity = config.capacity(num_tokens, model)
-        wire_dtype: WireDtype = "float8" if config.payload == "float8" else "compute"
-        return cls(config.strategy, config.expert_axes, hosts, capacity, config.chunks, wire_dtype)
+        return cls(config.strategy, config.expert_axes, hosts, capacity, config.chunks, config.wire_dtype)
 
     def wait_for_previous(self, x: jax.Array) -> jax.Array:
         """Returns `x`, once the dispatch before this one has filled its first buffer."""

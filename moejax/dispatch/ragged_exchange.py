@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.config import WireDtype
 from moejax.dispatch import float8
-from moejax.dispatch.exchange import Exchange, WireDtype, host_groups
+from moejax.dispatch.exchange import Exchange, host_groups
 from moejax.kernels.manual import vary, varying
 from moejax.nn.collectives import ragged_all_to_all
 

@@ -11,11 +11,11 @@ import numpy as np
 from jax import lax
 
 from moejax.config import check
+from moejax.layout import VOCAB_AXES
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.nn.collectives import psum_scatter
 from moejax.nn.weights import compute_copy
 from moejax.remat import NETWORK, named
-from moejax.sharding import VOCAB_AXES
 
 IGNORED = -100  # a target that the loss leaves out, as in PyTorch and in the collators of many libraries
 

@@ -4,20 +4,19 @@
 
     cluster = planner.Cluster("mine", planner.get_device("h100"), hosts=2, devices_per_host=8)
     choice = planner.find_plan(planner.Request(model, cluster, seq_len=4096, batch_size=32))
-    print(choice.best.plan, choice.best.memory, choice.best.time)
+    print(choice.best.layout, choice.best.memory, choice.best.time)
 
 Start reading at `work` (the language), then `program` (what a step costs), `memory`, `time` and `search`. `trace`
 counts the same from the program itself, without devices.
 """
 
+from moejax.layout import DoesNotFitError
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import DEVICES, Cluster, Constant, Device, Link, get_device, load_calibration
 from moejax.planner.memory import Memory, predict_memory
-from moejax.planner.plan import Plan
-from moejax.planner.predict import Prediction, predict_plan
+from moejax.planner.predict import Prediction, predict_layout
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan
 from moejax.planner.time import StepTime, predict_time
-from moejax.train.memory_guard import DoesNotFitError
 
 __all__ = [
     "DEVICES",
@@ -29,7 +28,6 @@ __all__ = [
     "DoesNotFitError",
     "Link",
     "Memory",
-    "Plan",
     "Prediction",
     "Request",
     "StepTime",
@@ -37,7 +35,7 @@ __all__ = [
     "find_plan",
     "get_device",
     "load_calibration",
+    "predict_layout",
     "predict_memory",
-    "predict_plan",
     "predict_time",
 ]

@@ -24,9 +24,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from moejax.config import ConfigError
-from moejax.pipeline import num_ticks
-from moejax.planner.plan import Plan
+from moejax.config import ConfigError, ModelConfig
+from moejax.layout import Layout
+from moejax.planner.work import Mode
 
 Moment = Literal["backward", "loss", "update", "serve"]
 
@@ -68,38 +68,36 @@ class Memory:
         return {field.name: getattr(self, field.name) for field in fields}
 
 
-def predict_memory(plan: Plan) -> Memory:
-    """What a device holds at the peak of one step of the plan. The plan must fit its mesh (`check_layout`)."""
-    if plan.mode != "train":
-        return _serve(plan)
-    s = Sizes(plan)
+def predict_memory(model: ModelConfig, layout: Layout, mode: Mode = "train") -> Memory:
+    """What a device holds at the peak of one step. The model must fit the layout (`Layout.check`)."""
+    if mode != "train":
+        return _serve(model, layout, mode)
+    s = Sizes(model, layout)
     return max((_backward(s), _loss(s), _update(s)), key=lambda memory: memory.peak_bytes)
 
 
 class Sizes:
     """Elements and rows of one device that the moments are made of."""
 
-    def __init__(self, plan: Plan) -> None:
-        m, mesh, parallel, dispatch = plan.model, plan.mesh, plan.parallel, plan.dispatch
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
+        layout = layout.resolve()
+        m, mesh, dispatch = model, layout.mesh, layout.dispatch
         e, p, t = mesh.expert, mesh.pipeline, mesh.tensor
-        self.plan, self.a = plan, _ITEMSIZE[m.dtype]
-        self.on_tpu = mesh.hardware.startswith("tpu")
-        self.policy = parallel.remat_policy(plan.seq_len)
-        self.gather_step = parallel.gather == "step"
+        self.model, self.layout, self.a = model, layout, _ITEMSIZE[m.dtype]
+        self.on_tpu = mesh.platform == "tpu"
+        self.policy = layout.remat
+        self.gather_step = layout.gather == "step"
         self.folded = "tensor" in dispatch.expert_axes
         self.width = 1 if self.folded else t
         over = e * t if self.folded else e  # devices that experts are spread over
-        self.exchanges = e * t > 1
 
         # The schedule: sequences and tokens of a microbatch and of its parts.
-        self.ticks = num_ticks(parallel.num_microbatches, p, parallel.repeats)
+        self.ticks, self.parts = layout.ticks, layout.batch_split
         self.layers = m.num_moe_layers // p
-        self.chunk = self.layers // parallel.repeats
-        sequences = plan.batch_size // (mesh.replica * e)
-        self.batch_tokens = sequences * plan.seq_len
-        self.sequences = sequences // (parallel.num_microbatches * plan.accumulate)
-        self.parts = parallel.parts(self.sequences, overlaps=self.exchanges and mesh.hardware != "cpu")
-        self.microbatch = self.sequences * plan.seq_len // t
+        self.chunk = layout.layers_per_chunk(m)
+        self.batch_tokens = layout.tokens // layout.batch_shards
+        self.sequences = layout.sequences_per_microbatch
+        self.microbatch = self.sequences * layout.seq_len // t
         self.T = self.microbatch // self.parts
         self.A = self.T * t
 
@@ -128,9 +126,9 @@ class Sizes:
         if dispatch.strategy == "ragged":
             self.sent = min(self.sent, over * self.assignments)
             self.X = self.sent * self.width
-        if not self.exchanges:
+        if not layout.exchanges:
             self.sent = self.X = self.assignments
-        by_row = dispatch.strategy == "ragged" or not self.exchanges
+        by_row = dispatch.strategy == "ragged" or not layout.exchanges
         self.sent_rows = self.assignments if by_row else self.sent
 
     @property
@@ -141,7 +139,7 @@ class Sizes:
 
     def saved_attention(self, tokens: float) -> float:
         """Bytes that the policy saves of the attention of tokens that lie on this device, the layer's input with it."""
-        m, a, t = self.plan.model, self.a, self.plan.mesh.tensor
+        m, a, t = self.model, self.a, self.layout.mesh.tensor
         if self.policy == "full":
             return a * m.d_model * tokens
         total = a * m.d_model * (2 + t) * tokens  # input, gathered over `tensor`, scattered after
@@ -152,7 +150,7 @@ class Sizes:
     @property
     def saved_layer(self) -> float:
         """Bytes that the policy saves of one layer and microbatch."""
-        m, a = self.plan.model, self.a
+        m, a = self.model, self.a
         D, f = m.d_model, m.d_ff // self.width
         total = self.saved_attention(self.microbatch)
         if self.policy == "full":
@@ -169,13 +167,13 @@ class Sizes:
     @property
     def hidden(self) -> float:
         """Hidden states of all microbatches."""
-        return self.a * self.plan.model.d_model * self.plan.parallel.num_microbatches * self.microbatch
+        return self.a * self.model.d_model * self.layout.num_microbatches * self.microbatch
 
     @property
     def saved_dense(self) -> float:
         """Bytes that the policy saves of all leading dense layers, whose tokens the stages share."""
-        m = self.plan.model
-        tokens = self.plan.parallel.num_microbatches * self.microbatch / self.plan.mesh.pipeline
+        m = self.model
+        tokens = self.layout.num_microbatches * self.microbatch / self.layout.mesh.pipeline
         hidden = 0 if self.policy in ("full", "collectives") else self.a * 2 * m.dense_d_ff
         return m.num_dense_layers * (self.saved_attention(tokens) + hidden * tokens)
 
@@ -203,37 +201,37 @@ class Sizes:
     def table_gradients(self) -> float:
         """Of the vocabulary, float32: on a GPU as gathered, for both ends of the model where a loop sums them up."""
         if self.on_tpu:
-            return _FLOAT32 * self.table / self.plan.mesh.expert
-        return (1 if self.plan.parallel.num_microbatches == 1 else 2) * _FLOAT32 * self.table
+            return _FLOAT32 * self.table / self.layout.mesh.expert
+        return (1 if self.layout.num_microbatches == 1 else 2) * _FLOAT32 * self.table
 
     @property
     def accumulated(self) -> float:
         """Gradients of the slices before, as they are stored, float32."""
-        return _FLOAT32 * self.stored if self.plan.accumulate > 1 else 0.0
+        return _FLOAT32 * self.stored if self.layout.grad_accumulation_steps > 1 else 0.0
 
     @property
     def logits(self) -> float:
         """Of one microbatch, float32."""
-        return _FLOAT32 * self.sequences * self.plan.seq_len * self.vocab
+        return _FLOAT32 * self.sequences * self.layout.seq_len * self.vocab
 
 
 def _backward(s: Sizes) -> Memory:
-    m, a = s.plan.model, s.a
+    m, a = s.model, s.a
     ticks_add_up = s.ticks > 1  # otherwise nothing is cut out of stacks, and no sum goes from tick to tick
     gradients: float = s.layers * s.layer_gradients + s.table_gradients + s.accumulated
     slices: float = s.W * (a if s.on_tpu else _FLOAT32)  # the layer's experts
     if ticks_add_up:
         gradients += s.chunk * s.layer_gradients
         slices += s.chunk * s.saved_layer
-    if s.plan.parallel.repeats > 1:  # the chunk's weights
+    if s.layout.pipeline_repeats > 1:  # the chunk's weights
         slices += s.chunk * s.layer_gradients
     rows, experts = _dispatch_backward(s)
-    heads = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.plan.mesh.tensor * m.head_dim
+    heads = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.layout.mesh.tensor * m.head_dim
     attention = heads * (1 if s.policy == "full" else s.parts) + a * m.d_model * (s.A * (1 + s.parts) + 6 * s.T)
     # Without a loop over microbatches the schedule puts off the output table's gradient until after the layers.
-    logits = (1 if s.on_tpu else 2) * s.logits if s.plan.parallel.num_microbatches == 1 else 0.0
+    logits = (1 if s.on_tpu else 2) * s.logits if s.layout.num_microbatches == 1 else 0.0
     # Of two slices the second is no loop, and XLA runs both forward passes first; of more, one is held at a time.
-    held = 2 if s.plan.accumulate == 2 else 1
+    held = 2 if s.layout.grad_accumulation_steps == 2 else 1
     return Memory(
         "backward", **s.state, gradients=gradients, compute_copies=s.copies,
         activations=held * s.activations + a * m.d_model * s.microbatch, dispatch_buffers=rows,
@@ -247,7 +245,7 @@ def _dispatch_backward(s: Sizes) -> tuple[float, float]:
     The larger of two moments: in a further round, computed again, while float32 gradients of the first round and of
     the part before wait; or earlier, in the first round of two parts, where rows are many for the size of the experts.
     """
-    m, a = s.plan.model, s.a
+    m, a = s.model, s.a
     row, hidden = a * m.d_model * s.X, a * m.d_ff // s.width * s.X
     parts = min(s.parts, 2)
     waiting = s.W * _FLOAT32 * parts
@@ -261,7 +259,7 @@ def _dispatch_backward(s: Sizes) -> tuple[float, float]:
 
 
 def _loss(s: Sizes) -> Memory:
-    saved = s.plan.parallel.num_microbatches if s.policy == "none" else 0
+    saved = s.layout.num_microbatches if s.policy == "none" else 0
     return Memory(
         "loss", **s.state, gradients=_FLOAT32 * s.table + s.accumulated,
         compute_copies=s.copies + (_FLOAT32 + s.a) * s.table,
@@ -278,23 +276,23 @@ def _update(s: Sizes) -> Memory:
     )  # fmt: skip
 
 
-def _serve(plan: Plan) -> Memory:
+def _serve(model: ModelConfig, layout: Layout, mode: Mode) -> Memory:
     """Inference without a serving step to compile yet: weights in the compute dtype, the dense ones whole on each
     device of `expert`; keys and values of every sequence; one layer's insides.
     """
-    if plan.mode not in ("prefill", "decode"):
-        raise ConfigError(f"mode={plan.mode!r} must be train, prefill or decode")
-    m, mesh = plan.model, plan.mesh
-    s = Sizes(dataclasses.replace(plan, seq_len=mesh.tensor) if plan.mode == "decode" else plan)
+    if mode not in ("prefill", "decode"):
+        raise ConfigError(f"mode={mode!r} must be train, prefill or decode")
+    m, mesh = model, layout.mesh
+    s = Sizes(model, layout.replace(seq_len=mesh.tensor) if mode == "decode" else layout)
     parameters = s.layers * (s.P + s.W) + m.num_dense_layers * s.dense_layer + 2 * s.table
-    sequences = plan.batch_size // (mesh.replica * mesh.expert)
-    length = plan.seq_len + (plan.mode == "decode")
+    sequences = layout.batch_size // layout.batch_shards
+    length = layout.seq_len + (mode == "decode")
     kv_cache = m.num_layers / mesh.pipeline * sequences * length * 2 * m.num_kv_heads / mesh.tensor * m.head_dim
     D, f = m.d_model, m.d_ff // s.width
     heads = (2 * m.num_heads + 2 * m.num_kv_heads) // mesh.tensor * m.head_dim
     return Memory(
         "serve", parameters=s.a * parameters, optimizer=0.0, batch=4.0 * s.batch_tokens, gradients=0.0,
-        compute_copies=0.0, activations=s.a * 2 * s.plan.parallel.num_microbatches * s.microbatch * D,
+        compute_copies=0.0, activations=s.a * 2 * s.layout.num_microbatches * s.microbatch * D,
         dispatch_buffers=s.a * D * (s.sent_rows + s.X) * s.parts,
         workspace=s.a * s.parts * (3 * f * s.X + s.A * (heads + D)), logits=4.0 * sequences * s.vocab,
         kv_cache=s.a * kv_cache, temporaries=0.0,

@@ -5,8 +5,9 @@ then logits and loss; what weights cost by themselves; the optimizer. Each part 
 what a rematerialization policy knows the result as; `moejax.planner.passes` writes the other passes from that.
 
 For FLOPs by phase and pass, bytes sent by (phase, pass, kind, axes) and bytes of parameters it equals the trace of the
-program for accelerators exactly (tests/planner/test_program.py), a microsecond an entry. Bubbles are computed there, so
-they count. Memory operations are the main ones of a compiler that fuses elementwise work, which no trace can tell.
+program for accelerators exactly (tests/planner/test_closed_forms.py), a microsecond an entry. Bubbles are computed
+there, so they count. Memory operations are the main ones of a compiler that fuses elementwise work, which no trace can
+tell.
 
 Names: B sequences of a device in one forward-backward pass, b those of a part of a microbatch, S sequence, s = S /
 tensor, T = b s tokens of a part, D model, E experts, e this device's, C rows a sender reserves for an expert.
@@ -20,14 +21,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from moejax import sharding
-from moejax.config import check
+from moejax.balance import LayerStats
+from moejax.compiler import Platform
+from moejax.config import BalanceConfig, ModelConfig, check
+from moejax.dispatch.exchange import SENDERS
 from moejax.kernels.attention import cost
 from moejax.kernels.grouped_matmul.cost import padded_rows
+from moejax.kernels.top_k_routing.reference import POSITIONS_BLOCK
+from moejax.layout import VOCAB_AXES, Layout
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
-from moejax.pipeline import num_ticks
 from moejax.planner.passes import Passes, Result
-from moejax.planner.plan import Plan
-from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Pass, Phase, Work
+from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Mode, Pass, Phase, Work
 from moejax.sharding import Param
 
 # Products of queries by tokens in the attention kernels, forward and backward.
@@ -35,62 +39,54 @@ _ATTENTION_PRODUCTS = {
     "gpu": (cost.PRODUCTS["mha_forward"], cost.PRODUCTS["mha_backward"]),
     "tpu": (cost.PRODUCTS["splash_mha_fwd"], cost.PRODUCTS["splash_mha_dq"] + cost.PRODUCTS["splash_mha_dkv"]),
 }
-_POSITIONS_BLOCK = 64  # tokens of a block in which `moejax.dispatch.slots.positions` counts by a product
-_SENDERS = (EXPERT, TENSOR)  # whose tokens meet at an expert
-_STATISTICS = (2, 7)  # arrays of `moejax.balance.LayerStats`: with a number for each expert, and with one alone
 
 
-def work(plan: Plan) -> Work:
-    """What each device does in a step of the plan, on accelerators; a mesh of CPUs counts as one of GPUs.
+def work(model: ModelConfig, layout: Layout, mode: Mode = "train") -> Work:
+    """What each device does in a step, on accelerators; a mesh of CPUs counts as one of GPUs.
 
     Raises:
-      ConfigError: the plan does not fit together, or is one of decoding, for which there is no step yet.
+      ConfigError: the model does not fit the layout, or the mode is decoding, for which there is no step yet.
     """
-    check(plan.mode != "decode", "mode='decode' has no program yet; use 'train' or 'prefill'")
-    step = _Step(plan)
+    check(mode != "decode", "mode='decode' has no program yet; use 'train' or 'prefill'")
+    step = _Step(model, layout, mode)
     items = [*step.embed(), *step.dense_layers(), *step.layers(), *step.pipeline(), *step.weights()]
-    if plan.mode == "prefill":
+    if mode == "prefill":
         return [item for item in (*items, *step.next_token()) if item.pass_ == "forward"]
     return [*step.count_ahead(), *items, *step.logits(), *step.loss(), *step.update()]
 
 
-def param_bytes(plan: Plan) -> float:
+def param_bytes(model: ModelConfig, layout: Layout) -> float:
     """Bytes of the parameters that one device stores."""
-    step = _Step(plan)
+    step = _Step(model, layout, "train")
     return sum(4 * step.stored_elements(p) for _, p in _named(step.table))
 
 
 class _Step(Passes):
-    """One step of a plan, part by part."""
+    """One step, part by part."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__({REPLICA: 1} | plan.mesh.shape, plan.model.dtype, plan.parallel.remat_policy(plan.seq_len))
-        self.plan, self.model, self.parallel, self.dispatch = plan, plan.model, plan.parallel, plan.dispatch
-        sharding.check_layout(
-            plan.model, plan.dispatch, plan.parallel, plan.mesh,
-            batch_size=plan.batch_size, seq_len=plan.seq_len,
-            accumulate=plan.accumulate if plan.mode == "train" else 1,
-        )  # fmt: skip
-        mesh, m = plan.mesh, plan.model
-        self.platform = "tpu" if mesh.hardware.startswith("tpu") else "gpu"
-        self.table = sharding.param_table(m, plan.dispatch, plan.parallel, mesh)
-        self.num_slices = plan.accumulate if plan.mode == "train" else 1
-
-        self.B = plan.batch_size // (self.size[REPLICA] * self.size[EXPERT] * self.num_slices)
-        self.S, self.s = plan.seq_len, plan.seq_len // self.size[TENSOR]
-        microbatch = self.B // plan.parallel.num_microbatches
-        self.exchanges = self.size[EXPERT] * self.size[TENSOR] > 1
-        self.parts = plan.parallel.parts(microbatch, overlaps=self.exchanges)
-        self.microbatch, self.b = microbatch, microbatch // self.parts
-        self.ticks = num_ticks(plan.parallel.num_microbatches, self.size[PIPELINE], plan.parallel.repeats)
-        self.chunk = m.num_moe_layers // (plan.parallel.repeats * self.size[PIPELINE])
+    def __init__(self, model: ModelConfig, layout: Layout, mode: Mode) -> None:
+        if mode != "train":
+            layout = layout.replace(grad_accumulation_steps=1)
+        layout.check(model)
+        self.platform: Platform = "tpu" if layout.mesh.platform == "tpu" else "gpu"
+        layout = layout.resolve(self.platform)
+        super().__init__({REPLICA: 1} | layout.mesh.shape, model.dtype, layout.remat)
+        self.model, self.layout, self.dispatch = model, layout, layout.dispatch
+        self.balance = BalanceConfig.suited_to(model)  # what a run has unless it says otherwise
+        self.table = sharding.param_table(model, layout)
+        self.num_slices = layout.grad_accumulation_steps
+        self.B, self.S, self.s = layout.sequences_per_slice, layout.seq_len, layout.local_seq_len
+        self.microbatch = layout.sequences_per_microbatch
+        self.b, self.T = layout.sequences_per_part, layout.tokens_per_part
+        self.parts, self.ticks, self.chunk = layout.batch_split, layout.ticks, layout.layers_per_chunk(model)
+        self.capacity = layout.capacity(model)
         self.layer_runs = self.num_slices * self.ticks * self.chunk
 
     # The parts, in the order of the program.
 
     def count_ahead(self) -> Iterator[Matmul | Collective | MemoryOp]:
         """The forward pass over all accumulated slices that counts assignments for their load-balance loss."""
-        if self.num_slices == 1 or not self.plan.balance.aux_loss_weight:
+        if self.num_slices == 1 or not self.balance.aux_loss_weight:
             return
         items = (*self.embed(), *self.dense_layers(), *self.layers(), *self.pipeline(), *self.weights(output=False))
         yield from (item for item in items if item.pass_ == "forward")
@@ -157,10 +153,6 @@ class _Step(Passes):
         if self.model.shared_d_ff:
             yield from self.swiglu(self.T, self.model.shared_d_ff, times)
 
-    @property
-    def T(self) -> int:
-        return self.b * self.s
-
     def route(self, times: float) -> Iterator[Matmul | MemoryOp]:
         """The router's kernel; its backward pass makes the logits again."""
         m = self.model
@@ -174,7 +166,7 @@ class _Step(Passes):
     def mixture(self, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """Tokens to their experts and back, by the strategy of the dispatch."""
         assignments = self.T * self.model.experts_per_token
-        if self.grouped and not self.exchanges:
+        if self.grouped and not self.layout.exchanges:
             rows = assignments
             yield from self.experts(rows, times)
         elif self.grouped:
@@ -190,7 +182,9 @@ class _Step(Passes):
     @property
     def grouped(self) -> bool:
         """Whether experts take rows sorted by expert, not buffers of equal size."""
-        return self.dispatch.strategy == "ragged" or (self.dispatch.strategy == "dropless" and not self.exchanges)
+        return self.dispatch.strategy == "ragged" or (
+            self.dispatch.strategy == "dropless" and not self.layout.exchanges
+        )
 
     def weighted_sum(self, times: float) -> Iterator[Matmul]:
         """Of a token's results, by its gates: a product of [1, K] and [K, D] for each."""
@@ -199,20 +193,21 @@ class _Step(Passes):
         for pass_, number in passes:
             yield Matmul("combine", pass_, 1, m.d_model, m.experts_per_token, self.T, number * times, "float32")
 
-    @property
-    def capacity(self) -> int:
-        return self.dispatch.capacity(self.T, self.model)
-
     def buffers(self, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """One round of buffers of equal size, in chunks that travel and compute by themselves."""
         m, d = self.model, self.dispatch
         if d.strategy == "capacity":
             yield from self.highest_gates(times)
-        yield from self.no_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")  # the number of rounds
+        yield from self.no_gradient("dispatch", "all_reduce", SENDERS, 4, times, "recomputed")  # the number of rounds
         rows, chunks = m.num_experts * self.capacity / d.chunks, times * d.chunks
         full, packed = rows * m.d_model * self.itemsize, self.packed_bytes(rows)
         exchange = functools.partial(
-            self.collective, kind="all_to_all", axes=d.expert_axes, times=chunks, result="network", hosts=d.hosts
+            self.collective,
+            kind="all_to_all",
+            axes=d.expert_axes,
+            times=chunks,
+            result="network",
+            hosts=self.layout.exchange_hosts,
         )
         yield from exchange("dispatch", num_bytes=packed, back_bytes=full)
         yield from self.experts(rows, chunks)
@@ -221,15 +216,15 @@ class _Step(Passes):
     def packed_bytes(self, rows: float) -> float:
         """Rows on their way to experts: as they are, or a byte a number and a scale."""
         D = self.model.d_model
-        return rows * (D + 4 if self.dispatch.payload == "float8" else D * self.itemsize)
+        return rows * (D + 4 if self.dispatch.wire_dtype == "float8" else D * self.itemsize)
 
     def highest_gates(self, times: float) -> Iterator[Matmul | Collective]:
         """Every device sorts all senders' assignments by gate, and counts positions anew by a product."""
         assignments, E = self.T * self.model.experts_per_token, self.model.num_experts
         for _ in ("gate", "expert"):
-            yield from self.no_gradient("dispatch", "all_gather", _SENDERS, 4 * assignments, times, "result")  # sorted
-        yield from self.no_gradient("dispatch", "all_reduce", _SENDERS, 4 * E, times, "result")
-        block = min(_POSITIONS_BLOCK, self.T)
+            yield from self.no_gradient("dispatch", "all_gather", SENDERS, 4 * assignments, times, "result")  # sorted
+        yield from self.no_gradient("dispatch", "all_reduce", SENDERS, 4 * E, times, "result")
+        block = min(POSITIONS_BLOCK, self.T)
         for pass_ in self.passes_of("result"):
             yield Matmul("dispatch", pass_, block, E, block, math.ceil(self.T / block), times, "float32")
 
@@ -244,7 +239,7 @@ class _Step(Passes):
         """Exactly the rows that are assigned; as the trace does, as many as sender and receiver have room for."""
         m, d = self.model, self.dispatch
         yield from self.no_gradient("dispatch", "all_gather", d.expert_axes, 4 * m.num_experts, times, "recomputed")
-        yield from self.no_gradient("dispatch", "all_reduce", _SENDERS, 4, times, "recomputed")
+        yield from self.no_gradient("dispatch", "all_reduce", SENDERS, 4, times, "recomputed")
         chunks = times * d.chunks
         yield from self.ragged_hops("dispatch", chunks)
         yield from self.experts(self.ragged_rows, chunks)
@@ -253,7 +248,7 @@ class _Step(Passes):
     def ragged_hops(self, phase: Phase, times: float) -> Iterator[Collective]:
         """Inside the host from the sender's rows to those for all hosts' receivers, then across to one receiver's."""
         axes, num_devices = self.devices(self.dispatch.expert_axes)
-        hosts, here = self.dispatch.hosts, self.T * self.model.experts_per_token
+        hosts, here = self.layout.exchange_hosts, self.T * self.model.experts_per_token
         hops = [(min(here, hosts * self.ragged_rows), num_devices // hosts), (self.ragged_rows, hosts)]
         for rows, devices in hops if hosts > 1 else [(min(here, self.ragged_rows), num_devices)]:
             there, back = self.packed_bytes(rows), rows * self.model.d_model * self.itemsize
@@ -289,7 +284,7 @@ class _Step(Passes):
     def pipeline(self) -> Iterator[Collective | MemoryOp]:
         """Every tick hands the next stage its microbatch; at the end the first stage hands all of them to all."""
         one = self.microbatch * self.s * self.model.d_model * self.itemsize
-        times, everything = self.num_slices * self.ticks, one * self.parallel.num_microbatches
+        times, everything = self.num_slices * self.ticks, one * self.layout.num_microbatches
         yield from self.collective("pipeline", "ppermute", (PIPELINE,), one, times)
         yield from self.no_gradient("pipeline", "all_reduce", (PIPELINE,), everything, self.num_slices)
         if not self.model.num_dense_layers:  # what every stage has embedded: the sum of its gradient
@@ -301,12 +296,12 @@ class _Step(Passes):
 
     def statistics(self) -> list[int]:
         """Numbers in each array of sums that the router's losses and figures need of this stage's layers."""
-        layers, (by_expert, alone) = self.parallel.repeats * self.chunk, _STATISTICS
-        return [layers * self.model.num_experts] * by_expert + [layers] * alone
+        layers, m = self.layout.pipeline_repeats * self.chunk, self.model
+        return [layers * (m.num_experts if name.endswith("_E") else 1) for name in LayerStats._fields]
 
     def logits(self) -> Iterator[Matmul | Collective | MemoryOp]:
         """This device's columns for every token of a microbatch, all stages on the same tokens."""
-        m, times = self.model, self.num_slices * self.parallel.num_microbatches
+        m, times = self.model, self.num_slices * self.layout.num_microbatches
         tokens, local = self.microbatch * self.S, self.microbatch * self.s * m.d_model
         yield from self.collective("logits", "all_gather", (TENSOR,), local * self.itemsize, times, "network")
         yield from self.matmul("logits", tokens, self.vocabulary, m.d_model, times, "result")
@@ -327,10 +322,10 @@ class _Step(Passes):
 
     def loss(self) -> Iterator[Collective | MemoryOp]:
         """The softmax over columns of all devices, and means over all tokens."""
-        times, tokens = self.num_slices * self.parallel.num_microbatches, self.microbatch * self.S
+        times, tokens = self.num_slices * self.layout.num_microbatches, self.microbatch * self.S
         results: tuple[Result, ...] = ("network", "network", "unused")  # largest logit, normalizer, the target's logit
         for result in results:
-            yield from self.no_gradient("loss", "all_reduce", sharding.VOCAB_AXES, 4 * tokens, times, result)
+            yield from self.no_gradient("loss", "all_reduce", VOCAB_AXES, 4 * tokens, times, result)
         yield from self.in_pass("loss", "update", (REPLICA, EXPERT), 3 * 4, 1)  # targets counted, ids out of range
         yield from self.no_gradient("loss", "all_reduce", (REPLICA, EXPERT), 4, self.num_slices)
         yield from self.no_gradient("loss", "all_reduce", (PIPELINE,), 4, self.num_slices)  # of the router
@@ -354,14 +349,14 @@ class _Step(Passes):
                 continue
             elements = self.stored_elements(p)
             yield from self.in_pass("gather", "backward", (REPLICA,), 4 * elements, self.num_slices)
-            if path[-1] == "router_bias_E":  # used as it lies; its gradient is zeros
+            if p.compute_dtype is None:  # its gradient is zeros
                 continue
             if p.gather:
                 pieces, times, result = self.gathers(path, output)
                 yield from self.collective("gather", "all_gather", p.gather[1], 4 * elements / pieces, times, result)
                 elements *= self.devices(p.gather[1])[1]
             stored_over = {axis for axes in p.stored for axis in axes}
-            for pieces, times, itemsize, tokens_over in self.copies(path, output):
+            for pieces, times, itemsize, tokens_over in self.copies(path, p, output):
                 num_bytes = itemsize * elements / pieces
                 yield from self.in_pass("gather", "backward", set(tokens_over) - stored_over, num_bytes, times)
                 for pass_ in ("forward", "backward"):
@@ -372,27 +367,27 @@ class _Step(Passes):
         if path[0] == "dense_layers":
             layers = self.model.num_dense_layers
             return layers, self.num_slices * layers, "recomputed"
-        if path[0] == "layers" and self.parallel.gather == "layer":
-            return self.parallel.repeats * self.chunk, self.layer_runs, "recomputed"
+        if path[0] == "layers" and self.layout.gather == "layer":
+            return self.layout.pipeline_repeats * self.chunk, self.layer_runs, "recomputed"
         tables = 2 if path[0] == "embed" and self.model.tie_embeddings and output else 1
         return 1, self.num_slices * tables, "unused"
 
-    def copies(self, path: tuple[str, ...], output: bool) -> list[tuple[int, float, int, tuple[str, ...]]]:
+    def copies(self, path: tuple[str, ...], p: Param, output: bool) -> list[tuple[int, float, int, tuple[str, ...]]]:
         """The uses of a parameter: pieces, times, bytes of an element, and axes that a replica's tokens differ over."""
         group, name, passes = path[0], path[-1], self.num_slices
         everywhere = (EXPERT, PIPELINE, TENSOR)
-        itemsize = 4 if name.endswith("norm_D") or name == "w_router_DE" else self.itemsize
-        logits = (1, passes * self.parallel.num_microbatches, self.itemsize, (EXPERT, TENSOR))
+        itemsize = 4 if p.compute_dtype == "float32" else self.itemsize
+        logits = (1, passes * self.layout.num_microbatches, self.itemsize, (EXPERT, TENSOR))
         if group == "embed":
-            return [(1, passes, 4, (EXPERT,)), *([logits] if self.model.tie_embeddings and output else [])]
+            return [(1, passes, itemsize, (EXPERT,)), *([logits] if self.model.tie_embeddings and output else [])]
         if group == "head":
-            return [logits if name == "w_DV" else (1, passes, 4, (EXPERT, TENSOR))]
+            return [logits if name == "w_DV" else (1, passes, itemsize, (EXPERT, TENSOR))]
         if group == "dense_layers":
             layers = self.model.num_dense_layers
             return [(layers, passes * layers, itemsize, everywhere)]
-        if "experts" in path and (self.exchanges or not self.grouped):
+        if "experts" in path and (self.layout.exchanges or not self.grouped):
             itemsize = 4  # rounds take the weights as they are stored
-        return [(self.parallel.repeats * self.chunk, self.layer_runs * self.parts, itemsize, everywhere)]
+        return [(self.layout.pipeline_repeats * self.chunk, self.layer_runs * self.parts, itemsize, everywhere)]
 
     def update(self) -> Iterator[Collective | MemoryOp]:
         """The norm of the gradients, AdamW on what is stored here, and the balancer's figures."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from moejax.planner.flops import ceilings, decode_flops, forward_flops
-from moejax.planner.predict import Prediction
+from moejax.planner.predict import Prediction, step_tokens
 from moejax.planner.search import REMAT_FROM, TENSOR_FROM, Choice, Flip, Request, follows_rules
 from moejax.planner.units import byte_unit, quantity, rounded
 from moejax.planner.work import Phase
@@ -23,10 +23,10 @@ def table(header: Sequence[str], rows: Iterable[Row]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
-def layout(prediction: Prediction) -> str:
-    """Returns the mesh and the choices of a plan in one line."""
-    plan = prediction.plan
-    mesh, parallel, dispatch = plan.mesh, plan.parallel, plan.dispatch
+def describe(prediction: Prediction) -> str:
+    """Returns the mesh and the choices of a layout in one line."""
+    layout, mode = prediction.layout.resolve(), prediction.mode
+    mesh, dispatch = layout.mesh, layout.dispatch
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     crossing = [name for name in mesh.shape if mesh.hosts_along(name) > 1]
     across = f" ({' and '.join(crossing)} across hosts)" if crossing else ""
@@ -34,18 +34,18 @@ def layout(prediction: Prediction) -> str:
     if mesh.tensor > 1:
         folded = "tensor" in dispatch.expert_axes
         choices.append("whole experts over expert × tensor" if folded else "every expert split over tensor")
-    if plan.mode != "decode":
-        choices.append(_counted(parallel.num_microbatches, "microbatch", "microbatches"))
-    if parallel.repeats > 1:
-        choices.append(f"{parallel.repeats} repeats")
-    if plan.accumulate > 1:
-        choices.append(f"{plan.accumulate} accumulated")
-    if plan.mode == "train":
-        choices += [f"remat {parallel.remat_policy(plan.seq_len)}", f"weights gathered per {parallel.gather}"]
-        choices += [f"batch in {parallel.batch_split} parts"] if parallel.batch_split > 1 else []
+    if mode != "decode":
+        choices.append(_counted(layout.num_microbatches, "microbatch", "microbatches"))
+    if layout.pipeline_repeats > 1:
+        choices.append(f"{layout.pipeline_repeats} repeats")
+    if layout.grad_accumulation_steps > 1:
+        choices.append(f"{layout.grad_accumulation_steps} accumulated")
+    if mode == "train":
+        choices += [f"remat {layout.remat}", f"weights gathered per {layout.gather}"]
+        choices += [f"batch in {layout.batch_split} parts"] if layout.batch_split > 1 else []
     choices.append(dispatch.strategy)
     choices += [f"exchange in {dispatch.chunks} chunks"] if dispatch.chunks > 1 else []
-    choices += ["exchange in two hops"] if dispatch.hosts > 1 else []
+    choices += ["exchange in two hops"] if dispatch.hierarchical else []
     return ", ".join(choices)
 
 
@@ -55,7 +55,7 @@ def _counted(number: int, one: str, several: str) -> str:
 
 def choice_table(choices: dict[int, Choice]) -> str:
     """Returns one row per length: the plan and its figures."""
-    mode = next(iter(choices.values())).best.plan.mode
+    mode = next(iter(choices.values())).best.mode
     step = {"train": "step, s", "prefill": "time to first token, s", "decode": "time per output token, s"}[mode]
     size, unit = byte_unit(max(choice.best.memory.peak_bytes for choice in choices.values()))
     header = (
@@ -65,10 +65,11 @@ def choice_table(choices: dict[int, Choice]) -> str:
     rows = []
     for seq_len, choice in choices.items():
         p, t = choice.best, choice.best.time
-        expected, low, high = (p.plan.tokens / seconds for seconds in (t.expected, t.high, t.low))
+        expected, low, high = (step_tokens(p.layout, p.mode) / seconds for seconds in (t.expected, t.high, t.low))
         rows.append((
-            f"{seq_len:,}", p.plan.batch_size, layout(p), f"{rounded(expected)} ({rounded(low)} to {rounded(high)})",
-            rounded(expected / p.plan.mesh.num_devices), f"{t.expected:.3g}", f"{t.mfu:.0%}", f"{t.hfu:.0%}",
+            f"{seq_len:,}", p.layout.batch_size, describe(p),
+            f"{rounded(expected)} ({rounded(low)} to {rounded(high)})",
+            rounded(expected / p.layout.mesh.num_devices), f"{t.expected:.3g}", f"{t.mfu:.0%}", f"{t.hfu:.0%}",
             f"{t.busy:.0%}", f"{t.by_category['communication'] / t.expected:.0%}",
             f"{p.memory.peak_bytes / size:.1f}",
         ))  # fmt: skip
@@ -112,7 +113,7 @@ def why(request: Request, choice: Choice) -> str:
         f"Compared {_counted(choice.evaluated, 'plan', 'plans')} in {choice.seconds:.2f} s."
     ]
     if choice.runner_up:
-        lines.append(f"- The best plan on another mesh takes {choice.margin:.1%} longer: {layout(choice.runner_up)}")
+        lines.append(f"- The best plan on another mesh takes {choice.margin:.1%} longer: {describe(choice.runner_up)}")
     if choice.rejected:
         counts = sorted(choice.rejected.items(), key=lambda item: -item[1])
         text = ", ".join(f"{_words(name)} in {count:,}" for name, count in counts)
@@ -122,14 +123,14 @@ def why(request: Request, choice: Choice) -> str:
     if choice.unfit and choice.unfit.time.expected < t.expected:
         gain = t.expected / choice.unfit.time.expected - 1
         need = quantity(choice.unfit.memory.peak_bytes, "B")
-        lines.append(f"- A plan that needs {need} per device would be {gain:.1%} faster: {layout(choice.unfit)}")
-    if best.plan.mode == "train" and not follows_rules(best.plan) and choice.by_rules:
+        lines.append(f"- A plan that needs {need} per device would be {gain:.1%} faster: {describe(choice.unfit)}")
+    if best.mode == "train" and not follows_rules(best.layout) and choice.by_rules:
         rules = choice.by_rules
         slower = rules.time.expected / t.expected - 1
         lines.append(
             f"- The rule of thumb, full rematerialization from {REMAT_FROM:,} tokens up and a tensor axis from "
             f"{TENSOR_FROM:,} up, takes {slower:.1%} longer and {quantity(rules.memory.peak_bytes, 'B')} per device: "
-            f"{layout(rules)}"
+            f"{describe(rules)}"
         )
     lines += [_flip_line(flip) for flip in choice.flips[:2]]
     return "\n".join(lines)
@@ -163,8 +164,8 @@ def as_data(choice: Choice) -> dict[str, Any]:
     """A choice for JSON: the plan, and its figures with units in the keys."""
     best, t = choice.best, choice.best.time
     return {
-        "plan": dataclasses.asdict(best.plan),
-        "layout": layout(best),
+        "layout": dataclasses.asdict(best.layout),
+        "description": describe(best),
         "tokens_per_ms": best.tokens_per_ms,
         "step_s": t.expected,
         "step_low_s": t.low,
@@ -179,7 +180,7 @@ def as_data(choice: Choice) -> dict[str, Any]:
         "time_s": {"by_phase": t.by_phase, "by_category": t.by_category},
         "dominant_assumption": t.dominant,
         "binding": choice.binding,
-        "runner_up": choice.runner_up and layout(choice.runner_up),
+        "runner_up": choice.runner_up and describe(choice.runner_up),
         "margin": choice.margin,
         "rejected_by_memory": choice.rejected,
         "flips": [dataclasses.asdict(flip) for flip in choice.flips],

@@ -4,8 +4,8 @@ Two stages. First every mesh × crossing axis × folding × repeats × microbatc
 that fits, for a stronger one only adds work; then, for the best of them, every choice that changes a step less:
 gathering, dispatch, hops, chunks, parts of a microbatch, and the other policies. Closed forms judge them all.
 
-What is left out, and why: `tensor` never crosses hosts (its collectives wait for products in every layer); payloads
-stay whole (float8 changes results, which is the user's choice); buffers have the configured headroom.
+What is left out, and why: `tensor` never crosses hosts (its collectives wait for products in every layer); tokens
+travel as `wire_dtype` says (float8 changes results, which is the user's choice); buffers have the configured headroom.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, cast, get_args
 
-from moejax.config import ConfigError, DispatchConfig, ExpertAxis, ModelConfig, ParallelConfig
+from moejax.config import ConfigError, DispatchConfig, ExpertAxis, ModelConfig
+from moejax.layout import REMAT_LADDER, DoesNotFitError, Layout
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, HostAxis, MeshConfig
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Cluster, Constant
-from moejax.planner.memory import predict_memory
-from moejax.planner.plan import Mode, Plan
+from moejax.planner.memory import Memory, predict_memory
 from moejax.planner.predict import Prediction, is_legal, most, predict_step, smallest_changes
+from moejax.planner.time import StepTime
 from moejax.planner.units import quantity
-from moejax.train.memory_guard import REMAT_LADDER, DoesNotFitError
+from moejax.planner.work import Mode
 
 ACCUMULATE = (1, 2, 4, 8, 16, 32)
 REFINED = 8  # layouts that the second stage looks at
@@ -101,7 +102,7 @@ class Request:
     batch_size: int
     mode: Mode = "train"
     assumptions: Assumptions = Assumptions()
-    dispatch: DispatchConfig = DispatchConfig()  # capacity_factor and payload, which are not searched over
+    dispatch: DispatchConfig = DispatchConfig()  # capacity_factor and wire_dtype, which are not searched over
 
     def __post_init__(self) -> None:
         longest = self.model.max_seq_len
@@ -111,6 +112,15 @@ class Request:
     @property
     def limit_bytes(self) -> float:
         return self.cluster.device.usable_bytes
+
+    def memory(self, layout: Layout) -> Memory:
+        return predict_memory(self.model, layout, self.mode)
+
+    def time(self, layout: Layout, cluster: Cluster | None = None) -> StepTime:
+        return predict_step(self.model, layout, cluster or self.cluster, self.assumptions, self.mode)
+
+    def prediction(self, layout: Layout, memory: Memory) -> Prediction:
+        return Prediction(layout, memory, self.time(layout), self.mode)
 
 
 def find_plan(request: Request) -> Choice:
@@ -122,17 +132,17 @@ def find_plan(request: Request) -> Choice:
     began = time.perf_counter()
     seen = _Seen(request)
     for accumulate in ACCUMULATE if request.mode == "train" else (1,):
-        seen.consider(map(_by_remat, _layouts(request, accumulate)))
+        seen.consider(_by_remat(request, layout) for layout in _layouts(request, accumulate))
         if seen.fitting:
             break
     if not seen.fitting:
         raise DoesNotFitError(_why_none(request, seen))
-    for prediction in _best_by(seen.fitting, _layout_of)[:REFINED]:
-        seen.consider([plan] for plan in _variants(prediction.plan))
+    for prediction in _best_by(seen.fitting, _kind_of)[:REFINED]:
+        seen.consider([layout] for layout in _variants(request, prediction.layout))
     best = min(seen.fitting, key=_seconds)
-    others = [p for p in seen.fitting if p.plan.mesh.shape != best.plan.mesh.shape]
+    others = [p for p in seen.fitting if p.layout.mesh.shape != best.layout.mesh.shape]
     runner_up = min(others, key=_seconds, default=None)
-    rules = [p for p in seen.fitting if follows_rules(p.plan)] + _by_rules(request, seen)
+    rules = [p for p in seen.fitting if follows_rules(p.layout)] + _by_rules(request, seen)
     return Choice(
         best,
         runner_up,
@@ -145,51 +155,49 @@ def find_plan(request: Request) -> Choice:
     )
 
 
-def follows_rules(plan: Plan) -> bool:
-    """Whether a training plan rematerializes from 2,048 tokens up and is tensor-parallel from 4,096 up."""
-    full = plan.parallel.remat_policy(plan.seq_len) == "full"
-    return (plan.seq_len < REMAT_FROM or full) and (plan.seq_len < TENSOR_FROM or plan.mesh.tensor > 1)
+def follows_rules(layout: Layout) -> bool:
+    """Whether a training layout rematerializes from 2,048 tokens up and is tensor-parallel from 4,096 up."""
+    full = layout.resolve().remat == "full"
+    return (layout.seq_len < REMAT_FROM or full) and (layout.seq_len < TENSOR_FROM or layout.mesh.tensor > 1)
 
 
 class _Seen:
-    """The plans that were looked at."""
+    """The layouts that were looked at."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.fitting: list[Prediction] = []
         self.rejected: Counter[str] = Counter()
         self.evaluated = 0
-        self._unfit: list[tuple[Plan, Any]] = []
-        self._plans: set[Plan] = set()
+        self._unfit: list[tuple[Layout, Memory]] = []
+        self._layouts: set[Layout] = set()
 
-    def consider(self, groups: Iterable[Iterable[Plan]]) -> None:
-        """Of each group the first plan that fits."""
+    def consider(self, groups: Iterable[Iterable[Layout]]) -> None:
+        """Of each group the first layout that fits."""
         for group in groups:
-            for plan in group:
-                if plan in self._plans:
+            for layout in group:
+                if layout in self._layouts:
                     continue
-                self._plans.add(plan)
-                if self.add(plan):
+                self._layouts.add(layout)
+                if self.add(layout):
                     break
 
-    def add(self, plan: Plan) -> bool:
+    def add(self, layout: Layout) -> bool:
         self.evaluated += 1
-        memory = predict_memory(plan)
+        memory = self.request.memory(layout)
         if memory.peak_bytes > self.request.limit_bytes:
             self.rejected[memory.largest] += 1
-            self._unfit.append((plan, memory))
+            self._unfit.append((layout, memory))
             return False
-        step = predict_step(plan, self.request.cluster, self.request.assumptions)
-        self.fitting.append(Prediction(plan, memory, step))
+        self.fitting.append(self.request.prediction(layout, memory))
         return True
 
     def unfit(self) -> list[Prediction]:
         """Those nearest to fitting, timed."""
         nearest = sorted(self._unfit, key=lambda found: found[1].peak_bytes)[:64]
-        request = self.request
-        return [Prediction(p, m, predict_step(p, request.cluster, request.assumptions)) for p, m in nearest]
+        return [self.request.prediction(layout, memory) for layout, memory in nearest]
 
-    def nearest(self) -> tuple[Plan, Any] | None:
+    def nearest(self) -> tuple[Layout, Memory] | None:
         return min(self._unfit, key=lambda found: found[1].peak_bytes, default=None)
 
 
@@ -225,11 +233,11 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _layouts(request: Request, accumulate: int) -> Iterator[Plan]:
-    """The first stage: plans that differ in mesh, folding, repeats and microbatches."""
+def _layouts(request: Request, grad_accumulation_steps: int) -> Iterator[Layout]:
+    """The first stage: layouts that differ in mesh, folding, repeats and microbatches."""
     r, m = request, request.model
     for mesh in meshes(r.cluster, m):
-        sequences = r.batch_size // (mesh.replica * mesh.expert * accumulate)
+        sequences = r.batch_size // (mesh.replica * mesh.expert * grad_accumulation_steps)
         folded: list[tuple[ExpertAxis, ...]] = [("expert", "tensor")]
         folded += [("expert",)] if mesh.tensor > 1 else []
         chunks = m.num_moe_layers // mesh.pipeline
@@ -240,69 +248,61 @@ def _layouts(request: Request, accumulate: int) -> Iterator[Plan]:
             if mesh.pipeline == 1 and r.mode == "prefill" and count > 8:
                 continue
             split = 2 if mesh.expert * mesh.tensor > 1 and (sequences // count) % 2 == 0 and r.mode == "train" else 1
-            plan = Plan(
-                m,
+            dispatch = dataclasses.replace(
+                r.dispatch, strategy="dropless", expert_axes=axes, hierarchical=False, chunks=1
+            )
+            layout = Layout(
                 mesh,
                 r.seq_len,
                 r.batch_size,
-                ParallelConfig(count, repeat, "step", "none", batch_split=split),
-                dataclasses.replace(r.dispatch, strategy="dropless", expert_axes=axes, hosts=1, chunks=1),
-                accumulate,
-                r.mode,
+                grad_accumulation_steps,
+                num_microbatches=count,
+                pipeline_repeats=repeat,
+                remat="none",
+                batch_split=split,
+                dispatch=dispatch,
             )
-            if is_legal(plan):
-                yield plan
+            if is_legal(m, layout, r.mode):
+                yield layout
 
 
-def _by_remat(plan: Plan) -> list[Plan]:
-    """The plan under each policy, the weakest first."""
-    policies = REMAT_LADDER if plan.mode == "train" else ("none",)
-    return [_with(plan, parallel={"remat": policy}) for policy in policies]
+def _by_remat(request: Request, layout: Layout) -> list[Layout]:
+    """The layout under each policy, the weakest first."""
+    policies = REMAT_LADDER if request.mode == "train" else ("none",)
+    return [layout.replace(remat=policy) for policy in policies]
 
 
-def _variants(plan: Plan) -> Iterator[Plan]:
-    """The second stage: the smaller choices around a plan."""
-    mesh, train = plan.mesh, plan.mode == "train"
-    exchanges = mesh.expert * mesh.tensor > 1
-    crossed = mesh.hosts_along(EXPERT)
+def _variants(request: Request, layout: Layout) -> Iterator[Layout]:
+    """The second stage: the smaller choices around a layout."""
+    mesh, train, exchanges = layout.mesh, request.mode == "train", layout.exchanges
     gathers = ("step", "layer") if train else ("step",)
     ragged = exchanges and mesh.hardware != "cpu"  # whose ragged exchange is a gather of everything, for tests
     strategies = ("dropless", "ragged") if ragged else ("dropless",)
-    splits = (1, 2) if exchanges and train else (plan.parallel.batch_split,)
+    splits = (1, 2) if exchanges and train else (layout.batch_split,)
     chunks = (1, 2, 4) if exchanges and train else (1,)
-    hops = (1, crossed) if crossed > 1 else (1,)
+    hops = (False, True) if mesh.hosts_along(EXPERT) > 1 else (False,)
     policies = REMAT_LADDER if train else ("none",)
-    for gather, strategy, split, count, hosts in itertools.product(gathers, strategies, splits, chunks, hops):
+    policies = policies[policies.index(layout.remat) :][:2]
+    choices = itertools.product(gathers, strategies, splits, chunks, hops, policies)
+    for gather, strategy, split, count, hierarchical, policy in choices:
         if strategy == "ragged" and count > 1:
             continue
-        for policy in policies[policies.index(plan.parallel.remat) :][:2]:
-            variant = _with(
-                plan,
-                parallel={"gather": gather, "batch_split": split, "remat": policy},
-                dispatch={"strategy": strategy, "chunks": count, "hosts": hosts},
-            )
-            if is_legal(variant):
-                yield variant
-
-
-def _with(plan: Plan, *, parallel: dict[str, Any] | None = None, dispatch: dict[str, Any] | None = None) -> Plan:
-    return dataclasses.replace(
-        plan,
-        parallel=dataclasses.replace(plan.parallel, **(parallel or {})),
-        dispatch=dataclasses.replace(plan.dispatch, **(dispatch or {})),
-    )
+        variant = layout.replace(
+            gather=gather, batch_split=split, remat=policy, strategy=strategy, chunks=count, hierarchical=hierarchical
+        )
+        if is_legal(request.model, variant, request.mode):
+            yield variant
 
 
 def _by_rules(request: Request, seen: _Seen) -> list[Prediction]:
-    """The fastest plan of each layout once more, with full rematerialization where the rules ask for it."""
+    """The fastest layout of each kind once more, with full rematerialization where the rules ask for it."""
     if request.mode != "train" or request.seq_len < REMAT_FROM:
         return []
     found = []
-    for prediction in _best_by(seen.fitting, _layout_of):
-        plan = _with(prediction.plan, parallel={"remat": "full"})
-        if follows_rules(plan):
-            step = predict_step(plan, request.cluster, request.assumptions)
-            found.append(Prediction(plan, predict_memory(plan), step))
+    for prediction in _best_by(seen.fitting, _kind_of):
+        layout = prediction.layout.replace(remat="full")
+        if follows_rules(layout):
+            found.append(request.prediction(layout, request.memory(layout)))
     return found
 
 
@@ -310,15 +310,15 @@ def _seconds(prediction: Prediction) -> float:
     return prediction.time.expected
 
 
-def _layout_of(plan: Plan) -> Any:
-    return plan.mesh, plan.dispatch.expert_axes, plan.parallel.repeats
+def _kind_of(layout: Layout) -> Any:
+    return layout.mesh, layout.dispatch.expert_axes, layout.pipeline_repeats
 
 
 def _best_by(predictions: list[Prediction], key: Any) -> list[Prediction]:
     """The fastest of each kind, fastest first."""
     best: dict[Any, Prediction] = {}
     for prediction in sorted(predictions, key=_seconds):
-        best.setdefault(key(prediction.plan), prediction)
+        best.setdefault(key(prediction.layout), prediction)
     return list(best.values())
 
 
@@ -332,9 +332,12 @@ def _why_none(request: Request, seen: _Seen) -> str:
             f"{request.model.num_kv_heads} key-value heads and {request.model.num_moe_layers} layers for {what}; "
             "try another batch_size"
         )
-    plan, memory = nearest
+    layout, memory = nearest
     need = memory.peak_bytes
-    fits = [*smallest_changes(plan, limit), f"about {math.ceil(cluster.num_devices * need / limit)} devices"]
+    fits = [
+        *smallest_changes(request.model, layout, limit, request.mode),
+        f"about {math.ceil(cluster.num_devices * need / limit)} devices",
+    ]
     return (
         f"{what} do not fit on {cluster.name}: the smallest of {seen.evaluated:,} plans needs "
         f"{quantity(need, 'B')} per device, and a device has {quantity(limit, 'B')}; {most(memory)}; "
@@ -368,7 +371,7 @@ def flips(request: Request, best: Prediction, other: Prediction, most: float = 8
 def _lead(request: Request, best: Prediction, other: Prediction, path: tuple[str, ...], factor: float) -> float:
     """Seconds that `best` is ahead once the constant is scaled."""
     cluster = dataclasses.replace(request.cluster, device=_scaled(request.cluster.device, path, factor))
-    ours, theirs = (predict_step(p.plan, cluster, request.assumptions).expected for p in (best, other))
+    ours, theirs = (request.time(p.layout, cluster).expected for p in (best, other))
     return theirs - ours
 
 

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import math
 
+from moejax.config import ModelConfig
+from moejax.layout import VOCAB_AXES, Layout
 from moejax.mesh import PIPELINE, TENSOR
-from moejax.planner.plan import Plan
 from moejax.planner.work import Collective, Kind, Matmul, MemoryOp, Phase, Work
-from moejax.sharding import VOCAB_AXES
 
 BYTES = 2  # of an activation, a weight, a key or a value
 
 
-def decode_work(plan: Plan) -> Work:
-    """One token for each sequence of the batch, after `plan.seq_len` tokens of each; of one device."""
-    m, mesh, d = plan.model, plan.mesh, plan.dispatch
+def decode_work(model: ModelConfig, layout: Layout) -> Work:
+    """One token for each sequence of the batch, after `layout.seq_len` tokens of each; of one device."""
+    m, mesh, d = model, layout.mesh, layout.dispatch
     stages, tensor = mesh.pipeline, mesh.tensor
-    b = max(1, math.ceil(plan.batch_size / (mesh.replica * mesh.expert * stages)))
+    b = max(1, math.ceil(layout.batch_size / (layout.batch_shards * stages)))
     T = max(1, math.ceil(b / tensor))
     layers = stages * math.ceil(m.num_moe_layers / stages)  # groups × layers of a stage
     heads, kv_heads, H, D = m.num_heads / tensor, m.num_kv_heads / tensor, m.head_dim, m.d_model
@@ -46,7 +46,7 @@ def decode_work(plan: Plan) -> Work:
         return [scores, values, MemoryOp(phase, "forward", groups * 2 * context * H * BYTES, times)]
 
     def attention(times: float) -> Work:
-        context = plan.seq_len + 1
+        context = layout.seq_len + 1
         return [
             MemoryOp("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
             collective("attention", "all_gather", (TENSOR,), T, times),
@@ -72,10 +72,10 @@ def decode_work(plan: Plan) -> Work:
         MemoryOp("route", "forward", 4 * T * D * BYTES, layers),
         matmul("route", T, m.num_experts, D, layers),
         MemoryOp("dispatch", "forward", 2 * sent * D * BYTES, layers),
-        collective("dispatch", "all_to_all", d.expert_axes, sent, layers, d.hosts),
+        collective("dispatch", "all_to_all", d.expert_axes, sent, layers, layout.exchange_hosts),
         matmul("expert", rows, 2 * width, D, layers, groups=touched),
         matmul("expert", rows, D, width, layers, groups=touched),
-        collective("combine", "all_to_all", d.expert_axes, sent, layers, d.hosts),
+        collective("combine", "all_to_all", d.expert_axes, sent, layers, layout.exchange_hosts),
         MemoryOp("combine", "forward", 2 * sent * D * BYTES, layers),
         collective("pipeline", "ppermute", (PIPELINE,), T, stages),
         matmul("logits", b, m.vocab_size / (stages * tensor), D, stages),

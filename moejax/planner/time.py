@@ -1,7 +1,7 @@
 """How long a step takes: every entry of its `Work` in seconds, what overlaps taken off, as an interval.
 
-    placement = Placement.of(mesh_config)
-    time = predict_time(work, cluster, placement, step=Step(tokens=tokens, model_flops=flops, bubble=1 / 9))
+    spans = AxisSpans.of(mesh_config)
+    time = predict_time(work, cluster, spans, step=StepFacts(tokens=tokens, model_flops=flops, bubble=1 / 9))
     print(time.expected, time.by_category, time.mfu, time.dominant)
 
 A matrix product runs at the rate that the device reaches on large ones, times an efficiency in (0, 1] that falls
@@ -33,7 +33,7 @@ _ROUTED = frozenset(("dispatch", "expert", "combine"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepFacts:
     """What the list of work does not say of its step.
 
     Attributes:
@@ -67,13 +67,13 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where the devices of an axis stand: axis -> (size, hosts that it crosses)."""
+class AxisSpans:
+    """The size of each mesh axis and how many hosts it crosses: axis -> (size, hosts)."""
 
     axes: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, mesh: MeshConfig) -> Placement:
+    def of(cls, mesh: MeshConfig) -> AxisSpans:
         """As `moejax.mesh.build_mesh` places devices: `host_axis` and replicas leave a host."""
         return cls({axis: (n, mesh.hosts_along(axis)) for axis, n in mesh.shape.items()})
 
@@ -148,14 +148,14 @@ def _hidden(seconds: Mapping[str, float], cover: float, parts: int, assumptions:
 def predict_time(
     work: Iterable[Matmul | Collective | MemoryOp],
     cluster: Cluster,
-    placement: Placement,
+    spans: AxisSpans,
     assumptions: Assumptions = Assumptions(),
     *,
-    step: Step = Step(),
+    step: StepFacts = StepFacts(),
 ) -> StepTime:
     """The time of one step in which a device of `cluster` does `work`.
 
-    `placement` says which axes of the collectives leave a host. `step` says what the list does not; without it there is
+    `spans` says which axes of the collectives leave a host. `step` says what the list does not; without it there is
     no bubble, nothing to hide exchanges behind, balanced load, and throughput and MFU are 0.
     """
     rate = rates(cluster.device, assumptions)
@@ -183,7 +183,7 @@ def predict_time(
                 memory[phase] += seconds
         else:
             n = item.num_devices
-            span = (n, 1) if cluster.one_network else placement.span(item.axes, n)
+            span = (n, 1) if cluster.one_network else spans.span(item.axes, n)
             collectives[phase] += factor * collective_seconds(item, span, rate)
     executed -= wasted * step.bubble if step.bubble_counted else 0.0
     sums = _Sums(compute, memory, collectives, optimizer, executed, rate.tpu)
@@ -201,7 +201,7 @@ class _Sums(NamedTuple):
     tpu: bool
 
 
-def _assemble(sums: _Sums, cluster: Cluster, assumptions: Assumptions, step: Step) -> StepTime:
+def _assemble(sums: _Sums, cluster: Cluster, assumptions: Assumptions, step: StepFacts) -> StepTime:
     """Takes off what overlaps, adds what waits, and moves each assumption by its spread."""
     totals = dict.fromkeys(("gather", "exchange", "stage", "tensor"), 0.0)
     for phase, seconds in sums.collectives.items():
@@ -264,7 +264,7 @@ def _result(
     spreads: dict[str, float],
     sums: _Sums,
     cluster: Cluster,
-    step: Step,
+    step: StepFacts,
 ) -> StepTime:
     """The interval, throughput and utilization."""
     expected = sum(by_category.values())

@@ -1,8 +1,9 @@
 """What one device does in one step, as a list: matrix products, collectives, and passes over memory.
 
 It is the common language of the planner. Closed forms write it (`moejax.planner.program` for moejax's own step,
-`experiments/published_runs` for other systems' runs); its sums by phase are held against the trace of the program
-(`moejax.planner.trace`) and the compiler's text; `moejax.planner.time` says how long each entry takes on a cluster.
+`experiments/published_runs` for other systems' runs); its sums by phase are held against the program's own
+(`moejax.profiling.step_counts`) and the compiler's text; `moejax.planner.time` says how long each entry takes on a
+cluster.
 
 All amounts are of one device and one step: `times` counts how often an entry is done in it, bubbles of the pipeline
 that are computed included.
@@ -32,6 +33,7 @@ from typing import Literal
 Phase = Literal[
     "embed", "attention", "route", "dispatch", "expert", "combine", "pipeline", "logits", "loss", "gather", "optimizer",
 ]  # fmt: skip
+Mode = Literal["train", "prefill", "decode"]  # a training step, the forward pass alone, or one token per sequence
 Pass = Literal["forward", "recompute", "backward", "update"]
 Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "ppermute"]
 

@@ -13,8 +13,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from moejax.pipeline import num_ticks
-from moejax.planner.plan import Plan
+from moejax.layout import Layout
 from moejax.planner.time import PIPELINED
 from moejax.profiling.intervals import Interval, subtract, union
 from moejax.profiling.trace import Event
@@ -24,28 +23,28 @@ _LAYERS = PIPELINED - {"pipeline"}  # what a tick does, without the loop around 
 
 
 def find_bubble(
-    events: Mapping[str, Sequence[Event]], stages: Mapping[str, int], plan: Plan, step: Interval
+    events: Mapping[str, Sequence[Event]], stages: Mapping[str, int], layout: Layout, step: Interval
 ) -> dict[str, list[Interval]] | None:
     """The ticks without work in one step, by device; None where the trace does not show every tick's shift.
 
     Args:
       events: of each device, in any order; those outside of the step are left out.
       stages: device -> its place along the pipeline.
-      plan: of the step.
+      layout: of the train step.
       step: when it ran, as the events' times.
     """
-    if plan.mesh.pipeline == 1:
+    if layout.mesh.pipeline == 1:
         return {device: [] for device in events}
     if not stages.keys() >= events.keys():
         return None
     inside = {device: [e for e in found if step[0] <= e.start_ns < step[1]] for device, found in events.items()}
     bubble: dict[str, list[Interval]] = {device: [] for device in events}
-    for backward in (False, True)[: 2 if plan.mode == "train" else 1]:
-        passes = _boundaries({d: [e for e in found if e.backward == backward] for d, found in inside.items()}, plan)
+    for backward in (False, True):
+        passes = _boundaries({d: [e for e in found if e.backward == backward] for d, found in inside.items()}, layout)
         if passes is None:
             return None
         for device, boundaries in passes:
-            work = plan.parallel.repeats * plan.parallel.num_microbatches
+            work = layout.pipeline_repeats * layout.num_microbatches
             for at, tick in enumerate(itertools.pairwise(boundaries)):
                 t = len(boundaries) - 2 - at if backward else at
                 if not 0 <= t - stages[device] < work:
@@ -56,16 +55,16 @@ def find_bubble(
     return {device: subtract(union(ticks), others[device]) for device, ticks in bubble.items()}
 
 
-def _boundaries(events: Mapping[str, Sequence[Event]], plan: Plan) -> list[tuple[str, list[float]]] | None:
+def _boundaries(events: Mapping[str, Sequence[Event]], layout: Layout) -> list[tuple[str, list[float]]] | None:
     """When each tick begins and the last one ends, for every device and slice of the batch; all events of one pass."""
-    ticks = num_ticks(plan.parallel.num_microbatches, plan.mesh.pipeline, plan.parallel.repeats)
+    ticks, slices = layout.ticks, layout.grad_accumulation_steps
     shifts = {device: sorted(e.end_ns for e in found if _is_shift(e)) for device, found in events.items()}
-    if any(len(found) != plan.accumulate * ticks for found in shifts.values()):
+    if any(len(found) != slices * ticks for found in shifts.values()):
         return None
     everything = [e for found in events.values() for e in found]
     backward = any(e.backward for e in everything)
     boundaries = []
-    for first in range(0, plan.accumulate * ticks, ticks):
+    for first in range(0, slices * ticks, ticks):
         last = first + ticks - 1
         before = max((found[first - 1] for found in shifts.values()), default=None) if first else None
         after = min((found[last + 1] for found in shifts.values() if len(found) > last + 1), default=None)

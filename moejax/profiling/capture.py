@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from jax.sharding import NamedSharding
 
 from moejax import hlo, strict_json
 from moejax.config import check, make_folder
-from moejax.mesh import PIPELINE, MeshConfig
-from moejax.planner.plan import Plan
+from moejax.mesh import PIPELINE
 from moejax.profiling.phases import ops
 from moejax.profiling.trace import FACTS, STEP, trace_files
 from moejax.profiling.viewer import show_phases
+from moejax.program import Program
 from moejax.train.memory_guard import FittedStep
 
 _log = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class Recording:
         self._programs: list[Any] = []
 
     @contextlib.contextmanager
-    def step(self, number: int, compiled: Any, plan: Plan | None = None) -> Iterator[None]:
+    def step(self, number: int, compiled: Any, program: Program | None = None) -> Iterator[None]:
         """Marks a step, which must end inside: wait for its results there.
 
         Args:
           number: of the step.
           compiled: the program that it runs, as `.lower(...).compile()` returns it.
-          plan: what the step is, for its tokens and for the planner's prediction beside the trace.
+          program: whose train step it is, for its tokens and for the planner's prediction beside the trace.
 
         Raises:
           ConfigError: `compiled` is not such a program.
@@ -67,7 +67,9 @@ class Recording:
         if not any(compiled is program for program in self._programs):
             self._programs.append(compiled)
         index = next(i for i, program in enumerate(self._programs) if program is compiled)
-        facts = {"plan": plan and dataclasses.asdict(plan), "stages": _stages(compiled)}
+        facts: dict[str, Any] = {"stages": _stages(compiled)}
+        if program is not None:
+            facts |= {"model": dataclasses.asdict(program.model), "layout": dataclasses.asdict(program.layout)}
         self._steps.append({"step": number, "program": f"program_{index}.txt"} | facts)
         with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
             yield
@@ -104,7 +106,7 @@ def _stages(compiled: Any) -> dict[int, int]:
 def capture(directory: str | Path) -> Iterator[Recording]:
     """Traces what runs inside, into `directory`; one trace at a time in a process.
 
-        compiled = train_step.lower(batch_size, seq_len).compile()
+        compiled = train_step.lower().compile()
         with capture("traces/a") as recording:
             for i in range(3):
                 with recording.step(i, compiled):
@@ -151,12 +153,11 @@ class StepCapture:
 
     Args:
         workdir: of the run.
-        meshes: what its steps are on, one of each shape.
         steps: those to trace; more can be asked for while it runs.
     """
 
-    def __init__(self, workdir: str | Path, meshes: Sequence[MeshConfig], steps: range = range(0)) -> None:
-        self._workdir, self._meshes, self._wanted = Path(workdir), meshes, steps
+    def __init__(self, workdir: str | Path, steps: range = range(0)) -> None:
+        self._workdir, self._wanted = Path(workdir), steps
         self._open = contextlib.ExitStack()
         self._recording: Recording | None = None
         self._end = 0
@@ -173,14 +174,14 @@ class StepCapture:
             )
 
     @contextlib.contextmanager
-    def step(self, number: int, fitted: FittedStep, tokens_BS: Any) -> Iterator[None]:
+    def step(self, number: int, fitted: FittedStep) -> Iterator[None]:
         """Goes around each step of the run, for `Trainer(around_step=...)`; some 15 µs where none is traced."""
         if self._recording is None:
             self._start(number)
         if self._recording is None:
             yield
             return
-        with self._recording.step(number, fitted.compiled, self._plan(fitted, *tokens_BS.shape)):
+        with self._recording.step(number, fitted.compiled, fitted.step.program):
             yield
         if number >= self._end:
             self._close()
@@ -212,8 +213,3 @@ class StepCapture:
             directory, self._recording = self._recording.directory, None
             self._open.close()
             _log.info("traced %s; experiments/read_trace.py %s reads it", directory, directory)
-
-    def _plan(self, fitted: FittedStep, batch_size: int, seq_len: int) -> Plan:
-        step, program = fitted.step, fitted.step.program
-        mesh = next(mesh for mesh in self._meshes if mesh.shape == dict(program.mesh.shape))
-        return Plan(program.model, mesh, seq_len, batch_size, program.parallel, program.dispatch, step.accumulate)

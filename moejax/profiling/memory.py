@@ -1,6 +1,6 @@
 """What a compiled train step takes memory for, at its peak and over its schedule. Nothing is run.
 
-    compiled, assignment = compile_with_buffers(train_step.lower(batch_size, seq_len))
+    compiled, assignment = compile_with_buffers(train_step.lower())
     memory = StepMemory.of(compiled, assignment)
     memory.peak_bytes, memory.by_group(), memory.at_peak()[:20]
 
@@ -32,6 +32,7 @@ from moejax import hlo
 from moejax.hlo import COLLECTIVES, Instruction, Module
 from moejax.profiling.buffers import Assignment, Block, Value
 from moejax.profiling.phases import PHASES, UNNAMED, Op, ops, scope_path
+from moejax.sharding import STACK_DIMS
 from moejax.train.memory_guard import MemoryUse
 
 ARGUMENTS = ("parameters", "moments", "batch", "balancer", "other arguments")
@@ -276,7 +277,7 @@ def _weight_shapes(parameters: Iterable[Instruction]) -> list[_Weight]:
         if not path.startswith("state.params"):
             continue
         kind, *rest = re.findall(r"\['(\w+)'\]", path)
-        stacked = {"layers": 3, "dense_layers": 1}.get(kind, 0)  # dims before a layer's own
+        stacked = STACK_DIMS.get(kind, 0)  # dims before a layer's own
         name = ".".join(rest if kind == "layers" else [kind, *rest])
         (stored,), tiles = x.arrays, re.search(r"sharding=\{devices=\[([\d,]+)\]", x.attributes)
         counts = [int(n) for n in tiles[1].split(",")] if tiles else [1] * len(stored)

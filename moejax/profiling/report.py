@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import types
-import typing
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moejax.config import check
+from moejax.config import ModelConfig, check
+from moejax.layout import Layout
+from moejax.overrides import from_record
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import DEVICES, Cluster
-from moejax.planner.plan import Plan
 from moejax.planner.predict import predict_step
 from moejax.profiling.bubble import find_bubble
 from moejax.profiling.intervals import Interval, intersection, length, overlap, subtract, union
@@ -126,19 +125,18 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
     for event in events:
         by_device[event.device].append(event)
     facts = {step["step"]: step for step in trace.facts.get("steps", ())}
-    plans = {number: _build(Plan, step["plan"]) for number, step in facts.items() if step.get("plan")}
-    known = bool(trace.steps) and all(marker.step in plans for marker in trace.steps)
-    bubble = _bubble(by_device, trace, plans) if known else None
+    known = bool(trace.steps) and all(facts.get(marker.step, {}).get("layout") for marker in trace.steps)
+    ran = [_read_step(facts[marker.step], marker.step) for marker in trace.steps] if known else []
+    bubble = _bubble(by_device, trace, [layout for _, layout in ran]) if known else None
     devices = {
         name: measure(by_device[name], window, bubble[name] if bubble else ())
         for name in sorted(by_device, key=_natural)
     }
     inside_ms = sum(sum(usage.op_ms.values()) for usage in devices.values())
-    ran = [plans[marker.step] for marker in trace.steps] if known else []
     return Report(
         platform=trace.platform,
         num_steps=max(len(trace.steps), 1),
-        tokens=sum(plan.tokens for plan in ran) if known else None,
+        tokens=sum(layout.tokens for _, layout in ran) if known else None,
         bubble=bubble,
         mean=_mean(list(devices.values())),
         devices=devices,
@@ -149,14 +147,14 @@ def make_report(trace: Trace, num_longest: int = 10) -> Report:
 
 
 def _bubble(
-    events: Mapping[str, Sequence[Event]], trace: Trace, plans: Mapping[int, Plan]
+    events: Mapping[str, Sequence[Event]], trace: Trace, layouts: Sequence[Layout]
 ) -> dict[str, list[Interval]] | None:
     """The bubble of all steps by device; None where one step's cannot be told."""
     found: dict[str, list[Interval]] = {device: [] for device in events}
     stages = {step["step"]: step.get("stages", {}) for step in trace.facts["steps"]}
-    for marker in trace.steps:
+    for marker, layout in zip(trace.steps, layouts, strict=True):
         at = {f"{trace.platform.upper()} {number}": stage for number, stage in stages[marker.step].items()}
-        step = find_bubble(events, at, plans[marker.step], (marker.start_ns, marker.end_ns))
+        step = find_bubble(events, at, layout, (marker.start_ns, marker.end_ns))
         if step is None:
             return None
         for device, ticks in step.items():
@@ -235,28 +233,23 @@ def _natural(name: str) -> tuple[str, int]:
     return text, int(number)
 
 
-def _predict(plans: Sequence[Plan]) -> Predicted | None:
-    """None where there is no plan or its devices have no figures."""
-    if not plans or any(plan.mesh.hardware not in DEVICES for plan in plans):
+def _predict(ran: Sequence[tuple[ModelConfig, Layout]]) -> Predicted | None:
+    """None where no step's layout is known or its devices have no figures."""
+    if not ran or any(layout.mesh.hardware not in DEVICES for _, layout in ran):
         return None
     phase_ms: dict[str, float] = defaultdict(float)
     model_ms = executed_ms = 0.0
-    for plan in plans:
-        time = predict_step(plan, Cluster.of_mesh(plan.mesh.hardware, plan.mesh), Assumptions())
-        each_ms = 1e3 / len(plans)
+    for model, layout in ran:
+        time = predict_step(model, layout, Cluster.of_mesh(layout.mesh.hardware, layout.mesh), Assumptions())
+        each_ms = 1e3 / len(ran)
         for phase, seconds in time.by_phase.items():
             phase_ms[phase] += each_ms * seconds
         model_ms += each_ms * time.mfu * time.expected
         executed_ms += each_ms * time.hfu * time.expected
-    return Predicted(plans[0].mesh.hardware, dict(phase_ms), model_ms, executed_ms)
+    return Predicted(ran[0][1].mesh.hardware, dict(phase_ms), model_ms, executed_ms)
 
 
-def _build(kind: Any, value: Any) -> Any:
-    """A dataclass from what `dataclasses.asdict` and JSON made of it."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{name: _build(hints[name], item) for name, item in value.items()})
-    if isinstance(value, dict):  # a union with a dataclass in it
-        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
-        return _build(next(option for option in options if dataclasses.is_dataclass(option)), value)
-    return tuple(_build(None, item) for item in value) if isinstance(value, list) else value
+def _read_step(facts: Mapping[str, Any], number: int) -> tuple[ModelConfig, Layout]:
+    model, _ = from_record(ModelConfig, facts["model"], f"model of step {number}")
+    layout, _ = from_record(Layout, facts["layout"], f"layout of step {number}")
+    return model, layout

@@ -61,6 +61,14 @@ def list_steps(directory: pathlib.Path) -> list[int]:
 class Checkpointer:
     """Saves and restores the state of a training run; use it as a context manager, or call `close`.
 
+        with Checkpointer("checkpoints", keep=2, every=100) as checkpointer:
+            restored = checkpointer.restore(train_step.state_shapes, batches)
+            state, step, _ = restored or (train_step.init(jax.random.key(0)), 0, {})
+            for step in range(step + 1, 1001):
+                state, metrics = train_step(state, train_step.put_batch(next(batches)))
+                if checkpointer.due(step):
+                    checkpointer.save(step, state, batches, metadata={})
+
     In a run of several processes, every process makes one on the same shared directory and makes the same calls.
 
     Args:

@@ -13,26 +13,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
-from moejax.balance import BalanceReport, BoundWatch
-from moejax.config import BalanceConfig, ConfigError, TrainConfig, check, expand, one_line
-from moejax.data import Data, load_data, make_loader
-from moejax.mesh import MeshConfig
-from moejax.model import counted_targets
+from moejax.balance import BoundWatch
+from moejax.batch import counted_targets
+from moejax.config import BalanceConfig, ConfigError, check, expand, one_line
+from moejax.data import Data, load_data
 from moejax.overrides import from_record
 from moejax.train.checkpoint import Checkpointer, CheckpointError
+from moejax.train.config import TrainConfig
 from moejax.train.memory_guard import device_limit, memory_in_use
 from moejax.train.metrics import MetricsWriter
 from moejax.train.progress import Progress
 from moejax.train.record import append_start, describe_start
-from moejax.train.resume import CHECKPOINTS, Run, check_data, check_run, compare, read_record
+from moejax.train.resume import CHECKPOINTS, check_data, check_run, compare, read_record
 from moejax.train.sample import Sample, sample_text
-from moejax.train.schedule import Bucket, Schedule
+from moejax.train.schedule import Schedule
 from moejax.train.signals import Signals
 from moejax.train.sizes import StepSizes
 from moejax.train.step import TrainState
+from moejax.train.step_record import Evaluation, StepRecord, bits_per_byte
 from moejax.train.summary import FROM_METRICS, Summary, Timing
 from moejax.train.workdir import WorkdirLock
 
@@ -41,56 +40,51 @@ _log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains as `config` says on `mesh`, in `workdir`; a run that was stopped there goes on where it was.
+    """Trains as `config` says in `workdir`; a run that was stopped there goes on where it was.
 
-    Where the configuration, the mesh or the buckets are not those of the run in `workdir`, a line says so for each
-    field. Fields that would make it another run need `override` (see `moejax.train.resume`). `mesh_config` is what
-    `mesh` was built from; the run's record keeps it.
+    Where the configuration is not that of the run in `workdir`, a line says so for each field. Fields that would make
+    it another run need `override` (see `moejax.train.resume`). `devices` are by default all that JAX finds.
 
-    With the `buckets` of a plan, they say how on the mesh's devices, and each step's batch is of one of them. Held-out
-    text is then in rows of the longest, and evaluated on its mesh.
+    With several layouts, each step's batch is of one of them. Held-out text is then in rows of the longest, and
+    evaluated on its mesh.
 
-    `around_step(number, step, tokens_BS)` is a context in which each step runs and ends, for what looks on
+    `around_step(number, step)` is a context in which each step runs and ends, for what looks on
     (`moejax.profiling.capture.StepCapture.step`).
 
     Raises:
-      ConfigError: the configuration, the mesh or the data cannot work; before anything is compiled or written.
+      ConfigError: the configuration, the devices or the data cannot work; before anything is compiled or written.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        mesh: Mesh,
         workdir: str | pathlib.Path,
-        buckets: Sequence[Bucket] = (),
         around_step: Callable[..., contextlib.AbstractContextManager[None]] = lambda *_: contextlib.nullcontext(),
         *,
-        mesh_config: MeshConfig | None = None,
+        devices: Sequence[jax.Device] | None = None,
         override: bool = False,
     ) -> None:
         self._start = time.perf_counter()
         self.workdir = expand(workdir, "workdir")
-        self.mesh, self.mesh_config, self.buckets = mesh, mesh_config, tuple(buckets)
+        self.config = config
         self._progress = Progress(config.steps)
         self._lock = WorkdirLock(self.workdir)
         self._lock.check_possible()
         record = read_record(self.workdir)
-        asked = Run.of(config, dataclasses.asdict(mesh_config) if mesh_config else dict(mesh.shape), buckets)
         if record is not None:
-            self._say(check_run(record, asked, self.workdir, override=override))
-        self.schedule = Schedule.of_buckets(config, buckets, mesh)
-        self.config = config = self.schedule.configs[-1]
+            self._say(check_run(record, config, self.workdir, override=override))
+        self.schedule = Schedule(config, devices)
         self.train_step = self.schedule.train_steps[-1]
         self.program = self.train_step.program
         try:
             with self._preparing("reading the text and its tokenizer") as report:
                 self.data: Data = load_data(config.data, workdir=self.workdir, report=report)
         except ConfigError as error:
-            if record is None or any(difference.kind == "data" for difference in compare(record.run, asked)):
+            if record is None or any(difference.kind == "data" for difference in compare(record.config, config)):
                 raise
             raise ConfigError(f"{error} (the run in {self.workdir} recorded this value)") from None
         if record is not None:
-            self._say(check_data(record, asked, self.data.fingerprint, self.workdir))
+            self._say(check_data(record, config, self.data.fingerprint, self.workdir))
         check(
             self.data.tokenizer.vocab_size <= config.model.vocab_size,
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's "
@@ -118,14 +112,14 @@ class Trainer:
         config, progress = self.config, self._progress
         with self._preparing("encoding the text") as report:
             batches = self.schedule.make_loader(self.data, report)
-        limit = config.memory_limit_bytes or device_limit(self.mesh)
+        limit = config.memory_limit_bytes or device_limit(self.schedule.mesh)
         directory = self.workdir / CHECKPOINTS
         with (
             self._lock,
             progress,
             Checkpointer(directory, keep=config.checkpoint.keep, every=config.checkpoint.every) as checkpointer,
             self._take_signals(checkpointer) as self._signals,
-            StepSizes(self.schedule.train_steps, self.schedule.shapes, limit) as sizes,
+            StepSizes(self.schedule.train_steps, limit) as sizes,
         ):
             with progress.waiting("restoring the checkpoint" if checkpointer.steps() else "making the parameters"):
                 state, first = self._restore_or_init(checkpointer, batches)
@@ -166,12 +160,7 @@ class Trainer:
         if jax.process_index() > 0:
             return contextlib.nullcontext()
         start = describe_start(
-            self.config,
-            self.mesh,
-            self.buckets,
-            mesh_config=self.mesh_config,
-            resumed_from=first,
-            data_fingerprint=self.data.fingerprint,
+            self.config, self.schedule.mesh, resumed_from=first, data_fingerprint=self.data.fingerprint
         )
         try:
             writer = MetricsWriter(self.workdir, resume_step=first)
@@ -194,8 +183,7 @@ class Trainer:
     def _metadata(self) -> dict[str, Any]:
         return {
             "config": dataclasses.asdict(self.config),
-            "mesh": dict(self.schedule.at.program.mesh.shape),
-            "buckets": [dataclasses.asdict(bucket) for bucket in self.buckets],
+            "mesh": self.schedule.at.program.layout.mesh.shape,
             "draws": self._draws(),
             "data": self.data.fingerprint,
             "versions": {"jax": jax.__version__},
@@ -251,7 +239,7 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Any], Timing]:
         """Runs the steps after `first`; returns the state, the last step's line of metrics and the times taken."""
         config, progress = self.config, self._progress
-        line: dict[str, Any] = {}
+        record: StepRecord | None = None
         evaluate = self._make_evaluate()
         timing = Timing(sizes, self.schedule)
         index = int(self.program.balancer.wanted_index(state.balance))
@@ -259,33 +247,37 @@ class Trainer:
             with progress.waiting("compiling the train step"):
                 sizes.prepare(index)
         for step in range(first + 1, config.steps + 1):
-            state, metrics, line = self._step(state, step, batches, sizes, index, timing)
-            index = int(line.pop("next_capacity_index"))
+            state, record = self._step(state, step, batches, sizes, index, timing)
+            index = record.next_capacity_index
             progress.done = step
             if step % config.eval_every == 0 or step == config.steps:
-                line |= evaluate(state.params)
-            report = jax.device_get(metrics["balance"])
+                record = dataclasses.replace(record, evaluation=evaluate(state.params))
             if writer is not None:
-                writer.write(step, line, self.program.balancer.last_load(state.balance))
-                if "eval_loss" in line:
-                    figures = {"window_load_cv": report.cv_L, "window_rounds": report.rounds_L}
-                    writer.write_by_layer(step, figures, report.load_LE)
-            progress.step(step, line)
-            self._check_finite(step, line, checkpointer)
-            self._warn(step, report)
+                self._write(writer, record, state)
+            progress.step(step, record.line())
+            self._check_finite(record, checkpointer)
+            for warning in self._watch.update(step, self.program.balancer.figures(record.report)):
+                _log.warning("%s", warning)
             if checkpointer.due(step):
                 with progress.waiting(SAVING):
                     self._save(checkpointer, step, state, batches)
             if self._signals.stop:
                 break
+        line = record.line() if record else {}
         if "eval_loss" not in line and not self._signals.stop:  # resumed where it had ended
-            line |= evaluate(state.params)
+            line |= evaluate(state.params).line()
         return state, line, timing
+
+    def _write(self, writer: MetricsWriter, record: StepRecord, state: TrainState) -> None:
+        writer.write(record.step, record.line(), self.program.balancer.last_load(state.balance))
+        if record.evaluation:
+            figures = {"window_load_cv": record.report.cv_L, "window_rounds": record.report.rounds_L}
+            writer.write_by_layer(record.step, figures, record.report.load_LE)
 
     def _step(
         self, state: TrainState, step: int, batches: Iterator[Any], sizes: StepSizes, index: int, timing: Timing
-    ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """Runs one step with the buffers of size `index`; returns the state, its metrics and its line of metrics."""
+    ) -> tuple[TrainState, StepRecord]:
+        """Runs one step with the buffers of size `index`, and waits for it to end."""
         began = time.perf_counter()
         batch = next(batches)
         data_seconds = time.perf_counter() - began
@@ -297,67 +289,59 @@ class Trainer:
         ):
             fitted = sizes.use(bucket, index, last=self._last_window(step))
         state, reshard_seconds = self.schedule.move(state, bucket)
-        with self._around_step(step, fitted, batch["tokens"]):
+        with self._around_step(step, fitted):
             began = time.perf_counter()
             ran, (state, metrics) = sizes.run(state, self.schedule.at.put_batch(batch))
-            line = self._line(metrics, batch)
+            arrays = {k: v for k, v in metrics.items() if isinstance(v, jax.Array) and v.ndim == 0}
+            scalars = {k: float(v) for k, v in jax.device_get(arrays).items()}
             seconds = data_seconds + time.perf_counter() - began
         timing.add(bucket, seconds, since=self._start)
-        seq_len = batch["tokens"].shape[1]
-        line |= {
-            "step_seconds": seconds,
-            "tokens_per_second": batch["tokens"].size / seconds,
-            "bucket_seq_len": seq_len,
-            "remat": ran.step.program.parallel.remat_policy(seq_len),
-            "reshard_seconds": reshard_seconds,
-            "device_memory_bytes": memory_in_use(self.mesh) or ran.memory.total,
-        }
-        return state, metrics, line
+        num_bytes = self.data.tokenizer.num_bytes(counted_targets(batch))
+        return state, StepRecord(
+            step=step,
+            scalars=scalars,
+            report=jax.device_get(metrics["balance"]),
+            bits_per_byte=bits_per_byte(scalars["cross_entropy"] * scalars["num_targets"], num_bytes),
+            seq_len=batch["tokens"].shape[1],
+            num_tokens=batch["tokens"].size,
+            remat=ran.step.program.resolved.remat,
+            seconds=seconds,
+            reshard_seconds=reshard_seconds,
+            device_memory_bytes=memory_in_use(self.schedule.mesh) or ran.memory.total,
+        )
 
     def _last_window(self, step: int) -> bool:
         """Whether no window of the balancer ends between `step` and the last step: no further size is wanted then."""
         window = self.config.balance.window
         return math.ceil(step / window) * window >= self.config.steps
 
-    def _check_finite(self, step: int, line: dict[str, float], checkpointer: Checkpointer) -> None:
-        if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) and line["invalid_tokens"] == 0:
+    def _check_finite(self, record: StepRecord, checkpointer: Checkpointer) -> None:
+        if record.is_finite:
             return
+        s = record.scalars
         raise FloatingPointError(
-            f"loss={line['loss']} and grad_norm={line['grad_norm']} at step {step}, and router logits that are not "
-            f"finite for {line['invalid_tokens']:.0f} tokens, over layers: training has diverged; checkpoints "
+            f"loss={s['loss']} and grad_norm={s['grad_norm']} at step {record.step}, and router logits that are not "
+            f"finite for {s['invalid_tokens']:.0f} tokens, over layers: training has diverged; checkpoints "
             f"of steps {checkpointer.steps()} are whole; try a lower optimizer.learning_rate or more warmup_steps"
         )
 
-    def _warn(self, step: int, report: BalanceReport) -> None:
-        """Says which figures of the balance have been out of their bounds for long, and which are back."""
-        for line in self._watch.update(step, self.program.balancer.figures(report)):
-            _log.warning("%s", line)
-
-    def _line(self, metrics: dict[str, Any], batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """One line of metrics.jsonl, but for the time it took; waits for the step to end."""
-        scalars = {k: v for k, v in metrics.items() if isinstance(v, jax.Array) and v.ndim == 0}
-        line = {k: float(v) for k, v in jax.device_get(scalars).items()}
-        num_tokens = batch["targets"].size
-        num_bytes = self.data.tokenizer.num_bytes(counted_targets(batch))
-        bits = bits_per_byte(line["cross_entropy"] * line["num_targets"], num_bytes)
-        return line | {"bits_per_byte": bits, "load_cv_window_tokens": num_tokens}
-
-    def _make_evaluate(self) -> Callable[[Any], dict[str, float]]:
+    def _make_evaluate(self) -> Callable[[Any], Evaluation]:
         """A function from parameters to held-out figures, over the same batches every time."""
         tokenizer = self.data.tokenizer
-        loader = make_loader(self.config.data, self.data.eval_documents, tokenizer, train=False)
+        layout = self.config.layout
+        loader = self.data.batches(seq_len=layout.seq_len, batch_size=layout.batch_size, train=False)
         held_out = list(itertools.islice(loader, self.config.eval_batches))
         num_targets = sum(counted_targets(batch).size for batch in held_out)
         num_bytes = sum(tokenizer.num_bytes(counted_targets(batch)) for batch in held_out)
         last = len(self.schedule.train_steps) - 1
 
-        def evaluate(params: Any) -> dict[str, float]:
+        def evaluate(params: Any) -> Evaluation:
             with self._progress.waiting("evaluating on held-out text"):
                 params = self.schedule.params_for(params, last)
                 batches = map(self.train_step.put_batch, held_out)
                 metrics = (self.train_step.evaluate(params, batch) for batch in batches)
                 nats = sum(float(m["cross_entropy"]) * int(m["num_targets"]) for m in metrics)
-            return {"eval_loss": nats / num_targets, "eval_bits_per_byte": bits_per_byte(nats, num_bytes)}
+            return Evaluation(nats / num_targets, bits_per_byte(nats, num_bytes))
 
         return evaluate
 
@@ -392,13 +376,3 @@ class Trainer:
             total_seconds=time.perf_counter() - self._start,
             **{name: float(figures.get(name, math.nan)) for name in FROM_METRICS},
         )
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Returns a loss over a text in bits per byte of it; NaN for a text without a byte, such as a batch of separators.
-
-    Args:
-        nats: summed over the text's tokens.
-        num_bytes: of the text.
-    """
-    return nats / math.log(2) / num_bytes if num_bytes else math.nan

@@ -35,6 +35,10 @@ TENSORBOARD_DIR = "tensorboard"
 class MetricsWriter:
     """Writes the scalars of each step to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard`, loads to `loads.jsonl`.
 
+        with MetricsWriter("runs/a") as writer:
+            writer.write(1, {"loss": 2.5})
+        assert read_metrics("runs/a") == [{"step": 1, "loss": 2.5}]
+
     NaN and the infinities are the strings "NaN", "Infinity" and "-Infinity" (see `moejax.strict_json`), which
     `read_metrics` turns back into the number.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from moejax import sharding
 from moejax.config import OptimizerConfig, check
 from moejax.kernels.manual import varying
 
@@ -28,21 +29,18 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) with decoupled decay on matrices, not on norm scales and biases; elementwise, so it
-    shards freely.
+def make_optimizer(config: OptimizerConfig, steps: int, table: Any) -> optax.GradientTransformation:
+    """Returns AdamW (arXiv 1711.05101) for the parameters of a table, which says which of them decay.
+
+    It is elementwise, so it shards freely.
     """
-
-    def decayed(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("norm_D", "bias_E")), params)
-
     return optax.adamw(
         learning_rate_schedule(config, steps),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decayed,
+        mask=sharding.decayed(table),
     )
 
 

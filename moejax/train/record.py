@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,32 +22,23 @@ from jax.sharding import Mesh
 
 from moejax import strict_json
 from moejax.compiler import program_options
-from moejax.config import ConfigError, TrainConfig, check
-from moejax.mesh import MeshConfig, platform
+from moejax.config import ConfigError, check
+from moejax.mesh import platform
+from moejax.train.config import TrainConfig
 from moejax.train.files import read_json, replace_text
-from moejax.train.schedule import Bucket
 
 RECORD_FILE = "run.json"
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "NCCL_", "TF_GPU_")  # beginnings of the variables that change a program
 
 
-def describe_start(
-    config: TrainConfig,
-    mesh: Mesh,
-    buckets: Sequence[Bucket],
-    *,
-    mesh_config: MeshConfig | None = None,
-    resumed_from: int,
-    data_fingerprint: str,
-) -> dict[str, Any]:
+def describe_start(config: TrainConfig, mesh: Mesh, *, resumed_from: int, data_fingerprint: str) -> dict[str, Any]:
     """An entry of `run.json`, ready for JSON: all that decides what a run computes, but for the text itself.
 
-    With `config`, `mesh` and `buckets` the run can be started again (see `moejax.train.resume`).
+    With `config` the run can be started again (see `moejax.train.resume`).
 
-    - `config`: every field, with those that a plan decided as its last bucket has them; seeds are `config.seed` (of the
-      parameters) and `config.data.seed` (of the order of the batches);
-    - `mesh`: every field of `mesh_config`, without one its shape; and `buckets`: a plan's, else empty;
+    - `config`: every field; seeds are `config.seed` (of the parameters) and `config.data.seed` (of the order of the
+      batches);
     - `compiler_options`: what the step is compiled with beyond XLA's defaults (see `moejax.compiler`);
     - `argv` as the process was started, and the variables of its `environment` that XLA, JAX and NCCL read;
     - `versions`, `devices`, and `git`: see `git_state`;
@@ -61,8 +52,6 @@ def describe_start(
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
         "config": dataclasses.asdict(config),
         "compiler_options": program_options(platform(mesh), config.compiler_options),
-        "mesh": dataclasses.asdict(mesh_config) if mesh_config else dict(mesh.shape),
-        "buckets": [dataclasses.asdict(bucket) for bucket in buckets],
         "devices": {
             "kind": devices[0].device_kind,
             "ids": [device.id for device in devices],  # in the order of the mesh
@@ -142,3 +131,36 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
             f"{path} is not the record of a run ({error!r}); restore it, move it away, or use another workdir"
         ) from None
     return starts
+
+
+def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration in a record, of `run.json` or a checkpoint, in the fields that it has today.
+
+    Records of version 0.1 have no `layouts`: what makes one is in `config`, in `mesh`, and in a plan's `buckets`.
+
+    Raises:
+      LookupError: a field of that version is missing.
+    """
+    config = dict(record["config"])
+    if "layouts" in config:
+        return config
+    data = dict(config["data"])
+    one = {name: config.pop(name) for name in ("parallel", "dispatch", "accumulate")} | {"mesh": record["mesh"]}
+    one |= {name: data.pop(name) for name in ("seq_len", "batch_size")}
+    return config | {"data": data, "layouts": [_upgrade_layout(bucket) for bucket in record["buckets"] or [one]]}
+
+
+def _upgrade_layout(bucket: Mapping[str, Any]) -> dict[str, Any]:
+    parallel, dispatch, mesh = (dict(bucket[name]) for name in ("parallel", "dispatch", "mesh"))
+    hosts, payload = dispatch.pop("hosts"), dispatch.pop("payload")
+    if hosts > 1:  # virtual devices had them in `dispatch` alone
+        mesh["hosts"] = max(hosts * mesh.get("replica", 1), mesh.get("hosts", 1))
+    return {
+        "mesh": mesh,
+        "seq_len": bucket["seq_len"],
+        "batch_size": bucket["batch_size"],
+        "grad_accumulation_steps": bucket["accumulate"],
+        "pipeline_repeats": parallel.pop("repeats"),
+        "dispatch": dispatch | {"hierarchical": hosts > 1, "wire_dtype": "compute" if payload == "full" else payload},
+        **parallel,
+    }

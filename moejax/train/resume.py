@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moejax.config import ConfigError, TrainConfig, check
-from moejax.mesh import MeshConfig
+from moejax.config import ConfigError, check
 from moejax.overrides import from_record
 from moejax.train.checkpoint import METADATA, list_steps
+from moejax.train.config import TrainConfig
 from moejax.train.files import read_json
-from moejax.train.record import RECORD_FILE, read_starts
-from moejax.train.schedule import DECIDES, Bucket
+from moejax.train.record import RECORD_FILE, read_starts, upgrade
 
 CHECKPOINTS = "checkpoints"  # the folder of them in a work directory
 
@@ -31,18 +30,18 @@ KINDS: dict[str, Kind] = {
         (
             "steps", "eval_every", "eval_batches", "sample_tokens", "memory_limit_bytes", "compiler_options",
             "checkpoint.every", "checkpoint.keep",
-            "parallel.num_microbatches", "parallel.repeats", "parallel.gather", "parallel.remat", "parallel.bubble",
-            "parallel.batch_split",
-            "dispatch.expert_axes", "dispatch.hosts", "dispatch.chunks",
+            "layout.num_microbatches", "layout.pipeline_repeats", "layout.gather", "layout.remat", "layout.bubble",
+            "layout.batch_split",
+            "layout.dispatch.expert_axes", "layout.dispatch.hierarchical", "layout.dispatch.chunks",
             "balance.window", "balance.headroom", "balance.capacity_factors", "balance.max_load_cv",
             "balance.max_dropped_fraction", "balance.max_rounds", "balance.max_idle_experts",
         ),
         "free",
     ),
-    **dict.fromkeys(("dispatch.strategy", "dispatch.capacity_factor"), "drops"),
+    **dict.fromkeys(("layout.dispatch.strategy", "layout.dispatch.capacity_factor"), "drops"),
     **dict.fromkeys(
         (
-            "seed", "accumulate", "dispatch.payload",
+            "seed", "layout.grad_accumulation_steps", "layout.dispatch.wire_dtype",
             "model.experts_per_token", "model.router_score", "model.router_renormalize", "model.max_seq_len",
             "model.rope_theta", "model.norm_eps", "model.dtype",
             "balance.aux_loss_weight", "balance.sequence_loss_weight", "balance.z_loss_weight",
@@ -57,7 +56,7 @@ KINDS: dict[str, Kind] = {
             "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads", "model.head_dim",
             "model.d_ff", "model.num_experts", "model.router_bias", "model.shared_d_ff", "model.num_dense_layers",
             "model.dense_d_ff", "model.vocab_size", "model.tie_embeddings",
-            "data.seq_len", "data.batch_size", "data.seed",
+            "layout.seq_len", "layout.batch_size", "data.seed",
         ),
         "fixed",
     ),
@@ -73,43 +72,13 @@ _LONGEST_VALUE, _MOST_NAMED = 60, 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run is: its configuration as the last bucket has it, fields of its mesh, and the buckets of a plan.
-
-    A plan of one bucket is no more than a configuration and a mesh, and `of` makes it that.
-    """
-
-    config: TrainConfig
-    mesh: Mapping[str, Any]
-    buckets: tuple[Bucket, ...] = ()
-
-    @classmethod
-    def of(cls, config: TrainConfig, mesh: Mapping[str, Any], buckets: Sequence[Bucket]) -> Run:
-        if not buckets:
-            return cls(config, mesh)
-        config = buckets[-1].applied(config)
-        return cls(config, mesh, tuple(buckets)) if len(buckets) > 1 else cls(config, _leaves(buckets[0].mesh))
-
-    def fields(self) -> dict[str, Any]:
-        """Returns every field that can differ, by its path; several buckets have their own of what they decide."""
-        fields = {f"config.{path}": value for path, value in _leaves(self.config).items()}
-        fields["buckets"] = tuple(f"{bucket.batch_size}x{bucket.seq_len}" for bucket in self.buckets)
-        if self.buckets:
-            fields = {path: value for path, value in fields.items() if not path[len("config.") :].startswith(DECIDES)}
-        for i, bucket in enumerate(self.buckets):
-            leaves = _leaves(bucket)
-            fields |= {f"buckets[{i}].{path}": leaves[path] for path in leaves if path not in ("seq_len", "batch_size")}
-        return fields | {f"mesh.{name}": value for name, value in self.mesh.items()}
-
-
-@dataclasses.dataclass(frozen=True)
 class Record:
-    """What a work directory holds: the run, the fingerprint of its data, and whether there is a checkpoint.
+    """What a work directory holds: the run's configuration, its data's fingerprint, and whether there is a checkpoint.
 
     `lines` say in which way another version wrote it.
     """
 
-    run: Run
+    config: TrainConfig
     data_fingerprint: str
     has_checkpoint: bool
     lines: tuple[str, ...]
@@ -125,7 +94,7 @@ class Difference:
     kind: Kind
 
     def __str__(self) -> str:
-        flag = "" if self.path.startswith("buckets") else "--"
+        flag = "" if self.path.startswith("layouts") else "--"
         return f"{flag}{self.path}: {_text(self.recorded)} in the run, {_text(self.asked)} asked for"
 
 
@@ -147,16 +116,13 @@ def read_record(workdir: Path) -> Record | None:
         saved = read_json(source) if start is None else start
         fingerprint = saved["data" if start is None else "data_fingerprint"]
         check(isinstance(fingerprint, str), f"the fingerprint of the data, {fingerprint!r}, must be text")
-        config, lines = from_record(TrainConfig, saved["config"], "config")
-        buckets, more_lines = from_record(tuple[Bucket, ...], saved["buckets"], "buckets")
-        from_record(MeshConfig, saved["mesh"], "mesh")  # it can be read; whoever needs it says what it lacks
-        run = Run.of(config, saved["mesh"], buckets)
+        config, lines = from_record(TrainConfig, upgrade(saved), "config")
     except (OSError, ValueError, LookupError, TypeError) as error:  # no file, no JSON, a wrong value, a missing field
         why = error if isinstance(error, ConfigError) else repr(error)
         raise ConfigError(
             f"{missing}{source} is of another version, or was changed: {why}; restore it, or use another workdir"
         ) from None
-    return Record(run, fingerprint, bool(steps), tuple(f"{source}: {line}" for line in lines + more_lines))
+    return Record(config, fingerprint, bool(steps), tuple(f"{source}: {line}" for line in lines))
 
 
 def _steps_of(checkpoints: Path) -> list[int]:
@@ -176,9 +142,9 @@ def _steps_of(checkpoints: Path) -> list[int]:
     return steps
 
 
-def compare(recorded: Run, asked: Run) -> list[Difference]:
+def compare(recorded: TrainConfig, asked: TrainConfig) -> list[Difference]:
     """Returns the fields that differ, but for those that only one of the two has."""
-    before, after = recorded.fields(), asked.fields()
+    before, after = _fields(recorded), _fields(asked)
     return [
         Difference(path, value, after[path], _kind(path, before, after))
         for path, value in before.items()
@@ -186,13 +152,13 @@ def compare(recorded: Run, asked: Run) -> list[Difference]:
     ]
 
 
-def check_run(record: Record, asked: Run, workdir: Path, *, override: bool) -> list[str]:
+def check_run(record: Record, asked: TrainConfig, workdir: Path, *, override: bool) -> list[str]:
     """Returns a line per field, data aside, in which `asked` differs from the run in `workdir` that it resumes.
 
     Raises:
       ConfigError: the run cannot be resumed so; or it can, but would be another run, and `override` is False.
     """
-    differences = [d for d in compare(record.run, asked) if d.kind != "data"]
+    differences = [d for d in compare(record.config, asked) if d.kind != "data"]
     fixed = [d for d in differences if d.kind == "fixed"] if record.has_checkpoint else []
     _refuse(
         fixed, f"the run in {workdir} cannot be resumed with this; leave it out, or use another workdir for a new run"
@@ -206,13 +172,13 @@ def check_run(record: Record, asked: Run, workdir: Path, *, override: bool) -> l
     return [*record.lines, *map(str, differences)]
 
 
-def check_data(record: Record, asked: Run, fingerprint: str, workdir: Path) -> list[str]:
+def check_data(record: Record, asked: TrainConfig, fingerprint: str, workdir: Path) -> list[str]:
     """Returns a line per field of the data in which `asked` differs from the run in `workdir`.
 
     Raises:
       ConfigError: there is a checkpoint, and they bring other text or other ids than it was trained on.
     """
-    differences = [d for d in compare(record.run, asked) if d.kind == "data"]
+    differences = [d for d in compare(record.config, asked) if d.kind == "data"]
     if record.has_checkpoint and record.data_fingerprint != fingerprint:
         _refuse(
             differences,
@@ -221,22 +187,37 @@ def check_data(record: Record, asked: Run, fingerprint: str, workdir: Path) -> l
         )
         raise ConfigError(
             f"the run in {workdir} has another training text or tokenizer: the files of "
-            f"data.paths={_text(asked.config.data.paths)} or of data.tokenizer={asked.config.data.tokenizer} have "
+            f"data.paths={_text(asked.data.paths)} or of data.tokenizer={asked.data.tokenizer} have "
             "changed since; restore them, or use another workdir for a new run"
         )
     return [str(difference) for difference in differences]
 
 
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    """Returns every field that can differ, by the flag that sets it or, of several layouts, by its place in them."""
+    fields = {f"config.{path}": value for path, value in _leaves(config).items() if path != "layouts"}
+    many = len(config.layouts) > 1
+    fields["layouts"] = tuple(f"{layout.batch_size}x{layout.seq_len}" for layout in config.layouts) if many else ()
+    for i, layout in enumerate(config.layouts):
+        for path, value in _leaves(layout).items():
+            if many:
+                fields[f"layouts[{i}].{path}"] = value
+            else:
+                fields[path if path.startswith("mesh.") else f"config.layout.{path}"] = value
+    return fields
+
+
 def _kind(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Kind:
     owner, _, field = path.partition(".")
     if not field:
-        return "fixed"  # the buckets' shapes
+        return "fixed"  # the layouts' shapes
     if owner == "mesh" or field.startswith("mesh."):
         return "free"
-    if KINDS[field] == "drops":
-        strategies = before[f"{owner}.dispatch.strategy"], after[f"{owner}.dispatch.strategy"]
-        return "meaning" if "capacity" in strategies else "free"
-    return KINDS[field]
+    kind = KINDS[field if owner == "config" else f"layout.{field}"]
+    if kind == "drops":
+        strategy = f"{path.partition('dispatch.')[0]}dispatch.strategy"
+        return "meaning" if "capacity" in (before[strategy], after[strategy]) else "free"
+    return kind
 
 
 def _refuse(differences: Sequence[Difference], why: str) -> None:

@@ -20,10 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import check
 from moejax.data import Tokenizer
-from moejax.mesh import PIPELINE, TENSOR
-from moejax.model import Program
+from moejax.layout import VOCAB_AXES
 from moejax.nn.embedding import check_ids
-from moejax.sharding import VOCAB_AXES
+from moejax.program import Program
 
 PROMPT_TOKENS = 32
 _TEMPERATURE = 0.8
@@ -63,7 +62,7 @@ def sample_text(program: Program, params: Any, tokenizer: Tokenizer, text: str, 
 
 def longest(program: Program) -> int:
     """Returns how many tokens a prompt and its continuation may have together."""
-    tensor = program.mesh.shape[TENSOR]
+    tensor = program.layout.mesh.tensor
     return program.model.max_seq_len // tensor * tensor
 
 
@@ -88,11 +87,12 @@ def generate(program: Program, params: Any, prompt: np.ndarray, num_tokens: int,
         f"prompt and num_tokens={num_tokens} make {length} tokens; at most {longest(program)} fit, for "
         f"max_seq_len={program.model.max_seq_len}",
     )
-    tensor = program.mesh.shape[TENSOR]
-    window = math.ceil(length / tensor) * tensor
-    program = program.without_drops()
+    tensor = program.layout.mesh.tensor
+    program = program.without_drops().with_layout(grad_accumulation_steps=1)
+    program = program.for_batch(program.layout.batch_unit(program.model), math.ceil(length / tensor) * tensor)
+    logits_spec = P(program.layout.mesh.batch_axes, VOCAB_AXES)
     next_logits = program.sharded(
-        program.next_token_logits, (program.param_specs, program.batch_spec, P()), P(program.batch_axes, VOCAB_AXES)
+        program.next_token_logits, (program.param_specs, program.batch_spec, P()), logits_spec
     )
 
     def extend(params: Any, tokens_BS: jax.Array, key: jax.Array) -> jax.Array:
@@ -103,12 +103,7 @@ def generate(program: Program, params: Any, prompt: np.ndarray, num_tokens: int,
 
         return lax.fori_loop(len(prompt) - 1, length - 1, one, tokens_BS)
 
-    parallel = program.parallel
-    batch = math.prod(program.mesh.shape[a] for a in program.batch_axes)
-    batch *= parallel.num_microbatches * max(1, parallel.batch_split)
-    if program.model.num_dense_layers:
-        batch *= program.mesh.shape[PIPELINE]
-    tokens_BS = np.zeros((batch, window), np.int32)
+    tokens_BS = np.zeros((program.layout.batch_size, program.layout.seq_len), np.int32)
     tokens_BS[:, : len(prompt)] = prompt
     everywhere = NamedSharding(program.mesh, P())
     run = jax.jit(extend, out_shardings=everywhere, compiler_options=program.xla_options)

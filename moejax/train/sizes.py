@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from absl import logging
 
-from moejax.data import BucketShape
-from moejax.train.memory_guard import DoesNotFitError, FittedStep, fit, is_out_of_memory
+from moejax.layout import DoesNotFitError
+from moejax.train.memory_guard import FittedStep, fit, is_out_of_memory
 from moejax.train.step import TrainStep
 
 Key = tuple[int, int]  # bucket, size
@@ -30,15 +30,11 @@ class StepSizes:
 
     Args:
         train_steps: of each bucket, the step, and with its balancer the sizes.
-        shapes: of each bucket's batches.
         memory_limit_bytes: of one device, 0 for no limit.
     """
 
-    def __init__(
-        self, train_steps: Sequence[TrainStep], shapes: Sequence[BucketShape], memory_limit_bytes: int = 0
-    ) -> None:
+    def __init__(self, train_steps: Sequence[TrainStep], memory_limit_bytes: int = 0) -> None:
         self._train_steps, self.memory_limit_bytes = tuple(train_steps), memory_limit_bytes
-        self._shapes = [(shape.batch_size, shape.seq_len) for shape in shapes]
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
         self._steps: dict[Key, Future[FittedStep]] = {}
         self._current: Key | None = None
@@ -98,8 +94,7 @@ class StepSizes:
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error) or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                     raise
-            shape = self._shapes[self._current[0]]
-            self.used[self._current] = fit(step.step, *shape, self.memory_limit_bytes, refused=True)
+            self.used[self._current] = fit(step.step, self.memory_limit_bytes, refused=True)
 
     def prepare(self, index: int) -> None:
         """Compiles every bucket at a size, so that what cannot fit is known before anything is trained.
@@ -155,7 +150,7 @@ class StepSizes:
         if key not in self._steps:
             bucket, index = key
             step = self._train_steps[bucket].with_capacity(self._sizes(bucket)[index])
-            self._steps[key] = self._pool.submit(fit, step, *self._shapes[bucket], self.memory_limit_bytes)
+            self._steps[key] = self._pool.submit(fit, step, self.memory_limit_bytes)
         return self._steps[key]
 
     def _cancel_others(self, key: Key) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.balance import BalanceState
 from moejax.balance.balancer import every_layer
+from moejax.batch import BATCH_ARRAYS, Batch, check_batch
 from moejax.config import OptimizerConfig
-from moejax.model import BATCH_ARRAYS, Batch, Metrics, Program, check_batch, summarize
+from moejax.metrics import EvalMetrics, StepMetrics, summarize
+from moejax.model import Params
+from moejax.program import Program
 from moejax.sharding import make_params, run_once
 from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, make_optimizer
 
@@ -28,37 +32,35 @@ from moejax.train.optimizer import clip_by_global_norm, learning_rate_schedule, 
 class TrainState:
     """What a step changes. Parameters and moments are stored sharded, the rest is the same on every device."""
 
-    step: Any  # int32, optimizer steps done
-    params: Any  # float32
-    opt_state: Any  # the optimizer's moments
-    balance: Any  # `moejax.balance.BalanceState`
+    step: jax.Array  # int32, optimizer steps done
+    params: Params  # float32
+    opt_state: optax.OptState  # the optimizer's moments
+    balance: BalanceState
 
 
 class TrainStep:
     """`state, metrics = train_step(state, batch)` over the program's mesh; `train_step.init(key)` makes the state.
 
     A batch is {"tokens", "targets", "segment_ids"}: int32 [B, S], of the whole mesh. Targets of -100 are left out of
-    the loss. The old state's memory is reused for the new one. Metrics are float32 scalars, the same on every device
-    (see `moejax.model.Program.loss` and `moejax.balance.load_statistics`); the counts `num_targets`, that the
-    cross-entropy is a mean over, and `out_of_range_ids`, which is 0 unless the loss is wrong, int32; `grad_norm`
-    (before clipping), `learning_rate`, and `load_LE`, the assignments each expert got in this step. Of the balancer's
-    window come the scalars of `moejax.balance.BalanceReport` and, by layer, that report itself, as `balance`.
-    `capacity_factor` is what this step was compiled with and `next_capacity_index` which of
-    `program.balancer.capacity_factors` the balancer wants next (a program with fewer takes its last): `with_capacity`
-    makes the step that has it, for the same state.
+    the loss. The old state's memory is reused for the new one. `metrics` are `moejax.metrics.StepMetrics`. Where the
+    balancer wants buffers of another size next, `with_capacity` makes the step that has them, for the same state.
     """
 
-    def __init__(self, program: Program, optimizer: OptimizerConfig, steps: int, accumulate: int = 1) -> None:
-        self.program, self.config, self.steps, self.accumulate = program, optimizer, steps, accumulate
+    def __init__(self, program: Program, optimizer: OptimizerConfig, steps: int) -> None:
+        self.program, self.config, self.steps = program, optimizer, steps
         self.schedule = learning_rate_schedule(optimizer, steps)
-        self.optimizer = make_optimizer(optimizer, steps)
+        self.optimizer = make_optimizer(optimizer, steps, program.table)
         options = program.xla_options
         self._step = jax.jit(self._global_step, donate_argnums=0, compiler_options=options)
         self._evaluate = jax.jit(self._global_evaluate, compiler_options=options)
 
     def with_capacity(self, factor: float) -> TrainStep:
         """The same step with buffers of another size."""
-        return TrainStep(self.program.with_capacity(factor), self.config, self.steps, self.accumulate)
+        return self.with_layout(capacity_factor=factor)
+
+    def with_layout(self, **fields: Any) -> TrainStep:
+        """The step with other fields of its layout (`Layout.replace`), on the same devices."""
+        return TrainStep(self.program.with_layout(**fields), self.config, self.steps)
 
     @functools.cached_property
     def state_specs(self) -> TrainState:
@@ -70,7 +72,7 @@ class TrainStep:
             self.optimizer, lambda _, spec: spec, moments, specs, transform_non_params=lambda _: P(), is_leaf=_is_spec
         )
         balance_specs = jax.tree.map(lambda _: P(), jax.eval_shape(self.program.balancer.init))
-        return TrainState(P(), specs, opt_specs, balance_specs)
+        return TrainState(P(), specs, opt_specs, balance_specs)  # type: ignore[arg-type]  # specs in place of arrays
 
     @functools.cached_property
     def state_shardings(self) -> TrainState:
@@ -84,12 +86,6 @@ class TrainStep:
         return jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
         )
-
-    def batch_shapes(self, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch as `jax.ShapeDtypeStruct`s."""
-        sharding = NamedSharding(self.program.mesh, self.program.batch_spec)
-        shape = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32, sharding=sharding)
-        return dict.fromkeys(BATCH_ARRAYS, shape)
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state, made where it is stored; the same key gives the same one on every mesh."""
@@ -109,22 +105,22 @@ class TrainStep:
         sharding = NamedSharding(self.program.mesh, self.program.batch_spec)
         return jax.device_put({name: batch[name] for name in BATCH_ARRAYS}, sharding)
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return self._step(state, batch)
 
-    def lower(self, batch_size: int, seq_len: int) -> Any:
+    def lower(self) -> Any:
         """The step lowered without any array: `.compile()` gives memory and the compiled text."""
-        return self._step.lower(self.state_shapes, self.batch_shapes(batch_size, seq_len))
+        return self._step.lower(self.state_shapes, self.program.batch_shapes)
 
-    def trace(self, batch_size: int, seq_len: int) -> Any:
+    def trace(self) -> Any:
         """The step's jaxpr, traced without any array; on an abstract mesh without any device either."""
-        return self._step.trace(self.state_shapes, self.batch_shapes(batch_size, seq_len)).jaxpr
+        return self._step.trace(self.state_shapes, self.program.batch_shapes).jaxpr
 
-    def evaluate(self, params: Any, batch: Batch) -> Metrics:
+    def evaluate(self, params: Params, batch: Batch) -> EvalMetrics:
         """The metrics of a batch, without a gradient and without drops: the same on every mesh, to rounding."""
         return self._evaluate(params, batch)
 
-    def _global_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def _global_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         program = self.program
         names = ("grad_norm", "learning_rate", "balance", "capacity_factor", "next_capacity_index")
         metric_specs = program.metric_specs | dict.fromkeys(names, P())
@@ -132,10 +128,10 @@ class TrainStep:
             self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
         )
         state, metrics = step(state, batch)
-        return state, summarize(metrics, batch) | metrics["balance"].scalars()
+        return state, cast(StepMetrics, {**summarize(metrics, batch), **metrics["balance"].scalars()})
 
-    def _global_evaluate(self, params: Any, batch: Batch) -> Metrics:
-        program = self.program.without_drops()
+    def _global_evaluate(self, params: Params, batch: Batch) -> EvalMetrics:
+        program = self.program.without_drops().for_batch(*batch["tokens"].shape)
         evaluate = program.sharded(
             lambda params, batch: program.loss(params, batch)[1],
             (program.param_specs, program.batch_spec),
@@ -143,7 +139,7 @@ class TrainStep:
         )
         return summarize(evaluate(params, batch), batch)
 
-    def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         grads, metrics = self._gradients(state.params, batch)
         # optax raises floats to integer counts, so strict promotion is suspended
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
@@ -157,7 +153,7 @@ class TrainStep:
             balance = balancer.update(state.balance, every_layer(router))
         metrics |= {
             "balance": balancer.report(balance),
-            "capacity_factor": jnp.float32(self.program.dispatch.capacity_factor),
+            "capacity_factor": jnp.float32(self.program.layout.dispatch.capacity_factor),
             "next_capacity_index": balancer.wanted_index(balance),
         }
         return TrainState(state.step + 1, params, opt_state, balance), metrics
@@ -170,14 +166,15 @@ class TrainStep:
         bias_E = self.program.balancer.move_bias(layers["moe"]["router_bias_E"], count_E)
         return params | {"layers": layers | {"moe": layers["moe"] | {"router_bias_E": bias_E}}}
 
-    def _gradients(self, params: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def _gradients(self, params: Params, batch: Batch) -> tuple[Params, dict[str, Any]]:
         """Returns the gradients and metrics of the batch: the shares of its accumulation slices, added up."""
         totals = self.program.totals(batch)
         value_and_grad = jax.value_and_grad(self.program.share_of_loss, has_aux=True)
-        if self.accumulate == 1:
+        num_slices = self.program.layout.grad_accumulation_steps
+        if num_slices == 1:
             (_, metrics), grads = value_and_grad(params, batch, totals)
             return grads, metrics | totals.metrics
-        slices = jax.tree.map(lambda x_BS: x_BS.reshape(self.accumulate, -1, x_BS.shape[-1]), batch)
+        slices = jax.tree.map(lambda x_BS: x_BS.reshape(num_slices, -1, x_BS.shape[-1]), batch)
         if self.program.balance.aux_loss_weight:
             totals = totals._replace(count_RlE=self.program.count_assignments(params, slices))
 
@@ -197,15 +194,12 @@ def _is_spec(x: object) -> bool:
     return isinstance(x, P)
 
 
-def make_train_step(
-    program: Program, optimizer: OptimizerConfig | None = None, *, steps: int = 1000, accumulate: int = 1
-) -> TrainStep:
+def make_train_step(program: Program, optimizer: OptimizerConfig | None = None, *, steps: int = 1000) -> TrainStep:
     """The compiled train step of a program.
 
     Args:
         program: the model on its mesh.
         optimizer: AdamW's settings.
         steps: length of the learning-rate schedule.
-        accumulate: forward-backward passes per optimizer step; the batch is cut into as many.
     """
-    return TrainStep(program, optimizer or OptimizerConfig(), steps, accumulate)
+    return TrainStep(program, optimizer or OptimizerConfig(), steps)

@@ -29,7 +29,7 @@ class BucketSummary:
     mesh: dict[str, int]
     remat: str
     num_microbatches: int
-    accumulate: int
+    grad_accumulation_steps: int
     steps: int
     step_seconds: float
     tokens_per_second: float
@@ -138,7 +138,7 @@ class Timing:
 
     def __init__(self, sizes: StepSizes, schedule: Schedule) -> None:
         self.sizes, self.schedule, self.first_step = sizes, schedule, math.nan
-        self._steps: list[list[float]] = [[] for _ in schedule.configs]
+        self._steps: list[list[float]] = [[] for _ in schedule.layouts]
 
     def add(self, bucket: int, seconds: float, since: float) -> None:
         if not any(self._steps):
@@ -153,9 +153,7 @@ class Timing:
     @property
     def tokens_per_second(self) -> float:
         counts = list(map(len, self._steps))
-        tokens = sum(
-            n * shape.seq_len * shape.batch_size for n, shape in zip(counts, self.schedule.shapes, strict=True)
-        )
+        tokens = sum(n * layout.tokens for n, layout in zip(counts, self.schedule.layouts, strict=True))
         return tokens / sum(counts) / self.step_seconds if any(counts) else math.nan
 
     def buckets(self) -> tuple[BucketSummary, ...]:
@@ -163,19 +161,19 @@ class Timing:
         return tuple(self._bucket(i) for i, steps in enumerate(self._steps) if steps)
 
     def _bucket(self, bucket: int) -> BucketSummary:
-        shape, steps = self.schedule.shapes[bucket], self._steps[bucket]
+        steps = self._steps[bucket]
         used = [step for (which, _), step in self.sizes.used.items() if which == bucket]
-        program, median = used[-1].step.program, _median(steps)
+        layout, median = used[-1].step.program.resolved, _median(steps)
         return BucketSummary(
-            seq_len=shape.seq_len,
-            batch_size=shape.batch_size,
-            mesh=dict(program.mesh.shape),
-            remat=program.parallel.remat_policy(shape.seq_len),
-            num_microbatches=program.parallel.num_microbatches,
-            accumulate=used[-1].step.accumulate,
+            seq_len=layout.seq_len,
+            batch_size=layout.batch_size,
+            mesh=dict(layout.mesh.shape),
+            remat=layout.remat,
+            num_microbatches=layout.num_microbatches,
+            grad_accumulation_steps=layout.grad_accumulation_steps,
             steps=len(steps),
             step_seconds=median,
-            tokens_per_second=shape.seq_len * shape.batch_size / median,
+            tokens_per_second=layout.tokens / median,
             device_memory_bytes=max(step.memory.total for step in used),
         )
 

@@ -56,8 +56,8 @@ def test_nothing_is_lost_or_repeated_in_an_epoch_of_a_bucket():
 
 
 def test_one_bucket_is_the_plain_loader():
-    config = DataConfig(seq_len=8, batch_size=4, seed=3)
-    plain = make_loader(config, DOCUMENTS, ByteTokenizer())
+    config = DataConfig(seed=3)
+    plain = make_loader(config, DOCUMENTS, ByteTokenizer(), seq_len=8, batch_size=4)
     mixed = loader(buckets=[BucketShape(8, 4)], config=config)
     for one, other in zip(take(plain, 30), take(mixed, 30), strict=True):
         assert other.pop("bucket") == 0

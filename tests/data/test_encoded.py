@@ -192,9 +192,8 @@ class TestReports:
         assert (first, last) == ("training the tokenizer", "training the tokenizer, learning merges")
         assert read[-1] == "training the tokenizer, text read: 100%"
         said.clear()
-        config = DataConfig(seq_len=8, batch_size=2)
-        make_loader(config, CORPUS, tokenizer, report=said.append)
-        make_bucketed_loader(config, [BucketShape(8, 2)], CORPUS, tokenizer, report=said.append)
+        make_loader(DataConfig(), CORPUS, tokenizer, seq_len=8, batch_size=2, report=said.append)
+        make_bucketed_loader(DataConfig(), [BucketShape(8, 2)], CORPUS, tokenizer, report=said.append)
         percents = [int(line.removeprefix("encoding ").removesuffix("%")) for line in said]
         half = len(percents) // 2
         assert percents[:half] == percents[half:] == sorted(percents[:half])
@@ -228,8 +227,9 @@ class TestCache:
         assert len(list(tmp_path.iterdir())) == 3
 
     def test_batches_from_the_cache_are_the_same(self, tmp_path, bpe):
-        config = DataConfig(seq_len=8, batch_size=4)
-        first, again = (next(make_loader(config, CORPUS, bpe, cache_dir=tmp_path)) for _ in range(2))
+        first, again = (
+            next(make_loader(DataConfig(), CORPUS, bpe, seq_len=8, batch_size=4, cache_dir=tmp_path)) for _ in range(2)
+        )
         np.testing.assert_array_equal(first["tokens"], again["tokens"])
 
     def test_bytes_and_small_corpora_are_not_kept(self, tmp_path, bpe, monkeypatch):

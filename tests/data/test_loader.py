@@ -14,7 +14,7 @@ from moejax.config import ConfigError, DataConfig
 from moejax.data import ByteTokenizer, Document, load_data, make_loader
 from moejax.data.loader import Rows, encode_documents
 
-CONFIG = DataConfig(seq_len=8, batch_size=4, seed=3)
+CONFIG = DataConfig(seed=3)
 DOCUMENTS = [Document(str(i), chr(ord("a") + i) * (3 + 7 * i)) for i in range(9)]
 FIELDS = ("tokens", "targets", "segment_ids")
 
@@ -24,7 +24,7 @@ document_lists = st.lists(st.text("ab\n"), min_size=1, max_size=6).map(
 
 
 def loader(documents=DOCUMENTS, config=CONFIG, **kwargs):
-    return make_loader(config, documents, ByteTokenizer(), **kwargs)
+    return make_loader(config, documents, ByteTokenizer(), **{"seq_len": 8, "batch_size": 4} | kwargs)
 
 
 def take(iterator, count):
@@ -85,10 +85,10 @@ class TestRows:
 
 class TestTrain:
     def test_shapes_and_types(self):
-        for batch_size in (None, 5):
-            batch = next(loader(batch_size=batch_size))
+        for batch_size, seq_len in ((4, 8), (5, 8), (4, 7)):
+            batch = next(loader(batch_size=batch_size, seq_len=seq_len))
             assert {name: (value.shape, value.dtype) for name, value in batch.items()} == dict.fromkeys(
-                FIELDS, ((batch_size or 4, 8), np.int32)
+                FIELDS, ((batch_size, seq_len), np.int32)
             )
 
     def test_rows_are_those_of_the_stream_each_once(self):
@@ -107,7 +107,7 @@ class TestTrain:
         assert (np.diff(tokens[:, 1]) == 1).sum() < 8
 
     def test_seed_decides(self):
-        same, other = DataConfig(seq_len=8, batch_size=4, seed=3), DataConfig(seq_len=8, batch_size=4, seed=-4)
+        same, other = DataConfig(seed=3), DataConfig(seed=-4)
         assert_batches_equal(take(loader(config=same), 5), take(loader(), 5))
         assert not np.array_equal(next(loader(config=other))["tokens"], next(loader())["tokens"])
 
@@ -117,8 +117,9 @@ class TestTrain:
             np.testing.assert_array_equal(np.unique(batch["tokens"]), [0, 97, 98])
 
     def test_errors(self):
-        with pytest.raises(ConfigError, match="batch_size=0 must be positive"):
-            loader(batch_size=0)
+        for name in ("batch_size", "seq_len"):
+            with pytest.raises(ConfigError, match=f"{name}=0 must be positive"):
+                loader(**{name: 0})
         for documents, count in [([], 0), ([Document("x", "")], 1)]:
             with pytest.raises(ConfigError, match=f"documents hold {count} tokens; at least 2 are needed"):
                 loader(documents)
@@ -136,7 +137,7 @@ class TestHeldOut:
         assert passed != every[: len(passed)]  # the first batches are a sample of all, not the beginning
 
     def test_the_order_is_not_the_seeds(self):
-        other = DataConfig(seq_len=8, batch_size=4, seed=-4)
+        other = DataConfig(seed=-4)
         assert_batches_equal(list(loader(config=other, train=False)), list(loader(train=False)))
 
     def test_second_pass(self):
@@ -192,10 +193,11 @@ class TestLoadData:
     @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
     def test_from_a_single_file_to_batches(self, tmp_path, tokenizer):
         (tmp_path / "text").write_text("".join(f"line {i}\n" for i in range(300)))
-        config = DataConfig(paths=(str(tmp_path / "text"),), seq_len=16, batch_size=2, tokenizer=tokenizer)
+        config = DataConfig(paths=(str(tmp_path / "text"),), tokenizer=tokenizer)
         data = load_data(config, tmp_path / "cache")
         assert data.train_documents[0].text + data.eval_documents[0].text == (tmp_path / "text").read_text()
-        batch = next(make_loader(config, data.eval_documents, data.tokenizer, train=False))
+        loader = make_loader(config, data.eval_documents, data.tokenizer, seq_len=16, batch_size=2, train=False)
+        batch = next(loader)
         assert data.tokenizer.decode(batch["tokens"][0]) in data.eval_documents[0].text
         assert data.fingerprint == load_data(config, tmp_path / "cache").fingerprint
 

@@ -288,7 +288,7 @@ class TestSeparator:
         (tmp_path / "tokenizer").mkdir()
         byte_level(*LLAMA_3).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
         (tmp_path / "a.txt").write_text("one\ntwo\n" * 9)
-        config = DataConfig(paths=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path / "tokenizer"), seq_len=8)
+        config = DataConfig(paths=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path / "tokenizer"))
         data = load_data(config)
         assert data.tokenizer.separator == 256
         assert next(iter(encode_documents(data.train_documents, data.tokenizer)))[0] == 256

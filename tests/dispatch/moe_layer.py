@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from reference import oracle
 
 from moejax import remat
 from moejax.config import DispatchConfig, ModelConfig
@@ -195,20 +196,18 @@ def dense(
 ) -> tuple[np.ndarray, Any]:
     """The layer's results and gradients in float64, every expert on every token; `kept_NK` says what counts."""
     kept_NK = np.ones(expert_NK.shape, bool) if kept_NK is None else kept_NK
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.default_device(jax.devices()[0]):
-        float64 = functools.partial(jax.tree.map, lambda a: jnp.asarray(np.asarray(a, np.float64)))
-        out = _dense(float64(weights), float64(x_ND), expert_NK, float64(cotangent_ND), kept_NK, depth)
-        return jax.tree.map(np.asarray, out)
+    return _dense((weights, x_ND, cotangent_ND), expert_NK, kept_NK, depth)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _dense(weights: Any, x_ND: Any, expert_NK: Any, cotangent_ND: Any, kept_NK: Any, depth: int) -> Any:
+@oracle.in_float64
+@functools.partial(jax.jit, static_argnums=3)
+def _dense(inputs: Any, expert_NK: Any, kept_NK: Any, depth: int) -> Any:
+    weights, x_ND, cotangent_ND = inputs
+
     def layer(weights: Any, x_ND: Any) -> Any:
-        gate_NK = gates(weights["router"], x_ND, expert_NK)
-        gate_NE = jnp.einsum("nk,nke->ne", jnp.where(kept_NK, gate_NK, 0.0), jax.nn.one_hot(expert_NK, E))
-        h_NEGF = jnp.einsum("nd,edgf->negf", x_ND, weights["experts"]["w_in_EDGF"])
-        h_NEF = h_NEGF[:, :, 0] / (1 + jnp.exp(-h_NEGF[:, :, 0])) * h_NEGF[:, :, 1]
-        return jnp.einsum("nef,efd,ne->nd", h_NEF, weights["experts"]["w_out_EFD"], gate_NE)
+        gate_NK = jnp.where(kept_NK, gates(weights["router"], x_ND, expert_NK), 0.0)
+        gate_NE = jnp.einsum("nk,nke->ne", gate_NK, jax.nn.one_hot(expert_NK, E))
+        return oracle.experts(weights["experts"], x_ND, gate_NE)
 
     def loss(weights: Any, x_ND: Any) -> Any:
         y_ND = x_ND if depth else layer(weights, x_ND)

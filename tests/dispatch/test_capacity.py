@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from layouts import relative_error
 from moe_layer import E, K, Layer, T, dense, gates, make_tokens, make_weights, rounds_by_hand
 from tiers import full_unless
 

@@ -13,7 +13,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from layouts import relative_error
+from cases import relative_error
 from moe_layer import E, K, Layer, T, dense, make_tokens, make_weights, rounds_by_hand
 from tiers import full_unless
 

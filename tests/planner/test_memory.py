@@ -13,14 +13,14 @@ import pytest
 from tiers import full_unless
 
 from experiments.shared import audit_cases
-from moejax.config import DispatchConfig, ModelConfig, ParallelConfig
+from moejax.config import DispatchConfig, ModelConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
-from moejax.model import Program
 from moejax.planner import memory
 from moejax.planner.memory import predict_memory
-from moejax.planner.plan import Plan
-from moejax.planner.trace import trace
 from moejax.presets import moe_16x10b, tiny
+from moejax.profiling.step_counts import count_step
+from moejax.program import Program
 from moejax.train.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,131 +32,119 @@ MESHES = (
 )
 
 
+MODEL = moe_16x10b()
+
+
 @pytest.fixture(params=MESHES, ids=lambda mesh: f"{mesh.expert}x{mesh.pipeline}x{mesh.tensor}_{mesh.hardware}")
-def plan(request):
-    parallel = ParallelConfig(num_microbatches=4, remat="none")
-    return Plan(moe_16x10b(), request.param, seq_len=1024, batch_size=64, parallel=parallel)
+def layout(request):
+    return Layout(request.param, 1024, 64, num_microbatches=4, remat="none")
 
 
-def with_parallel(plan, **changes):
-    return dataclasses.replace(plan, parallel=dataclasses.replace(plan.parallel, **changes))
-
-
-def with_dispatch(plan, **changes):
-    return dataclasses.replace(plan, dispatch=dataclasses.replace(plan.dispatch, **changes))
-
-
-def peak(plan):
-    return predict_memory(plan).peak_bytes
+def peak(layout, mode="train"):
+    return predict_memory(MODEL, layout, mode).peak_bytes
 
 
 def rising(values):
     return all(a < b for a, b in itertools.pairwise(values))
 
 
-def test_the_peak_is_the_sum_of_its_categories(plan):
-    found = predict_memory(plan)
+def test_the_peak_is_the_sum_of_its_categories(layout):
+    found = predict_memory(MODEL, layout)
     assert found.peak_bytes == sum(found.categories.values())
     assert all(size >= 0 for size in found.categories.values())
     assert set(found.categories) == {field.name for field in dataclasses.fields(found)} - {"moment"}
 
 
-def test_stronger_rematerialization_takes_less(plan):
-    assert rising([peak(with_parallel(plan, remat=policy)) for policy in POLICIES[:-1]])
-    assert peak(with_parallel(plan, remat="minimal")) <= peak(plan)
+def test_stronger_rematerialization_takes_less(layout):
+    assert rising([peak(layout.replace(remat=policy)) for policy in POLICIES[:-1]])
+    assert peak(layout.replace(remat="minimal")) <= peak(layout)
 
 
-def test_more_microbatches_save_fewer_activations(plan):
-    saved = [predict_memory(with_parallel(plan, num_microbatches=n)).activations for n in (8, 4, 2, 1)]
+def test_more_microbatches_save_fewer_activations(layout):
+    saved = [predict_memory(MODEL, layout.replace(num_microbatches=n)).activations for n in (8, 4, 2, 1)]
     assert rising(saved)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_more_sequences_and_longer_ones_take_more(plan, policy):
-    plan = with_parallel(plan, remat=policy)
-    assert rising([peak(dataclasses.replace(plan, batch_size=size)) for size in (32, 64, 128, 256)])
-    assert rising([peak(dataclasses.replace(plan, seq_len=length)) for length in (256, 1024, 4096, 8192)])
+def test_more_sequences_and_longer_ones_take_more(layout, policy):
+    layout = layout.replace(remat=policy)
+    assert rising([peak(layout.replace(batch_size=size)) for size in (32, 64, 128, 256)])
+    assert rising([peak(layout.replace(seq_len=length)) for length in (256, 1024, 4096, 8192)])
 
 
-def test_more_layers_and_larger_experts_take_more(plan):
+def test_more_layers_and_larger_experts_take_more(layout):
     for name, values in {
         "num_layers": (16, 32, 64),
         "d_ff": (2048, 4096, 8192),
         "vocab_size": (32_000, 64_000),
     }.items():
-        variants = [dataclasses.replace(plan, model=dataclasses.replace(plan.model, **{name: v})) for v in values]
-        assert rising([peak(variant) for variant in variants])
+        variants = [dataclasses.replace(MODEL, **{name: value}) for value in values]
+        assert rising([predict_memory(variant, layout).peak_bytes for variant in variants])
 
 
-def test_larger_buffers_take_more(plan):
-    assert rising([peak(with_dispatch(plan, capacity_factor=factor)) for factor in (1.0, 1.5, 2.0, 4.0)])
+def test_larger_buffers_take_more(layout):
+    assert rising([peak(layout.replace(capacity_factor=factor)) for factor in (1.0, 1.5, 2.0, 4.0)])
 
 
-def test_gathering_layer_by_layer_takes_less(plan):
-    assert peak(with_parallel(plan, gather="layer")) < peak(plan)
+def test_gathering_layer_by_layer_takes_less(layout):
+    assert peak(layout.replace(gather="layer")) < peak(layout)
 
 
-def test_replicas_with_their_own_sequences_change_nothing(plan):
-    mesh = dataclasses.replace(plan.mesh, replica=4)
-    assert peak(dataclasses.replace(plan, mesh=mesh, batch_size=4 * plan.batch_size)) == peak(plan)
+def test_replicas_with_their_own_sequences_change_nothing(layout):
+    mesh = dataclasses.replace(layout.mesh, replica=4)
+    assert peak(layout.replace(mesh=mesh, batch_size=4 * layout.batch_size)) == peak(layout)
 
 
-def test_decoding_holds_keys_and_values_of_all_that_was_read(plan):
-    decode = dataclasses.replace(plan, mode="decode")
-    longer = dataclasses.replace(decode, seq_len=2 * plan.seq_len)
-    found, m = predict_memory(decode), plan.model
-    whole = m.num_layers * plan.batch_size * (plan.seq_len + 1) * 2 * m.num_kv_heads * m.head_dim * 2
-    assert found.kv_cache == whole / plan.mesh.num_devices
-    assert 1.99 < predict_memory(longer).kv_cache / found.kv_cache < 2
+def test_decoding_holds_keys_and_values_of_all_that_was_read(layout):
+    longer = layout.replace(seq_len=2 * layout.seq_len)
+    found, m = predict_memory(MODEL, layout, "decode"), MODEL
+    whole = m.num_layers * layout.batch_size * (layout.seq_len + 1) * 2 * m.num_kv_heads * m.head_dim * 2
+    assert found.kv_cache == whole / layout.mesh.num_devices
+    assert 1.99 < predict_memory(MODEL, longer, "decode").kv_cache / found.kv_cache < 2
     assert found.optimizer == found.gradients == 0
-    assert found.peak_bytes < peak(dataclasses.replace(plan, mode="prefill")) < peak(plan)
+    assert found.peak_bytes < peak(layout, "prefill") < peak(layout)
 
 
-@pytest.mark.parametrize("layout", [(4, 2, 2), (2, 2, 4), (16, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 2, 2), (2, 2, 4), (16, 1, 1)], ids=str)
 @pytest.mark.parametrize("expert_axes", [("expert",), ("expert", "tensor")], ids=len)
 @pytest.mark.parametrize("changes", [{}, {"num_dense_layers": 2, "dense_d_ff": 64, "shared_d_ff": 128}], ids=len)
-def test_what_is_stored_is_counted_exactly(layout, expert_axes, changes):
+def test_what_is_stored_is_counted_exactly(sizes, expert_axes, changes):
     """Parameters and moments against the train state's shards; what is replicated is small."""
     model = dataclasses.replace(tiny(), num_layers=6, num_kv_heads=4, **changes)
-    expert, pipeline, tensor = layout
-    mesh_config = MeshConfig(expert=expert, pipeline=pipeline, tensor=tensor)
-    plan = Plan(model, mesh_config, 64, 32, dispatch=DispatchConfig(expert_axes=expert_axes))
-    devices = np.array(jax.devices()[:16]).reshape(layout)
-    program = Program.from_config(plan.train_config(), jax.sharding.Mesh(devices, mesh_config.axis_names))
-    shapes = make_train_step(program).state_shapes
+    layout = Layout(MeshConfig(*sizes), 64, 32).replace(expert_axes=expert_axes)
+    shapes = make_train_step(Program(model, layout)).state_shapes
     held = sum(
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves((shapes.params, shapes.opt_state))
     )
-    found = predict_memory(plan)
+    found = predict_memory(model, layout)
     assert found.parameters + found.optimizer == pytest.approx(held, rel=2e-3)
 
 
-TRACED = {
+COUNTED = {
     "none": {"remat": "none"},
     "minimal_tpu": {"remat": "minimal", "hardware": "tpu_v5p"},
     "collectives_split_experts": {"remat": "collectives", "expert_axes": ("expert",)},
     "minimal_ragged": {"remat": "minimal", "strategy": "ragged"},
-    "full_repeats": {"remat": "full", "repeats": 2},
+    "full_repeats": {"remat": "full", "pipeline_repeats": 2},
     "shared_and_dense": {"remat": "minimal", "shared_d_ff": 2048, "num_dense_layers": 4, "dense_d_ff": 8192},
 }
 
 
 @pytest.mark.parametrize(
-    "choices", full_unless([TRACED["none"], TRACED["shared_and_dense"]].__contains__, TRACED.values()), ids=TRACED
+    "choices", full_unless([COUNTED["none"], COUNTED["shared_and_dense"]].__contains__, COUNTED.values()), ids=COUNTED
 )
 def test_what_is_saved_is_what_the_program_stacks(choices):
     """The closed form of a policy against the jaxpr, but for integers, which `none` saves some of."""
     parts = {
         kind: {name: value for name, value in choices.items() if name in kind.__dataclass_fields__}
-        for kind in (ModelConfig, MeshConfig, ParallelConfig, DispatchConfig)
+        for kind in (ModelConfig, MeshConfig, Layout, DispatchConfig)
     }
     mesh = MeshConfig(**{"expert": 4, "pipeline": 2, "tensor": 2, "hardware": "h100"} | parts[MeshConfig])
-    model = dataclasses.replace(moe_16x10b(), **parts[ModelConfig])
-    parallel = ParallelConfig(**{"num_microbatches": 2} | parts[ParallelConfig])
-    plan = Plan(model, mesh, 1024, 64, parallel, DispatchConfig(**parts[DispatchConfig]))
-    sizes = memory.Sizes(plan)
-    stacks = trace(plan).saved
+    model = dataclasses.replace(MODEL, **parts[ModelConfig])
+    layout = Layout(mesh, 1024, 64).replace(**parts[Layout], **parts[DispatchConfig])
+    sizes = memory.Sizes(model, layout)
+    stacks = count_step(model, layout).saved
     loops = {"pipeline": (sizes.ticks, sizes.chunk), "dense": (model.num_dense_layers,)}
     found = {name: sum(b for (_, shape, _), b in stacks.items() if shape[: len(dims)] == dims and len(shape) > 3)
              for name, dims in loops.items() if dims != (0,)}  # fmt: skip
@@ -172,9 +160,9 @@ def test_the_record_has_what_was_promised():
     """Three models, four lengths, two targets, and a third of the cases held out."""
     cases = [audited.case for audited in AUDITED]
     assert len(cases) >= 40
-    assert len({case.model for case in cases}) == 3
-    assert {case.plan.seq_len for case in cases} == {128, 1024, 4096, 10_240}
-    assert {case.plan.parallel.remat for case in cases} == set(POLICIES)
+    assert len({case.name for case in cases}) == 3
+    assert {case.layout.seq_len for case in cases} == {128, 1024, 4096, 10_240}
+    assert {case.layout.remat for case in cases} == set(POLICIES)
     assert sum(not case.used_for_fitting for case in cases) >= len(cases) / 3 - 1
 
 

@@ -1,28 +1,27 @@
 """The planner's scripts."""
 
+import dataclasses
 import json
 
 import pytest
 from scripts import run_script
 
-from moejax.mesh import MeshConfig
-from moejax.overrides import load_config_file
 from moejax.planner.hardware import get_device, load_calibration
-from moejax.train.schedule import load_buckets
+from moejax.train.plan_file import load_layouts, load_plan_model
 
 
-def test_a_plan_is_written_as_a_mesh_that_trains(tmp_path):
+def test_a_plan_is_written_as_a_file_that_trains(tmp_path):
     out, saved = tmp_path / "plan.py", tmp_path / "plan.json"
     done = run_script("plan", "--seq_len=1024,4096", f"--out={out}", f"--json={saved}")
     figures = done.figures
     assert json.loads(saved.read_text()) == figures
     assert list(figures["choices"]) == ["1024", "4096"]
-    buckets = load_buckets(out)
-    assert [bucket.seq_len for bucket in buckets] == [1024, 4096]
-    assert load_config_file(out, MeshConfig) == buckets[0].mesh
-    for bucket, choice in zip(buckets, figures["choices"].values(), strict=True):
-        assert bucket.mesh.num_devices == 16
-        assert bucket.parallel.remat == choice["plan"]["parallel"]["remat"]
+    layouts = load_layouts(out)
+    assert [layout.seq_len for layout in layouts] == [1024, 4096]
+    assert load_plan_model(out) == "moe_16x10b"
+    for layout, choice in zip(layouts, figures["choices"].values(), strict=True):
+        assert layout.mesh.num_devices == 16
+        assert json.loads(json.dumps(dataclasses.asdict(layout))) == choice["layout"]
     for part in ("| length |", "| memory, GB |", "| time, ms |", "tokens: ", "tokens/s forward"):
         assert part in done.stdout
 
@@ -55,8 +54,7 @@ def test_a_cluster_of_ones_own(tmp_path):
         "    return Cluster('mine', dataclasses.replace(get_device('h100'), name='mine', memory_bytes=memory), 1, 8)\n"
     )
     figures = run_script("plan", f"--cluster={path}", "--seq_len=1024", "--mode=decode").figures
-    plan = figures["choices"]["1024"]["plan"]
-    assert plan["mesh"]["hardware"] == "custom"
+    assert figures["choices"]["1024"]["layout"]["mesh"]["hardware"] == "custom"
     assert figures["choices"]["1024"]["peak_bytes"] < 40e9
 
 
@@ -72,7 +70,7 @@ def test_calibration_measures_this_machine_and_the_planner_takes_it(tmp_path):
 
 def test_training_that_cannot_fit_is_refused_before_it_starts(tmp_path):
     workdir = tmp_path / "run"
-    batch = ["--config.data.seq_len=10240", "--config.data.batch_size=256"]
+    batch = ["--config.layout.seq_len=10240", "--config.layout.batch_size=256"]
     arguments = ["--config=moe_16x10b", "--mesh=h100_2x8", f"--workdir={workdir}", *batch]
     error = run_script("train", *arguments, "--config.memory_limit_bytes=14000000000", status=2).error
     assert "full rematerialization and the smallest microbatches, but a device has 14 GB; the largest " in error

@@ -9,8 +9,8 @@ from moejax.mesh import build_mesh
 from moejax.planner import report
 from moejax.planner import search as module
 from moejax.planner.hardware import Cluster, get_device
-from moejax.planner.predict import check, predict_plan, predict_step
-from moejax.planner.report import as_data, choice_table, layout, memory_table, time_table, why
+from moejax.planner.predict import predict_layout
+from moejax.planner.report import as_data, choice_table, describe, memory_table, time_table, why
 from moejax.planner.search import DoesNotFitError, Request, default_batch_size, find_plan, follows_rules, meshes
 from moejax.presets import mixtral_8x7b, moe_16x10b, tiny
 
@@ -37,13 +37,12 @@ def with_memory(cluster, num_bytes):
 def test_the_best_plan_can_be_built_and_fits(seq_len, mode):
     choice = found(seq_len, mode)
     best = choice.best
-    check(best.plan)
     assert best.fits(REFERENCE.device.usable_bytes)
-    assert best.plan.mesh.num_devices == 16
+    assert best.layout.mesh.num_devices == 16
     assert best.time.low <= best.time.expected <= best.time.high
-    assert predict_plan(best.plan, REFERENCE).time == best.time
+    assert predict_layout(moe_16x10b(), best.layout, REFERENCE, mode=mode) == best  # which checks that it can be built
     if choice.runner_up:
-        assert choice.runner_up.plan.mesh.shape != best.plan.mesh.shape
+        assert choice.runner_up.layout.mesh.shape != best.layout.mesh.shape
         assert choice.margin >= 0
 
 
@@ -52,13 +51,8 @@ def test_on_a_small_cluster_no_plan_is_faster():
     cluster = Cluster("four", get_device("h100"), 1, 4)
     r = request(512, cluster, batch_size=16, model=dataclasses.replace(moe_16x10b(), num_layers=4))
     best = find_plan(r).best.time.expected
-    layouts = list(module._layouts(r, 1))
-    every = itertools.chain.from_iterable(module._variants(plan) for plan in layouts)
-    times = [
-        predict_step(plan, cluster, r.assumptions).expected
-        for plan in every
-        if module.predict_memory(plan).peak_bytes <= r.limit_bytes
-    ]
+    every = itertools.chain.from_iterable(module._variants(r, layout) for layout in module._layouts(r, 1))
+    times = [r.time(layout).expected for layout in every if r.memory(layout).peak_bytes <= r.limit_bytes]
     assert len(times) > 500
     assert best <= 1.01 * min(times)
 
@@ -112,7 +106,7 @@ def test_every_flip_is_said_in_a_sentence():
 def test_rules_are_followed_or_the_price_is_told():
     choice = found(10_240)
     assert choice.by_rules
-    assert follows_rules(choice.by_rules.plan)
+    assert follows_rules(choice.by_rules.layout)
     assert choice.by_rules.time.expected >= choice.best.time.expected
 
 
@@ -127,7 +121,7 @@ def test_meshes_take_every_device_and_cross_hosts_on_one_axis():
 
 
 def test_a_planned_mesh_can_be_built(fake_devices):
-    mesh = found().best.plan.mesh
+    mesh = found().best.layout.mesh
     assert build_mesh(mesh, fake_devices(2, 8)).shape == mesh.shape
 
 
@@ -147,7 +141,8 @@ def test_the_tables_hold_every_length():
     assert "10,240 tokens: compute limits the speed. " in explained
     assert all(line.startswith("- ") for line in explained.splitlines()[1:])
     data = as_data(choices[128])
-    assert data["layout"] == layout(choices[128].best)
+    assert data["layout"] == dataclasses.asdict(choices[128].best.layout)
+    assert data["description"] == describe(choices[128].best)
     assert sum(data["memory_bytes"].values()) == pytest.approx(data["peak_bytes"])
     assert sum(data["time_s"]["by_phase"].values()) == pytest.approx(data["step_s"])
 

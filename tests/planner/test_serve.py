@@ -1,26 +1,25 @@
-import dataclasses
 from collections import Counter
 
 import pytest
 
-from moejax.config import DispatchConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.flops import decode_flops
-from moejax.planner.plan import Plan
 from moejax.planner.serve import decode_work
 from moejax.planner.work import Collective, Matmul, MemoryOp
 from moejax.presets import moe_16x10b
 
+MODEL = moe_16x10b()
 
-def plan(expert=8, pipeline=2, tensor=1, **fields):
-    fields = {"seq_len": 4096, "batch_size": 256} | fields
-    return Plan(moe_16x10b(), MeshConfig(expert, pipeline, tensor), mode="decode", **fields)
+
+def layout(expert=8, pipeline=2, tensor=1, batch_size=256):
+    return Layout(MeshConfig(expert, pipeline, tensor), 4096, batch_size)
 
 
 def sent_bytes(found):
     """Bytes sent by (phase, kind, axes)."""
     total = Counter()
-    for item in decode_work(found):
+    for item in decode_work(MODEL, found):
         if isinstance(item, Collective):
             total[item.phase, item.kind, item.axes] += item.sent_bytes
     return total
@@ -28,24 +27,22 @@ def sent_bytes(found):
 
 @pytest.mark.parametrize("sizes", [(8, 2, 1), (16, 1, 1), (4, 2, 2), (1, 16, 1), (2, 1, 8)])
 def test_devices_together_do_the_model_once(sizes):
-    found = plan(*sizes)
-    total = 16 * sum(item.flops for item in decode_work(found) if isinstance(item, Matmul))
-    assert total == pytest.approx(found.batch_size * decode_flops(found.model, found.seq_len))
+    total = 16 * sum(item.flops for item in decode_work(MODEL, layout(*sizes)) if isinstance(item, Matmul))
+    assert total == pytest.approx(256 * decode_flops(MODEL, 4096))
 
 
 def test_the_cache_is_read_once_a_token():
     """Of one device: keys and values of its sequences, layers and heads."""
-    found = plan()
-    m = found.model
-    memory_ops = [item for item in decode_work(found) if isinstance(item, MemoryOp) and item.phase == "attention"]
+    m, work = MODEL, decode_work(MODEL, layout())
+    memory_ops = [item for item in work if isinstance(item, MemoryOp) and item.phase == "attention"]
     reads = sum(item.moved_bytes * item.times for item in memory_ops) - 4 * 16 * m.d_model * 2 * m.num_layers
-    cache = found.batch_size * (found.seq_len + 1) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 2
+    cache = 256 * (4096 + 1) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 2
     assert reads == pytest.approx(cache / 16)
 
 
 def test_experts_that_no_token_picks_are_not_read():
     def weights(batch_size):
-        items = [item for item in decode_work(plan(1, 1, 1, batch_size=batch_size)) if isinstance(item, Matmul)]
+        items = [item for item in decode_work(MODEL, layout(1, 1, 1, batch_size)) if isinstance(item, Matmul)]
         return [item.groups for item in items if item.phase == "expert"]
 
     assert weights(1) == pytest.approx([2, 2])
@@ -54,20 +51,26 @@ def test_experts_that_no_token_picks_are_not_read():
 
 
 def test_every_assignment_travels_and_returns():
-    found = plan(16, 1, 1)
-    m = found.model
-    sent = sent_bytes(found)
-    rows = found.batch_size / 16 * m.experts_per_token * 15 / 16
+    m, sent = MODEL, sent_bytes(layout(16, 1, 1))
+    rows = 256 / 16 * m.experts_per_token * 15 / 16
     for phase in ("dispatch", "combine"):
         assert sent[phase, "all_to_all", ("expert", "tensor")] == pytest.approx(rows * m.d_model * 2 * m.num_layers)
 
 
 def test_one_device_sends_nothing():
-    assert not [item for item in decode_work(plan(1, 1, 1)) if isinstance(item, Collective)]
+    assert not [item for item in decode_work(MODEL, layout(1, 1, 1)) if isinstance(item, Collective)]
 
 
 def test_split_experts_meet_over_tensor():
-    split = plan(4, 2, 2, dispatch=DispatchConfig(expert_axes=("expert",)))
-    folded = dataclasses.replace(split, dispatch=DispatchConfig())
+    folded = layout(4, 2, 2)
+    split = folded.replace(expert_axes=("expert",))
     assert ("expert", "all_gather", ("tensor",)) in sent_bytes(split)
     assert ("expert", "all_gather", ("tensor",)) not in sent_bytes(folded)
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_tokens_cross_hosts_in_a_hop_of_their_own_where_the_dispatch_has_two(hierarchical):
+    mesh = MeshConfig(8, 2, hosts=4)
+    work = decode_work(MODEL, Layout(mesh, 4096, 256).replace(hierarchical=hierarchical))
+    exchanges = [item for item in work if isinstance(item, Collective) and item.kind == "all_to_all"]
+    assert [item.hosts for item in exchanges] == [4 if hierarchical else 1] * 2

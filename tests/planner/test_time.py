@@ -15,12 +15,12 @@ from moejax.planner.costs import (
     rates,
 )
 from moejax.planner.hardware import Cluster, Constant, get_device
-from moejax.planner.time import Placement, Step, predict_time
+from moejax.planner.time import AxisSpans, StepFacts, predict_time
 from moejax.planner.work import Collective, Matmul, MemoryOp
 
 H100 = get_device("h100")
 CLUSTER = Cluster("2x8", H100, 2, 8)
-PLACEMENT = Placement({"expert": (16, 2), "tensor": (1, 1)})
+SPANS = AxisSpans({"expert": (16, 2), "tensor": (1, 1)})
 WORK = [
     Matmul("attention", "forward", 4096, 4096, 3072, times=16),
     Matmul("expert", "forward", 1024, 4096, 3072, groups=2, times=16),
@@ -45,17 +45,19 @@ def faster(device, name, factor):
     "name", ["matmul_flops", "copy_bytes_per_s", "inside.bytes_per_s", "inside.peak_bytes_per_s", "across.bytes_per_s"]
 )
 def test_a_faster_device_is_never_slower(name):
-    before = predict_time(WORK, CLUSTER, PLACEMENT).expected
+    before = predict_time(WORK, CLUSTER, SPANS).expected
     for factor in (1.5, 4):
         cluster = dataclasses.replace(CLUSTER, device=faster(H100, name, factor))
-        after = predict_time(WORK, cluster, PLACEMENT).expected
+        after = predict_time(WORK, cluster, SPANS).expected
         assert after <= before
         before = after
 
 
-@pytest.mark.parametrize("step", [Step(), Step(bubble=0.2), Step(bubble=0.2, bubble_counted=False, parts=4, load=1.3)])
+@pytest.mark.parametrize(
+    "step", [StepFacts(), StepFacts(bubble=0.2), StepFacts(bubble=0.2, bubble_counted=False, parts=4, load=1.3)]
+)
 def test_phases_and_categories_add_up_and_the_interval_holds_the_step(step):
-    time = predict_time(WORK, CLUSTER, PLACEMENT, step=step)
+    time = predict_time(WORK, CLUSTER, SPANS, step=step)
     assert sum(time.by_phase.values()) == pytest.approx(time.expected)
     assert sum(time.by_category.values()) == pytest.approx(time.expected)
     assert time.low < time.expected < time.high
@@ -116,41 +118,41 @@ def test_inside_a_host_is_faster_than_across():
 
 
 def test_more_parts_expose_less_and_a_bubble_costs():
-    one, four = (predict_time(WORK, CLUSTER, PLACEMENT, step=Step(parts=n)) for n in (1, 4))
+    one, four = (predict_time(WORK, CLUSTER, SPANS, step=StepFacts(parts=n)) for n in (1, 4))
     assert four.by_category["communication"] < one.by_category["communication"]
     assert four.expected < one.expected
-    idle = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(bubble=0.5, bubble_counted=False))
-    counted = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(bubble=0.5))
+    idle = predict_time(WORK, CLUSTER, SPANS, step=StepFacts(bubble=0.5, bubble_counted=False))
+    counted = predict_time(WORK, CLUSTER, SPANS, step=StepFacts(bubble=0.5))
     assert idle.expected > one.expected == pytest.approx(counted.expected)
     assert counted.by_category["bubble"] == pytest.approx(idle.by_category["bubble"] / 2)
 
 
 def test_a_slow_host_bounds_the_step():
-    plain = predict_time(WORK, CLUSTER, PLACEMENT).expected
-    bound = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(host_s=10 * plain))
+    plain = predict_time(WORK, CLUSTER, SPANS).expected
+    bound = predict_time(WORK, CLUSTER, SPANS, step=StepFacts(host_s=10 * plain))
     assert bound.expected >= 10 * plain
-    hidden = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(host_s=plain / 10))
+    hidden = predict_time(WORK, CLUSTER, SPANS, step=StepFacts(host_s=plain / 10))
     assert hidden.expected == pytest.approx(plain)
-    waiting = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(host_s=plain / 10, host_waits=0.5))
+    waiting = predict_time(WORK, CLUSTER, SPANS, step=StepFacts(host_s=plain / 10, host_waits=0.5))
     assert waiting.by_category["host"] == pytest.approx(plain / 20)
 
 
 def test_throughput_and_utilization():
-    time = predict_time(WORK, CLUSTER, PLACEMENT, step=Step(tokens=65536, model_flops=1e15))
+    time = predict_time(WORK, CLUSTER, SPANS, step=StepFacts(tokens=65536, model_flops=1e15))
     assert time.tokens_per_ms == pytest.approx(65536 / time.expected / 1e3)
     assert time.tokens_per_s_per_device == pytest.approx(time.tokens_per_ms * 1e3 / 16)
     assert time.mfu == pytest.approx(1e15 / 16 / time.expected / 989e12)
 
 
 def test_placement_follows_the_mesh():
-    placement = Placement.of(MeshConfig(expert=8, pipeline=2, hardware="h100", hosts=2, host_axis="pipeline"))
-    assert placement.span(("expert",), 8) == (8, 1)
-    assert placement.span(("pipeline",), 2) == (1, 2)
-    assert placement.span(("expert", "pipeline"), 16) == (8, 2)
+    spans = AxisSpans.of(MeshConfig(expert=8, pipeline=2, hardware="h100", hosts=2, host_axis="pipeline"))
+    assert spans.span(("expert",), 8) == (8, 1)
+    assert spans.span(("pipeline",), 2) == (1, 2)
+    assert spans.span(("expert", "pipeline"), 16) == (8, 2)
 
 
 @pytest.mark.parametrize("fields", [{"bubble": 1.0}, {"load": 0.5}, {"rounds": 0}, {"parts": 0}])
 def test_a_step_that_cannot_be_is_refused(fields):
     (name,) = fields
     with pytest.raises(ConfigError, match=name):
-        Step(**fields)
+        StepFacts(**fields)

@@ -3,20 +3,20 @@
 import dataclasses
 
 import pytest
-from layouts import MODEL
 
-from moejax.config import ParallelConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
-from moejax.planner.plan import Plan
 from moejax.profiling.bubble import find_bubble
 from moejax.profiling.trace import Event
 
 TICK = 100.0  # ns
 
 
-def plan(stages=2, microbatches=3, repeats=1, accumulate=1):
-    parallel = ParallelConfig(num_microbatches=microbatches, repeats=repeats)
-    return Plan(MODEL, MeshConfig(pipeline=stages), 16, microbatches * accumulate, parallel, accumulate=accumulate)
+def layout(stages=2, microbatches=3, repeats=1, slices=1):
+    return Layout(
+        MeshConfig(pipeline=stages), 16, microbatches * slices, slices,
+        num_microbatches=microbatches, pipeline_repeats=repeats,
+    )  # fmt: skip
 
 
 def op(device, phase, start, end, backward=False, name="fusion"):
@@ -24,21 +24,22 @@ def op(device, phase, start, end, backward=False, name="fusion"):
     return Event(device, "line", name, start, end - start, phase, backward, communication)
 
 
-def trace_of(p, shift="ppermute.1"):
+def trace_of(x, shift="ppermute.1"):
     """Each tick a layer's work or nothing, then a shift in its last 10 ns; backward the shift comes first.
 
     Returns the events by device, and of each device when it has no work.
     """
-    ticks = p.parallel.repeats * p.parallel.num_microbatches + p.mesh.pipeline - 1
+    work = x.pipeline_repeats * x.num_microbatches
+    ticks = work + x.mesh.pipeline - 1
     events, bubble, now = {}, {}, 50.0
-    for stage in range(p.mesh.pipeline):
+    for stage in range(x.mesh.pipeline):
         device = f"CPU {stage}"
         found, idle, now = [op(device, "embed", 0, 50)], [], 50.0
-        for _ in range(p.accumulate):
+        for _ in range(x.grad_accumulation_steps):
             for backward in (False, True):
                 for at in range(ticks):
                     t = ticks - 1 - at if backward else at
-                    works = 0 <= t - stage < p.parallel.repeats * p.parallel.num_microbatches
+                    works = 0 <= t - stage < work
                     begin, end = (now + 10, now + TICK) if backward else (now, now + TICK - 10)
                     if works:
                         found.append(op(device, "expert", begin, end, backward))
@@ -62,15 +63,15 @@ def length(intervals):
 
 
 @pytest.mark.parametrize(
-    "p", [plan(), plan(4, 2), plan(2, 2, repeats=2), plan(3, 4, accumulate=2)],
+    "x", [layout(), layout(4, 2), layout(2, 2, repeats=2), layout(3, 4, slices=2)],
     ids=["two stages", "four stages", "interleaved", "accumulated"],
 )  # fmt: skip
 @pytest.mark.parametrize("shift", ["ppermute.1", "ncclDevKernel_SendRecv(args)"])
-def test_the_ticks_without_work(p, shift):
-    events, bubble, end = trace_of(p, shift)
-    found = find_bubble(events, stages_of(events), p, (0, end))
+def test_the_ticks_without_work(x, shift):
+    events, bubble, end = trace_of(x, shift)
+    found = find_bubble(events, stages_of(events), x, (0, end))
     for device, ticks in bubble.items():
-        assert length(found[device]) == pytest.approx(length(ticks), abs=20 * p.accumulate)
+        assert length(found[device]) == pytest.approx(length(ticks), abs=20 * x.grad_accumulation_steps)
         assert len(found[device]) > 0
         for start, stop in ticks:
             middle = (start + stop) / 2
@@ -79,12 +80,12 @@ def test_the_ticks_without_work(p, shift):
 
 def test_one_stage_has_none():
     events = {"CPU 0": [op("CPU 0", "expert", 0, 10)]}
-    assert find_bubble(events, {}, plan(1), (0, 100)) == {"CPU 0": []}
+    assert find_bubble(events, {}, layout(1), (0, 100)) == {"CPU 0": []}
 
 
 def test_what_cannot_be_told():
-    events, _, end = trace_of(plan())
-    assert find_bubble(events, {"CPU 0": 0}, plan(), (0, end)) is None  # a device's stage is not known
-    assert find_bubble(events, stages_of(events), plan(microbatches=4), (0, end)) is None  # a tick too few
+    events, _, end = trace_of(layout())
+    assert find_bubble(events, {"CPU 0": 0}, layout(), (0, end)) is None  # a device's stage is not known
+    assert find_bubble(events, stages_of(events), layout(microbatches=4), (0, end)) is None  # a tick too few
     unnamed = {d: [dataclasses.replace(e, phase=None) for e in found] for d, found in events.items()}
-    assert find_bubble(unnamed, stages_of(events), plan(), (0, end)) is None
+    assert find_bubble(unnamed, stages_of(events), layout(), (0, end)) is None

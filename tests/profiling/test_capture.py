@@ -6,38 +6,33 @@ import types
 
 import jax
 import pytest
-from layouts import MODEL, Layout
+from cases import MODEL, Case
 
-from moejax.config import ConfigError
-from moejax.mesh import MeshConfig
+from moejax.config import ConfigError, ModelConfig
+from moejax.layout import Layout
+from moejax.overrides import from_record
 from moejax.profiling import capture, report, tables, timeline
 from moejax.profiling.capture import StepCapture, parse_steps
 from moejax.profiling.intervals import intersection, union
 from moejax.profiling.trace import FACTS, Event, Marker, Trace, read_trace
 from moejax.train.step import make_train_step
 
-LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
-MESH = MeshConfig(expert=4, pipeline=2, tensor=2)
+CASE = Case(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
 
 
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory):
-    """The traces of a run of 8 steps, of which 2 and 3 are asked for before, 5 while it runs, 7 and 8 by mistake.
-
-    Another bucket of the run is on a mesh with replicas, which crosses hosts along them.
-    """
+    """The traces of a run of 8 steps, of which 2 and 3 are asked for before, 5 while it runs, 7 and 8 by mistake."""
     workdir = tmp_path_factory.mktemp("run")
-    step = make_train_step(LAYOUT.program)
-    compiled = step.lower(LAYOUT.batch_size, LAYOUT.seq_len).compile()
+    step = make_train_step(CASE.program)
+    compiled = step.lower().compile()
     fitted = types.SimpleNamespace(compiled=compiled, step=step)
-    state, batch = step.init(jax.random.key(0)), step.put_batch(LAYOUT.batch)
-    with StepCapture(
-        workdir, [MeshConfig(replica=2, expert=8, hosts=2, host_axis="replica"), MESH], range(2, 4)
-    ) as profiler:
+    state, batch = step.init(jax.random.key(0)), step.put_batch(CASE.batch)
+    with StepCapture(workdir, range(2, 4)) as profiler:
         for number in range(1, 9):
             if number in (5, 7, 8):
                 (workdir / "profile").write_bytes({5: b"1\n", 7: "²".encode(), 8: b"\xff"}[number])
-            with profiler.step(number, fitted, LAYOUT.batch["tokens"]):
+            with profiler.step(number, fitted):
                 state, _ = jax.block_until_ready(compiled(state, batch))
             assert not (workdir / "profile").exists()
     return workdir / "profiles"
@@ -77,11 +72,12 @@ def test_nearly_all_time_has_a_phase(trace, found):
     assert {phase for phase, ms in found.mean.exposed.items() if ms} >= {"dispatch", "combine", "pipeline", "gather"}
 
 
-def test_the_plan_comes_along(trace, found):
-    assert {step["step"]: step["plan"]["mesh"] for step in trace.facts["steps"]} == dict.fromkeys(
-        (2, 3), dataclasses.asdict(MESH)
-    )
-    assert found.tokens == 2 * LAYOUT.batch_size * LAYOUT.seq_len
+def test_the_model_and_the_layout_come_along(trace, found):
+    assert [step["step"] for step in trace.facts["steps"]] == [2, 3]
+    for step in trace.facts["steps"]:
+        assert from_record(ModelConfig, step["model"], "model") == (CASE.model, [])
+        assert from_record(Layout, step["layout"], "layout") == (CASE.layout, [])
+    assert found.tokens == 2 * CASE.batch_size * CASE.seq_len
     assert found.predicted.hardware == "cpu"
     assert found.predicted.phase_ms.keys() == {*report.PHASES, "bubble", "host"}
     peak = found.predicted.step_ms / found.step_ms  # the prediction's utilization, at the measured speed

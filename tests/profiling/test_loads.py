@@ -10,9 +10,10 @@ from pictures import check_labels
 from scripts import run_script
 
 from moejax.balance import load_cv_floor
-from moejax.config import BalanceConfig, ConfigError, ModelConfig, TrainConfig
+from moejax.config import BalanceConfig, ConfigError, ModelConfig
 from moejax.plots import pyplot
 from moejax.profiling.loads import LoadHistory, figure
+from moejax.train.config import TrainConfig
 from moejax.train.metrics import LOADS_FILE, MetricsWriter
 from moejax.train.record import RECORD_FILE, append_start
 

@@ -4,10 +4,11 @@ import jax
 import pytest
 
 from moejax import hlo
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
 from moejax.presets import tiny
 from moejax.profiling.overlap import Overlap, attention_flops, measure
+from moejax.program import Program
 from moejax.train.step import make_train_step
 
 SPEED = {"flops_per_s": 1000.0, "bytes_per_s": 1000.0}
@@ -112,13 +113,12 @@ def test_attention_kernels_have_the_flops_of_causal_attention(name, products):
 @pytest.mark.full
 def test_the_train_step_exchanges_each_layers_tokens_there_and_back_and_their_gradients():
     """Compiled for CPUs, whose collectives are all synchronous."""
-    program = Program(tiny(), build_mesh(MeshConfig(expert=4), jax.devices()[:4]))
-    m, microbatches = program.model, program.parallel.num_microbatches
-    batch_size, seq_len = 16, 32
-    module = hlo.parse(make_train_step(program).lower(batch_size, seq_len).compile().as_text())
+    m, layout = tiny(), Layout(MeshConfig(expert=4), 32, 16, num_microbatches=2)
+    program = Program(m, layout, build_mesh(layout.mesh, jax.devices()[:4]))
+    module = hlo.parse(make_train_step(program).lower().compile().as_text())
     found = measure(module, **SPEED)["all-to-all"]
     assert (found.asynchronous, found.overlapped, found.hidden) == (0, 0, 0)
-    assert found.times == 4 * m.num_moe_layers * microbatches
-    rows = m.num_experts * program.dispatch.capacity(batch_size // 4 // microbatches * seq_len, m)
+    assert found.times == 4 * m.num_moe_layers * 2
+    rows = m.num_experts * layout.dispatch.capacity(16 // 4 // 2 * 32, m)
     sent = found.times * rows * m.d_model * 3 / 4
     assert found.sent_bytes in (2 * sent, 4 * sent)  # CPUs may raise bfloat16 to float32

@@ -5,17 +5,17 @@ import dataclasses
 import re
 
 import jax
-from layouts import MODEL, Layout
+from cases import MODEL, Case
 
 from moejax.profiling.phases import PHASES, phase_of
 from moejax.train.step import make_train_step
 
-LAYOUT = Layout(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
+CASE = Case(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
 
 
 def lowered():
-    program = dataclasses.replace(LAYOUT.program)  # nothing that was traced before is taken again
-    return make_train_step(program).lower(LAYOUT.batch_size, LAYOUT.seq_len)
+    program = dataclasses.replace(CASE.program)  # nothing that was traced before is taken again
+    return make_train_step(program).lower()
 
 
 def phases(program):

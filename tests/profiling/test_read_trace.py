@@ -76,7 +76,7 @@ def write(folder, text, steps=(7,)):
     run.mkdir(parents=True)
     (run / "host.xplane.pb").write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(text))
     (folder / "program_0.txt").write_text(PROGRAM)
-    facts = {"steps": [{"step": n, "program": "program_0.txt", "plan": None} for n in steps]}
+    facts = {"steps": [{"step": n, "program": "program_0.txt"} for n in steps]}
     (folder / FACTS).write_text(json.dumps(facts))
     return folder
 
@@ -230,7 +230,7 @@ def test_a_tpu_trace(tmp_path):
 
 def test_another_steps_program_says_nothing(tmp_path):
     folder = gpu_trace(tmp_path)
-    (folder / FACTS).write_text('{"steps": [{"step": 6, "program": "program_0.txt", "plan": null}]}')
+    (folder / FACTS).write_text('{"steps": [{"step": 6, "program": "program_0.txt"}]}')
     events = read_trace(folder).events
     assert {event.phase for event in events} == {None}
     assert [event.communication for event in events] == [False, False, True]  # by the kernel's name

@@ -10,8 +10,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import MODEL, Case
 from jax import lax
-from layouts import MODEL, Layout
 
 import moejax.train.step
 from moejax import hlo
@@ -19,7 +19,7 @@ from moejax.profiling import capture, report
 from moejax.profiling.trace import Trace, read_trace
 from moejax.train.step import make_train_step
 
-LAYOUT = Layout(1, 1, 1, model=dataclasses.replace(MODEL, num_layers=2))
+CASE = Case(1, 1, 1, model=dataclasses.replace(MODEL, num_layers=2))
 STEPS = 2
 SQUARE = (512, 512)
 PRODUCTS = 8
@@ -49,9 +49,9 @@ def slowed(function):
 
 def traced(directory) -> tuple[Trace, set[str]]:
     """The trace of `STEPS` steps, and the names of the instructions that are the plant's."""
-    step = make_train_step(LAYOUT.program)
-    compiled = step.lower(LAYOUT.batch_size, LAYOUT.seq_len).compile()
-    state, batch = step.init(jax.random.key(0)), step.put_batch(LAYOUT.batch)
+    step = make_train_step(CASE.program)
+    compiled = step.lower().compile()
+    state, batch = step.init(jax.random.key(0)), step.put_batch(CASE.batch)
     with capture(directory) as recording:
         for number in range(STEPS):
             with recording.step(number, compiled):

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from pictures import check_labels
 from scripts import run_script
 
-from moejax.config import ModelConfig, ParallelConfig
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
+from moejax.config import ModelConfig
+from moejax.layout import Layout
+from moejax.mesh import MeshConfig
 from moejax.planner.hardware import get_device
 from moejax.planner.memory import predict_memory
-from moejax.planner.plan import Plan
 from moejax.plots import pyplot
 from moejax.profiling import memory_report
 from moejax.profiling.buffers import Block, Value, compile_with_buffers, read
 from moejax.profiling.memory import GROUPS, WHOLE_TIME, StepMemory
+from moejax.program import Program
 from moejax.train.step import TrainState, make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,19 +165,18 @@ def test_a_planted_buffer_is_found_in_its_phase_and_weights_are_told_from_gradie
 
 MODEL = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, num_experts=16,
                     experts_per_token=2, vocab_size=256, dtype="float32")  # fmt: skip
-PLAN = Plan(MODEL, MeshConfig(4, 2, 2), seq_len=64, batch_size=16, parallel=ParallelConfig(num_microbatches=2))
+LAYOUT = Layout(MeshConfig(4, 2, 2), 64, 16, num_microbatches=2)
 
 
 @pytest.fixture(scope="module")
 def train_step():
-    config = PLAN.train_config()
-    return make_train_step(Program.from_config(config, build_mesh(PLAN.mesh)), config.optimizer)
+    return make_train_step(Program(MODEL, LAYOUT))
 
 
 @pytest.fixture(scope="module")
 def step_memory(train_step):
     """Of a train step on 16 devices."""
-    return StepMemory.of(*compile_with_buffers(train_step.lower(PLAN.batch_size, PLAN.seq_len)))
+    return StepMemory.of(*compile_with_buffers(train_step.lower()))
 
 
 @pytest.mark.full
@@ -208,7 +207,7 @@ def test_every_leaf_of_the_state_and_the_batch_is_found(step_memory, train_step)
         "parameters": bytes_of(train_step.state_shapes.params, "state.params"),
         "moments": bytes_of(train_step.state_shapes.opt_state, "state.opt_state"),
         "balancer": bytes_of(train_step.state_shapes.balance, "state.balance"),
-        "batch": bytes_of(train_step.batch_shapes(PLAN.batch_size, PLAN.seq_len), "batch"),
+        "batch": bytes_of(train_step.program.batch_shapes, "batch"),
         "other arguments": {"state.step": 4},
     }
     for group, leaves in expected.items():
@@ -230,7 +229,7 @@ def test_the_step_is_understood(step_memory):
 
 @pytest.mark.full
 def test_tables_and_figures_for_programs_tell_the_same(step_memory):
-    predicted, device = predict_memory(PLAN), get_device("cpu")
+    predicted, device = predict_memory(MODEL, LAYOUT), get_device("cpu")
     data = json.loads(json.dumps(memory_report.as_data(step_memory, predicted, device, 7)))
     assert sum(data["by_phase_bytes"].values()) == sum(data["by_content_bytes"].values()) == data["peak_bytes"]
     assert data["peak_bytes"] == data["reported_bytes"] == step_memory.peak_bytes

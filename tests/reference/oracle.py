@@ -28,6 +28,16 @@ class CapacityRule(NamedTuple):
     capacity: int
 
 
+class Figures(NamedTuple):
+    """Of one mixture-of-experts layer: the router's losses, assignments to each expert, and how many were dropped."""
+
+    aux_loss: Any
+    sequence_loss: Any
+    z_loss: Any
+    load_E: Any
+    dropped: Any
+
+
 class Result(NamedTuple):
     """Figures in float64: scalars, and per mixture-of-experts layer assignments to each expert and dropped ones."""
 
@@ -90,7 +100,18 @@ def _kept(gate_TE: Any, tokens_Gn: Any, rows: int) -> Any:
     return jnp.zeros(gate_TE.shape, bool).at[tokens_Gn].set(kept_GnE)
 
 
-def _mixture(p: Any, h_BSD: Any, m: ModelConfig, tokens_Gn: Any, rows: int | None) -> tuple[Any, Any]:
+def experts(p: Any, h_TD: Any, gate_TE: Any) -> Any:
+    """Returns the sum over experts of what each makes of every token, times its gate."""
+    y_TD = jnp.zeros_like(h_TD)
+    for e in range(gate_TE.shape[1]):
+        w_in_DGF, w_out_FD = p["w_in_EDGF"][e], p["w_out_EFD"][e]
+        y_TD += gate_TE[:, e, None] * _swiglu(h_TD, w_in_DGF[:, 0], w_in_DGF[:, 1], w_out_FD)
+    return y_TD
+
+
+def mixture(p: Any, h_BSD: Any, m: ModelConfig, rule: CapacityRule | None = None) -> tuple[Any, Figures]:
+    """Returns what a mixture-of-experts layer makes of its normalized input, without the residual, and its figures."""
+    tokens_Gn, rows = rule or (None, None)
     h_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
     logits_TE = h_TD @ p["w_router_DE"]
     score_TE = jax.nn.softmax(logits_TE, axis=-1) if m.router_score == "softmax" else 1 / (1 + jnp.exp(-logits_TE))
@@ -101,11 +122,7 @@ def _mixture(p: Any, h_BSD: Any, m: ModelConfig, tokens_Gn: Any, rows: int | Non
     if m.router_renormalize:
         gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
     kept_TE = chosen_TE if rows is None else _kept(jax.lax.stop_gradient(gate_TE), tokens_Gn, rows)
-    y_TD = jnp.zeros_like(h_TD)
-    for e in range(m.num_experts):
-        w_in_DGF, w_out_FD = p["experts"]["w_in_EDGF"][e], p["experts"]["w_out_EFD"][e]
-        result_TD = _swiglu(h_TD, w_in_DGF[:, 0], w_in_DGF[:, 1], w_out_FD)
-        y_TD += jnp.where(kept_TE[:, e], gate_TE[:, e], 0.0)[:, None] * result_TD
+    y_TD = experts(p["experts"], h_TD, jnp.where(kept_TE, gate_TE, 0.0))
     if m.shared_d_ff:
         shared = p["shared"]
         y_TD += _swiglu(h_TD, shared["w_in_DGF"][:, 0], shared["w_in_DGF"][:, 1], shared["w_out_FD"])
@@ -116,7 +133,7 @@ def _mixture(p: Any, h_BSD: Any, m: ModelConfig, tokens_Gn: Any, rows: int | Non
     share_BE = chosen_BSE.mean(1) / m.experts_per_token
     sequence_loss = m.num_experts * jnp.mean(jnp.sum(share_BE * prob_BSE.mean(1), axis=-1))
     dropped = (chosen_TE & ~kept_TE).sum()
-    return y_TD.reshape(h_BSD.shape), (aux_loss, sequence_loss, jnp.mean(log_z_T**2), load_E, dropped)
+    return y_TD.reshape(h_BSD.shape), Figures(aux_loss, sequence_loss, jnp.mean(log_z_T**2), load_E, dropped)
 
 
 def _dense_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
@@ -126,14 +143,13 @@ def _dense_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any
     return x_BSD + _swiglu(h_BSD, w_in_DGF[:, 0], w_in_DGF[:, 1], w_out_FD)
 
 
-def _moe_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, tokens_Gn: Any, m: ModelConfig, rows: int | None) -> Any:
+def _moe_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig, rule: CapacityRule | None) -> Any:
     x_BSD += _attention(p["attention"], x_BSD, segment_ids_BS, m)
-    y_BSD, figures = _mixture(p["moe"], _rms_norm(x_BSD, p["moe_norm_D"], m.norm_eps), m, tokens_Gn, rows)
+    y_BSD, figures = mixture(p["moe"], _rms_norm(x_BSD, p["moe_norm_D"], m.norm_eps), m, rule)
     return x_BSD + y_BSD, figures
 
 
 def _logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None) -> tuple[Any, list[Any]]:
-    tokens_Gn, rows = rule or (None, None)
     x_BSD = params["embed"]["table_VD"][batch["tokens"]]
     for i in range(m.num_dense_layers):
         p = jax.tree.map(lambda w, i=i: w[i], params["dense_layers"])
@@ -141,7 +157,7 @@ def _logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None) 
     figures = []
     for i in range(m.num_layers - m.num_dense_layers):
         p = jax.tree.map(lambda w, i=i: w[i], params["layers"])
-        x_BSD, of_layer = _moe_layer(p, x_BSD, batch["segment_ids"], tokens_Gn, m, rows)
+        x_BSD, of_layer = _moe_layer(p, x_BSD, batch["segment_ids"], m, rule)
         figures.append(of_layer)
     h_BSD = _rms_norm(x_BSD, params["head"]["norm_D"], m.norm_eps)
     w_DV = params["embed"]["table_VD"].T if m.tie_embeddings else params["head"]["w_DV"]
@@ -162,8 +178,11 @@ def _loss(params: Any, batch: Any, m: ModelConfig, balance: BalanceConfig, rule:
     return loss, Result(loss, cross_entropy, aux_loss, sequence_loss, z_loss, load_LE, dropped_L)
 
 
-def _in_float64(function: Any) -> Any:
-    """Runs `function(params, ...)` in float64 under ordinary promotion and gives back NumPy arrays."""
+def in_float64(function: Any) -> Any:
+    """Runs `function(params, ...)` in float64 under ordinary promotion and gives back NumPy arrays.
+
+    Only the first argument, a tree of arrays, is converted.
+    """
 
     @functools.wraps(function)
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,13 +198,13 @@ def _in_float64(function: Any) -> Any:
     return run
 
 
-@_in_float64
+@in_float64
 def logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None = None) -> np.ndarray:
     """The logits of every position, [B, S, V]."""
     return _logits(params, batch, m, rule)[0]
 
 
-@_in_float64
+@in_float64
 def loss_and_grads(
     params: Any, batch: Any, m: ModelConfig, balance: BalanceConfig, rule: CapacityRule | None = None
 ) -> tuple[Result, Any]:

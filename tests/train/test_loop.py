@@ -18,25 +18,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scripts import run_script
 
 from experiments.shared import loading
 from moejax.balance import Figure
-from moejax.config import ConfigError
-from moejax.data import load_corpus
-from moejax.mesh import MeshConfig, build_mesh
+from moejax.batch import counted_targets
+from moejax.config import ConfigError, one_line
+from moejax.data import ByteTokenizer, load_corpus
+from moejax.mesh import MeshConfig
 from moejax.overrides import apply_overrides
 from moejax.train import loop
 from moejax.train.checkpoint import Checkpointer, CheckpointError
-from moejax.train.loop import Trainer, bits_per_byte
+from moejax.train.loop import Trainer
 from moejax.train.metrics import MetricsWriter, read_loads, read_metrics
 from moejax.train.record import read_starts
 from moejax.train.signals import Signals
 from moejax.train.sizes import StepSizes
 from moejax.train.step import TrainStep
+from moejax.train.step_record import Evaluation, StepRecord, bits_per_byte
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = {
@@ -45,8 +46,8 @@ OVERRIDES = {
     "model.head_dim": "8",
     "model.num_kv_heads": "4",
     "model.d_ff": "32",
-    "data.seq_len": "32",
-    "data.batch_size": "32",
+    "layout.seq_len": "32",
+    "layout.batch_size": "32",
     "steps": "8",
     "optimizer.warmup_steps": "2",
     "checkpoint.every": "2",
@@ -78,16 +79,17 @@ def config(corpus):
     return apply_overrides(loading.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
 
 
-def mesh(*shape):
-    config = MeshConfig(*shape)
-    return build_mesh(config, jax.devices()[: config.num_devices])
+def trainer_on(shape, config, workdir):
+    """The trainer of a run on a mesh of this shape, of the first devices."""
+    mesh = MeshConfig(*shape)
+    return Trainer(config.with_layout(mesh=mesh), workdir, devices=jax.devices()[: mesh.num_devices])
 
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """A run that was never stopped: its work directory and summary."""
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, Trainer(config, mesh(4, 2, 2), workdir).run()
+    return workdir, trainer_on((4, 2, 2), config, workdir).run()
 
 
 def lines(workdir):
@@ -112,8 +114,7 @@ def test_a_run_keeps_each_steps_loads(config, finished):
     steps_N, load_NLE = read_loads(finished[0])
     assert steps_N.tolist() == list(range(1, config.steps + 1))
     assert load_NLE.shape == (config.steps, config.model.num_moe_layers, config.model.num_experts)
-    assignments = config.data.batch_size * config.data.seq_len * config.model.experts_per_token
-    assert (load_NLE.sum(-1) == assignments).all()
+    assert (load_NLE.sum(-1) == config.layout.tokens * config.model.experts_per_token).all()
     for line, load_LE in zip(read_metrics(finished[0]), load_NLE, strict=True):
         assert line["load_cv"] == pytest.approx((load_LE.std(-1) / load_LE.mean(-1)).mean(), rel=1e-5)
     window_LE = load_NLE.sum(0)  # the window is longer than the run
@@ -122,26 +123,26 @@ def test_a_run_keeps_each_steps_loads(config, finished):
 
 def test_bits_per_byte_is_the_cross_entropy_in_another_unit(config, finished):
     held_out = read_metrics(finished[0])[-1]
-    assert held_out["load_cv_window_tokens"] == config.data.batch_size * config.data.seq_len
+    assert held_out["load_cv_window_tokens"] == config.layout.tokens
     # Bytes: a token is a byte, but for the separators between documents.
     assert held_out["eval_bits_per_byte"] == pytest.approx(held_out["eval_loss"] / np.log(2), rel=0.02)
     assert held_out["eval_bits_per_byte"] >= held_out["eval_loss"] / np.log(2)
 
 
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(config, finished, tmp_path, monkeypatch):
-    trainer = Trainer(config, mesh(4, 2, 2), tmp_path)
+    trainer = trainer_on((4, 2, 2), config, tmp_path)
     check_finite = trainer._check_finite
 
-    def stop_at_5(step, *rest):
-        check_finite(step, *rest)
-        if step == 5:
+    def stop_at_5(record, *rest):
+        check_finite(record, *rest)
+        if record.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(trainer, "_check_finite", stop_at_5)
     stopped = trainer.run()
     assert stopped.interrupted
     assert stopped.step == 5
-    resumed = Trainer(config, mesh(4, 2, 2), tmp_path).run()
+    resumed = trainer_on((4, 2, 2), config, tmp_path).run()
     assert resumed.resumed_from == 5
     assert lines(tmp_path) == lines(finished[0])
     assert resumed.sample == finished[1].sample
@@ -153,7 +154,7 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(config, finished, t
 @pytest.fixture(scope="module")
 def short(config):
     """Two steps, the first with an evaluation, in a model with room for no more tokens than the training text has."""
-    model = dataclasses.replace(config.model, max_seq_len=config.data.seq_len)
+    model = dataclasses.replace(config.model, max_seq_len=config.layout.seq_len)
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=1)
     return dataclasses.replace(config, model=model, optimizer=optimizer, steps=2, eval_every=1, sample_tokens=128)
 
@@ -198,7 +199,7 @@ def ctrl_c(monkeypatch, capfd):
 
 def test_ctrl_c_before_the_first_step_ends_at_once(short, ctrl_c, tmp_path):
     ctrl_c.at(loop, "load_data")
-    trainer = Trainer(short, mesh(1, 1, 1), tmp_path)
+    trainer = trainer_on((1, 1, 1), short, tmp_path)
     assert ctrl_c.lines == ["stopped at once; nothing is lost", "stop 130"]
     ctrl_c.at(StepSizes, "use")
     trainer.run()
@@ -209,7 +210,7 @@ def test_ctrl_c_is_answered_with_what_is_awaited_and_with_what_is_lost(short, ct
     ctrl_c.at(TrainStep, "evaluate")
     ctrl_c.at(Checkpointer, "save")
     ctrl_c.at(StepSizes, "close")
-    summary = Trainer(short, mesh(1, 1, 1), tmp_path).run()
+    summary = trainer_on((1, 1, 1), short, tmp_path).run()
     assert ctrl_c.lines == [
         "stopping after evaluating on held-out text and saving; Ctrl-C again to stop at once",
         *("stopped at once; no step is saved", "stop 130"),
@@ -223,7 +224,7 @@ def test_ctrl_c_is_answered_with_what_is_awaited_and_with_what_is_lost(short, ct
 
 def test_a_sample_is_cut_to_what_fits_and_ctrl_c_there_loses_nothing(short, ctrl_c, tmp_path):
     ctrl_c.at(loop, "sample_text")
-    trainer = Trainer(short, mesh(1, 1, 1), tmp_path)
+    trainer = trainer_on((1, 1, 1), short, tmp_path)
     summary = trainer.run()
     assert ctrl_c.lines == ["stopping after writing a sample; Ctrl-C again to stop at once"]
     assert not summary.interrupted
@@ -238,10 +239,10 @@ def test_a_sample_that_fails_costs_a_run_nothing_else(short, tmp_path, monkeypat
         raise error
 
     monkeypatch.setattr(loop, "sample_text", fail)
-    trainer = Trainer(short, mesh(1, 1, 1), tmp_path)
+    trainer = trainer_on((1, 1, 1), short, tmp_path)
     monkeypatch.setattr(trainer, "_signals", SimpleNamespace(stop=False), raising=False)
     assert trainer._sample(SimpleNamespace(params=None)) is None
-    assert caplog.messages == [f"the run has no sample: {' '.join(str(error).split())}"]
+    assert caplog.messages == [f"the run has no sample: {one_line(error)}"]
 
 
 @pytest.mark.parametrize(
@@ -250,11 +251,11 @@ def test_a_sample_that_fails_costs_a_run_nothing_else(short, tmp_path, monkeypat
 )
 def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
     workdir, summary = finished
-    there = Trainer(config, mesh(*shape), workdir).run()
+    there = trainer_on(shape, config, workdir).run()
     assert there.resumed_from == config.steps
     assert there.eval_loss == pytest.approx(summary.eval_loss, rel=1e-5)
     assert there.window_load_cv == pytest.approx(summary.window_load_cv, rel=1e-5)
-    assert there.window_tokens == summary.window_tokens == config.steps * config.data.batch_size * config.data.seq_len
+    assert there.window_tokens == summary.window_tokens == config.steps * config.layout.tokens
     assert lines(workdir)[-1]["step"] == config.steps
 
 
@@ -264,7 +265,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(confi
     newest = workdir / "checkpoints" / "8"
     victim = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1])
-    resumed = Trainer(config, mesh(4, 2, 2), workdir).run()
+    resumed = trainer_on((4, 2, 2), config, workdir).run()
     assert resumed.resumed_from == 6
     assert "Checkpoint of step 8 in" in caplog.text
     assert "bytes instead of" in caplog.text
@@ -272,41 +273,41 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(confi
         if path.is_file() and path.suffix != ".txt" and not path.name.startswith("_"):
             path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
-        Trainer(config, mesh(4, 2, 2), workdir).run()
+        trainer_on((4, 2, 2), config, workdir).run()
 
 
 def test_resuming_with_other_data_is_refused(config, finished, tmp_path):
     (tmp_path / "one.txt").write_text("Something else entirely.\n" * 500)
     other = apply_overrides(config, {"data.paths": str(tmp_path)})
     with pytest.raises(ConfigError, match="has another training text or tokenizer"):
-        Trainer(other, mesh(4, 2, 2), finished[0]).run()
+        trainer_on((4, 2, 2), other, finished[0]).run()
     with pytest.raises(ConfigError, match=r"--config\.data\.seed: 0 in the run, 1 asked for"):
-        Trainer(apply_overrides(config, {"data.seed": "1"}), mesh(4, 2, 2), finished[0]).run()
+        trainer_on((4, 2, 2), apply_overrides(config, {"data.seed": "1"}), finished[0]).run()
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.vocab_size=128 must be at least the tokenizer's 256"):
-        Trainer(apply_overrides(config, {"model.vocab_size": "128"}), mesh(4, 2, 2), tmp_path)
+        trainer_on((4, 2, 2), apply_overrides(config, {"model.vocab_size": "128"}), tmp_path)
 
 
 def test_divergence_is_reported_not_saved(config, tmp_path):
     wild = apply_overrides(config, {"optimizer.learning_rate": "1e30", "steps": "6"})
     with pytest.raises(FloatingPointError, match="training has diverged"):
-        Trainer(wild, mesh(4, 2, 2), tmp_path).run()
+        trainer_on((4, 2, 2), wild, tmp_path).run()
 
 
 def run_on_two_devices(config, workdir, monkeypatch, **balance):
     """Six steps with windows of two: (summary, metrics, sizes that were compiled)."""
     compiled, lower = [], TrainStep.lower
 
-    def counting(step, *shape):
-        compiled.append(step.program.dispatch.capacity_factor)
-        return lower(step, *shape)
+    def counting(step):
+        compiled.append(step.program.layout.dispatch.capacity_factor)
+        return lower(step)
 
     monkeypatch.setattr(TrainStep, "lower", counting)
     balance = dataclasses.replace(config.balance, window=2, **balance)
     config = dataclasses.replace(config, steps=6, eval_every=6, sample_tokens=0, balance=balance)
-    summary = Trainer(config, mesh(2, 1, 1), workdir).run()
+    summary = trainer_on((2, 1, 1), config, workdir).run()
     return summary, read_metrics(workdir), compiled
 
 
@@ -314,7 +315,7 @@ def run_on_two_devices(config, workdir, monkeypatch, **balance):
 def test_buffers_change_size_without_compiling_again_and_without_changing_the_loss(config, tmp_path, monkeypatch):
     sizes = (1.5, 2.0, 4.0)
     fixed, lines_fixed, compiled = run_on_two_devices(config, tmp_path / "fixed", monkeypatch, capacity_factors=())
-    assert compiled == [config.dispatch.capacity_factor]
+    assert compiled == [config.layout.dispatch.capacity_factor]
     assert fixed.capacity_switches == 0
     sized, lines_sized, compiled = run_on_two_devices(config, tmp_path / "sized", monkeypatch, capacity_factors=sizes)
     ran = [line["capacity_factor"] for line in lines_sized]
@@ -329,31 +330,56 @@ def test_buffers_change_size_without_compiling_again_and_without_changing_the_lo
 
 
 def test_a_bound_that_is_left_for_long_is_told_once(config, tmp_path, monkeypatch, caplog):
-    trainer = Trainer(config, mesh(1, 1, 1), tmp_path)
+    balance = dataclasses.replace(config.balance, window=2)
+    config = dataclasses.replace(config, balance=balance, steps=9, eval_every=9, sample_tokens=0)
+    trainer = trainer_on((1, 1, 1), config, tmp_path)
     figure = Figure("load CV", 3, 0.9, 0.5, "less")
     monkeypatch.setattr(type(trainer.program.balancer), "figures", lambda *_: {"max_load_cv": figure})
-    window = config.balance.window
-    for step in range(1, 5 * window):
-        trainer._warn(step, None)
-    [warning] = [record.getMessage() for record in caplog.records]
-    assert warning.startswith(f"step {4 * window}, layer 3: load CV is 0.9, more than balance.max_load_cv=0.5")
+    trainer.run()
+    [warning] = [record.getMessage() for record in caplog.records if record.name == loop.__name__]
+    assert warning.startswith("step 8, layer 3: load CV is 0.9, more than balance.max_load_cv=0.5")
 
 
-def test_a_text_without_a_byte_has_no_bits_per_byte(config, tmp_path):
-    trainer = Trainer(config, mesh(1, 1, 1), tmp_path)
-    separators = np.full((2, 4), trainer.data.tokenizer.separator, np.int32)
-    line = trainer._line({"cross_entropy": jnp.float32(1.0), "num_targets": jnp.float32(8)}, {"targets": separators})
-    assert math.isnan(line["bits_per_byte"])
+def test_a_text_without_a_byte_has_no_bits_per_byte():
+    tokenizer = ByteTokenizer()
+    separators = {"targets": np.full((2, 4), tokenizer.separator, np.int32)}
+    assert math.isnan(bits_per_byte(8.0, tokenizer.num_bytes(counted_targets(separators))))
     assert bits_per_byte(3 * math.log(2), 2) == pytest.approx(1.5)
 
 
 def test_router_logits_that_are_not_finite_are_named(config, tmp_path):
-    trainer = Trainer(config, mesh(1, 1, 1), tmp_path)
+    trainer = trainer_on((1, 1, 1), config, tmp_path)
     with (
         Checkpointer(tmp_path, keep=1, every=1) as checkpointer,
         pytest.raises(FloatingPointError, match="router logits that are not finite for 7 tokens"),
     ):
-        trainer._check_finite(3, {"loss": 1.0, "grad_norm": 1.0, "invalid_tokens": 7.0}, checkpointer)
+        trainer._check_finite(step_record(loss=1.0, grad_norm=1.0, invalid_tokens=7.0), checkpointer)
+
+
+@pytest.mark.parametrize(
+    ("scalars", "is_finite"), [({}, True), ({"loss": math.nan}, False), ({"grad_norm": math.inf}, False)]
+)
+def test_a_step_is_finite_when_all_of_it_is(scalars, is_finite):
+    assert step_record(**{"loss": 1.0, "grad_norm": 1.0, "invalid_tokens": 0.0} | scalars).is_finite == is_finite
+
+
+def test_a_steps_line_has_its_figures_and_its_evaluation():
+    record = step_record(loss=1.0, next_capacity_index=2.0)
+    line = record.line()
+    assert record.next_capacity_index == 2
+    assert line == {
+        "loss": 1.0, "bits_per_byte": 2.0, "load_cv_window_tokens": 64, "step_seconds": 0.5, "tokens_per_second": 128,
+        "bucket_seq_len": 32, "remat": "full", "reshard_seconds": 0.0, "device_memory_bytes": 7,
+    }  # fmt: skip
+    evaluated = dataclasses.replace(record, evaluation=Evaluation(3.0, 4.0))
+    assert evaluated.line() == line | {"eval_loss": 3.0, "eval_bits_per_byte": 4.0}
+
+
+def step_record(**scalars):
+    return StepRecord(
+        step=3, scalars=scalars, report=None, bits_per_byte=2.0, seq_len=32, num_tokens=64, remat="full", seconds=0.5,
+        reshard_seconds=0.0, device_memory_bytes=7,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -376,7 +402,7 @@ def fill_disk(disk, monkeypatch):
 
 def test_a_full_disk_costs_lines_and_one_checkpoint_but_not_the_run(config, finished, tmp_path, fill_disk, caplog):
     fill_disk(3, 4, 5)
-    assert Trainer(config, mesh(4, 2, 2), tmp_path).run().step == config.steps
+    assert trainer_on((4, 2, 2), config, tmp_path).run().step == config.steps
     assert lines(tmp_path) == [line for line in lines(finished[0]) if line["step"] not in (3, 4, 5)]
     checkpoints = tmp_path / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} <= {"2", "6", "8"}
@@ -390,12 +416,14 @@ def test_a_last_state_that_cannot_be_saved_is_an_error_and_the_next_start_goes_o
 ):
     fill_disk(7, 8)
     with pytest.raises(CheckpointError, match=f"step 8 failed: No space left on device: {tmp_path}/checkpoints/8$"):
-        Trainer(config, mesh(4, 2, 2), tmp_path).run()
-    with pytest.raises(ConfigError, match=rf"workdir={tmp_path} cannot be written to \(No space left on device: /"):
-        Trainer(config, mesh(4, 2, 2), tmp_path).run()
+        trainer_on((4, 2, 2), config, tmp_path).run()
+    for room, file in ((0, "run.lock"), (400, "(run.json|changes_)")):  # 400 bytes take the lock, but not the record
+        disk.room = room
+        with pytest.raises(ConfigError, match=rf"^workdir={tmp_path} cannot .* \(No space left .*: {tmp_path}/{file}"):
+            trainer_on((4, 2, 2), config, tmp_path).run()
     disk.room = float("inf")
     fill_disk()
-    assert Trainer(config, mesh(4, 2, 2), tmp_path).run().resumed_from == 6
+    assert trainer_on((4, 2, 2), config, tmp_path).run().resumed_from == 6
     assert lines(tmp_path) == lines(finished[0])
 
 
@@ -497,7 +525,7 @@ def test_a_second_ctrl_c_ends_at_once_with_one_line(corpus, tmp_path):
 
 def test_a_wrong_flag_is_one_line_and_nothing_is_written(corpus, tmp_path):
     workdir = tmp_path / "run"
-    done = run_script("train", *arguments(workdir, corpus), "--config.data.batch_size=12", status=2)
+    done = run_script("train", *arguments(workdir, corpus), "--config.layout.batch_size=12", status=2)
     assert done.stdout == ""
-    assert done.error.startswith("--config.data.batch_size=12 must be a multiple of 8 = expert 4")
+    assert done.error.startswith("--config.layout.batch_size=12 must be a multiple of 8 = expert 4")
     assert not workdir.exists()

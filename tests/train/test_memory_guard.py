@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layouts import BALANCE, MODEL, make_batch
+from cases import BALANCE, MODEL, make_batch
 
-from experiments.shared import common
-from moejax.config import BalanceConfig, ConfigError, DispatchConfig, OptimizerConfig, ParallelConfig
-from moejax.data import BucketShape
+from experiments.shared import loading
+from moejax.config import BalanceConfig, ConfigError, OptimizerConfig
+from moejax.layout import DoesNotFitError, Layout
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
 from moejax.overrides import apply_overrides
+from moejax.program import Program
 from moejax.train import sizes as sizes_module
 from moejax.train.loop import Trainer
-from moejax.train.memory_guard import DoesNotFitError, MemoryUse, device_limit, fit, is_out_of_memory, ladder
+from moejax.train.memory_guard import MemoryUse, device_limit, fit, is_out_of_memory
 from moejax.train.metrics import read_metrics
 from moejax.train.sizes import StepSizes
 from moejax.train.step import make_train_step
@@ -30,63 +30,29 @@ OPTIMIZER = OptimizerConfig(warmup_steps=1, eps=1e-3)  # which a gradient's roun
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes."
 
 
-def make_step(balance=LINEAR, parallel=ParallelConfig(num_microbatches=1), dispatch=DispatchConfig(), shape=(4, 2, 2)):
+LAYOUT = Layout(MeshConfig(4, 2, 2), SEQ_LEN, BATCH, num_microbatches=1)
+
+
+def make_step(balance=LINEAR, **fields):
     model = dataclasses.replace(MODEL, num_layers=2, router_bias=balance.bias_update_rate > 0)
-    mesh = build_mesh(MeshConfig(*shape))
-    return make_train_step(Program(model, mesh, dispatch, balance, parallel), OPTIMIZER, steps=9)
+    return make_train_step(Program(model, LAYOUT.replace(**fields), balance=balance), OPTIMIZER, steps=9)
 
 
-def rungs(batch_size=BATCH, **kwargs):
-    return [
-        (r.program.parallel.num_microbatches, r.accumulate, r.program.parallel.remat)
-        for r in ladder(make_step(**kwargs), batch_size, SEQ_LEN)
-    ]
-
-
-class TestLadder:
-    def test_every_rung_in_turn(self):
-        remat = [(1, 4, "minimal"), (1, 4, "collectives"), (1, 4, "full")]
-        assert rungs(16) == [(2, 1, "auto"), (4, 1, "auto"), (2, 2, "auto"), (1, 4, "auto"), *remat]
-
-    def test_the_load_balance_loss_is_the_same_in_more_passes(self):
-        assert rungs(16, balance=BALANCE) == rungs(16)
-
-    def test_it_starts_where_the_plan_is(self):
-        assert rungs(parallel=ParallelConfig(num_microbatches=2, remat="collectives")) == [
-            (1, 2, "collectives"),
-            (1, 2, "full"),
-        ]
-
-    def test_what_changes_the_loss_is_left_out(self):
-        assert rungs(dispatch=DispatchConfig("capacity"))[0] == (1, 1, "minimal"), "drops are counted in a microbatch"
-
-    def test_interleaving_keeps_a_microbatch_a_stage(self):
-        parallel = ParallelConfig(num_microbatches=4, repeats=1, batch_split=2)
-        assert rungs(64, parallel=parallel)[0] == (8, 1, "auto")
-        step = make_step(parallel=ParallelConfig(num_microbatches=2))
-        program = dataclasses.replace(
-            step.program,
-            model=dataclasses.replace(step.program.model, num_layers=4),
-            parallel=ParallelConfig(num_microbatches=4, repeats=2),
-        )
-        below = list(ladder(make_train_step(program, OPTIMIZER, steps=9), 16, SEQ_LEN))
-        assert [(r.program.parallel.num_microbatches, r.accumulate) for r in below] == [(2, 2)] * 4
-
-    def test_the_last_rung_is_the_same_step(self):
-        first = make_step()
-        last = list(ladder(first, BATCH, SEQ_LEN))[-1]
-        batch = make_batch(256, BATCH, SEQ_LEN)
-        memory, states, losses = [], [], []
-        for step in (first, last):
-            ran = fit(step, BATCH, SEQ_LEN, 0)
-            state, metrics = ran(step.init(jax.random.key(0)), step.put_batch(batch))
-            memory.append(ran.memory.total)
-            states.append(jax.device_get(state.params))
-            losses.append(float(metrics["loss"]))
-        assert memory[1] < 0.7 * memory[0]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-        for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-5)
+def test_the_last_rung_is_the_same_step():
+    first = make_step()
+    last = first.with_layout(**vars(list(first.program.layout.smaller(first.program.model))[-1]))
+    batch = make_batch(256, BATCH, SEQ_LEN)
+    memory, states, losses = [], [], []
+    for step in (first, last):
+        ran = fit(step, 0)
+        state, metrics = ran(step.init(jax.random.key(0)), step.put_batch(batch))
+        memory.append(ran.memory.total)
+        states.append(jax.device_get(state.params))
+        losses.append(float(metrics["loss"]))
+    assert memory[1] < 0.7 * memory[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -95,41 +61,40 @@ def config(tmp_path_factory):
     (folder / "text").write_text("".join(f"{i} and then {i * i}\n" for i in range(2000)))
     overrides = {
         "model.num_layers": "2", "model.d_model": "32", "model.head_dim": "8", "model.num_kv_heads": "4",
-        "model.d_ff": "32", "data.paths": str(folder), "data.seq_len": "64", "data.batch_size": "8", "steps": "3",
-        "parallel.num_microbatches": "1", "optimizer.warmup_steps": "1", "balance.capacity_factors": "",
+        "model.d_ff": "32", "data.paths": str(folder), "layout.seq_len": "64", "layout.batch_size": "8", "steps": "3",
+        "layout.num_microbatches": "1", "optimizer.warmup_steps": "1", "balance.capacity_factors": "",
         "optimizer.eps": "1e-3", "eval_batches": "1", "sample_tokens": "0",
     }  # fmt: skip
-    return apply_overrides(common.load_config("tiny"), overrides)
+    return apply_overrides(loading.load_config("tiny"), overrides).with_layout(mesh=MeshConfig(4, 2, 2))
 
 
 @pytest.mark.full
 def test_a_run_under_a_small_limit_steps_down_and_computes_the_same(config, tmp_path, caplog):
-    mesh = build_mesh(MeshConfig(4, 2, 2))
-    free = Trainer(config, mesh, tmp_path / "free").run()
+    free = Trainer(config, tmp_path / "free").run()
     assert not [r for r in caplog.records if "Memory guard" in r.getMessage()]
     limit = free.device_memory_bytes - 1
-    held = Trainer(dataclasses.replace(config, memory_limit_bytes=limit), mesh, tmp_path / "held").run()
+    held = Trainer(dataclasses.replace(config, memory_limit_bytes=limit), tmp_path / "held").run()
     (bucket,) = held.buckets
     assert bucket.device_memory_bytes <= limit
-    assert (bucket.num_microbatches, bucket.accumulate, bucket.remat) != (1, 1, "none")
+    assert (bucket.num_microbatches, bucket.grad_accumulation_steps, bucket.remat) != (1, 1, "none")
     for one, other in zip(read_metrics(tmp_path / "free"), read_metrics(tmp_path / "held"), strict=True):
         # What the steps before have changed differs by rounding, which training amplifies.
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-6 if one["step"] == 1 else 2e-3)
     said = [r.getMessage() for r in caplog.records if "Memory guard" in r.getMessage()]
     size = r"[\d,.]+ MiB"
     assert re.fullmatch(
-        rf"Memory guard, 64 tokens: num_microbatches=1 accumulate=1 remat=none needs {size}, limit {size}; "
-        "stepping down to num_microbatches=2 accumulate=1 remat=none",
+        "Memory guard, 64 tokens: num_microbatches=1 grad_accumulation_steps=1 remat=none "
+        rf"needs {size}, limit {size}; stepping down to num_microbatches=2 grad_accumulation_steps=1 remat=none",
         said[0],
     )
 
-    near_the_end = dataclasses.replace(config.parallel, num_microbatches=2, remat="full")
-    small = dataclasses.replace(config, memory_limit_bytes=10_000, parallel=near_the_end)
+    near_the_end = config.with_layout(num_microbatches=2, remat="full")
+    small = dataclasses.replace(near_the_end, memory_limit_bytes=10_000)
     with pytest.raises(ConfigError) as error:
-        Trainer(small, mesh, tmp_path / "none").run()
+        Trainer(small, tmp_path / "none").run()
     assert re.fullmatch(
-        rf"a step of 8 sequences of 64 tokens needs {size} a device with num_microbatches=1 accumulate=2 remat=full, "
-        rf"where the ladder ends, and the limit is 0\.0 MiB; the most is temporaries .*, {size}; "
+        rf"a step of 8 sequences of 64 tokens needs {size} a device with num_microbatches=1 grad_accumulation_steps=2 "
+        rf"remat=full, where the ladder ends, and the limit is 0\.0 MiB; the most is temporaries .*, {size}; "
         r"by proportion, [\d,]+ devices instead of 16 would fit",
         str(error.value),
     )
@@ -152,22 +117,27 @@ class TestRefusal:
     """The advice, from figures that no compiler gave."""
 
     @pytest.mark.parametrize(
-        ("arguments", "temporaries", "limit", "parallel", "largest", "advice"),
+        ("arguments", "temporaries", "limit", "num_microbatches", "largest", "advice"),
         [
-            (1, 9, 4, ParallelConfig(num_microbatches=1), "temporaries", "seq_len=20 would fit"),
-            (1, 8, 5, ParallelConfig(num_microbatches=2), "temporaries", "batch_size=4 would fit"),
-            (9, 1, 5, ParallelConfig(num_microbatches=1), "arguments", "32 devices instead of 16 would fit"),
+            (1, 9, 4, 1, "temporaries", "seq_len=20 would fit"),
+            (1, 8, 5, 2, "temporaries", "batch_size=4 would fit"),
+            (9, 1, 5, 1, "arguments", "32 devices instead of 16 would fit"),
         ],
     )
     def test_it_names_the_largest_category_and_a_change(
-        self, monkeypatch, arguments, temporaries, limit, parallel, largest, advice
+        self, monkeypatch, arguments, temporaries, limit, num_microbatches, largest, advice
     ):
-        step = make_step(BALANCE, dataclasses.replace(parallel, remat="full"), DispatchConfig("capacity"))
-        batch_size = 4 * parallel.num_microbatches
+        step = make_step(
+            BALANCE,
+            batch_size=4 * num_microbatches,
+            num_microbatches=num_microbatches,
+            remat="full",
+            strategy="capacity",
+        )
         compiled = memory(arguments << 20, temporaries << 20)
         monkeypatch.setattr(type(step), "lower", lambda *_: SimpleNamespace(compile=lambda: compiled))
         with pytest.raises(DoesNotFitError, match=rf"the most is {largest} .*; by proportion, {advice}$"):
-            fit(step, batch_size, SEQ_LEN, limit << 20)
+            fit(step, limit << 20)
 
     def test_the_total_is_the_peak_where_that_is_more(self):
         assert MemoryUse.of(memory(2, 3)).total == 5
@@ -180,9 +150,9 @@ class TestOutOfMemory:
     def test_when_compiling(self, monkeypatch, caplog):
         attempts = []
 
-        def lower(step, *shape):
+        def lower(step):
             def compile_it():
-                attempts.append(step.program.parallel.num_microbatches)
+                attempts.append(step.program.layout.num_microbatches)
                 if len(attempts) == 1:
                     raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
                 return memory(1, 1)
@@ -191,7 +161,7 @@ class TestOutOfMemory:
 
         step = make_step()
         monkeypatch.setattr(type(step), "lower", lower)
-        assert fit(step, BATCH, SEQ_LEN, 0).step.program.parallel.num_microbatches == 2
+        assert fit(step, 0).step.program.layout.num_microbatches == 2
         assert attempts == [1, 2]
         assert "needs more than the compiler has, limit the compiler's" in caplog.text
 
@@ -202,7 +172,7 @@ class TestOutOfMemory:
         step = make_step()
         monkeypatch.setattr(type(step), "lower", lower)
         with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-            fit(step, BATCH, SEQ_LEN, 0)
+            fit(step, 0)
         assert not is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: no"))
 
     @pytest.mark.parametrize(
@@ -227,7 +197,7 @@ class TestOutOfMemory:
             return Ran(1 if refused else 0)
 
         monkeypatch.setattr(sizes_module, "fit", fake_fit)
-        with StepSizes([make_step()], [BucketShape(SEQ_LEN, BATCH)]) as sizes:
+        with StepSizes([make_step()]) as sizes:
             sizes.use(0, 0)
             if donated or status != OUT_OF_MEMORY:
                 with pytest.raises(jax.errors.JaxRuntimeError):
@@ -242,14 +212,14 @@ def test_buffers_that_do_not_fit_give_way_to_the_next_smaller(monkeypatch, caplo
     factors = step.program.balancer.capacity_factors
 
     def fake_fit(step, *_):
-        if step.program.dispatch.capacity_factor > factors[1]:
+        if step.program.layout.dispatch.capacity_factor > factors[1]:
             raise DoesNotFitError("too much")
         return SimpleNamespace(step=step, memory=SimpleNamespace(total=1))
 
     monkeypatch.setattr(sizes_module, "fit", fake_fit)
-    with caplog.at_level(logging.WARNING), StepSizes([step], [BucketShape(SEQ_LEN, BATCH)], 1) as sizes:
+    with caplog.at_level(logging.WARNING), StepSizes([step], 1) as sizes:
         for _ in range(2):
-            assert sizes.use(0, 3).step.program.dispatch.capacity_factor == factors[1]
+            assert sizes.use(0, 3).step.program.layout.dispatch.capacity_factor == factors[1]
     assert caplog.text.count(f"Buffers of capacity {factors[3]:g} do not fit, {factors[2]:g} is tried") == 1
 
 

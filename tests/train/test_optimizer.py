@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError, OptimizerConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program
 from moejax.presets import tiny
+from moejax.program import Program
 from moejax.train.optimizer import learning_rate_schedule
 from moejax.train.step import make_train_step
 
@@ -35,12 +36,12 @@ def test_every_run_reaches_the_peak_and_ends_at_the_final_fraction(steps, warmup
     ],
 )
 def test_a_train_step_refuses_a_run_that_only_warms_up(warmup_steps, steps, message):
-    program = Program(tiny(), build_mesh(MeshConfig(), jax.devices()[:1]))
+    program = Program(tiny(), Layout(), build_mesh(MeshConfig(), jax.devices()[:1]))
     with pytest.raises(ConfigError) as error:
         make_train_step(program, OptimizerConfig(warmup_steps=warmup_steps), steps=steps)
     assert str(error.value) == message
 
 
 def test_the_default_optimizer_suits_a_short_run():
-    program = Program(tiny(), build_mesh(MeshConfig(), jax.devices()[:1]))
+    program = Program(tiny(), Layout(), build_mesh(MeshConfig(), jax.devices()[:1]))
     assert float(make_train_step(program, steps=20).schedule(2.0)) == pytest.approx(OptimizerConfig().learning_rate)

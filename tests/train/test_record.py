@@ -10,19 +10,20 @@ import sys
 import jax
 import pytest
 
-from moejax.config import ParallelConfig, TrainConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import apply_overrides, split_overrides
 from moejax.train import record
+from moejax.train.config import TrainConfig
 from moejax.train.record import append_start, describe_start, git_state, read_starts
-from moejax.train.schedule import Bucket
 
 MESH = MeshConfig(expert=2, pipeline=2, tensor=1)
+LAYOUTS = (Layout(MESH, 128, 32, num_microbatches=4), Layout(MESH, 256, 16))
 
 
-def describe(config=None, buckets=(), resumed_from=0):
+def describe(config=None, resumed_from=0):
     mesh = build_mesh(MESH, jax.devices()[:4])
-    return describe_start(config or TrainConfig(), mesh, buckets, resumed_from=resumed_from, data_fingerprint="f00d")
+    return describe_start(config or TrainConfig(), mesh, resumed_from=resumed_from, data_fingerprint="f00d")
 
 
 def git(folder, *command):
@@ -47,12 +48,8 @@ def test_a_start_says_what_ran_and_is_json(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config.seed=3"])
     monkeypatch.setenv("NCCL_ALGO", "Ring")
     monkeypatch.setenv("SOME_TOKEN", "secret")
-    buckets = (
-        Bucket(128, 32, MESH, ParallelConfig(num_microbatches=4)),
-        Bucket(256, 16, MESH, ParallelConfig(num_microbatches=2)),
-    )
-    config = dataclasses.replace(TrainConfig(), seed=3)
-    start = json.loads(json.dumps(describe(config, buckets)))
+    config = dataclasses.replace(TrainConfig(layouts=LAYOUTS), seed=3)
+    start = json.loads(json.dumps(describe(config)))
     assert start["argv"] == ["train.py", "--config.seed=3"]
     assert start["environment"]["NCCL_ALGO"] == "Ring"
     assert start["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
@@ -60,8 +57,9 @@ def test_a_start_says_what_ran_and_is_json(monkeypatch):
     assert start["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
     assert start["config"]["seed"] == 3
     assert start["compiler_options"] == {}  # XLA's defaults, on a CPU
-    assert start["mesh"] == {"expert": 2, "pipeline": 2, "tensor": 1}
-    assert [(b["seq_len"], b["parallel"]["num_microbatches"]) for b in start["buckets"]] == [(128, 4), (256, 2)]
+    layouts = start["config"]["layouts"]
+    assert [(layout["seq_len"], layout["num_microbatches"]) for layout in layouts] == [(128, 4), (256, 2)]
+    assert [layout["mesh"] for layout in layouts] == [dataclasses.asdict(MESH)] * 2
     assert start["devices"] == {"kind": "cpu", "ids": [d.id for d in jax.devices()[:4]], "processes": 1}
     assert start["versions"]["jax"] == jax.__version__
     assert {"python", "jaxlib", "flax", "moejax"} <= set(start["versions"])

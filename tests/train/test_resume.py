@@ -9,14 +9,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from moejax.config import ConfigError, DispatchConfig, ParallelConfig, TrainConfig
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.overrides import apply_overrides
+from moejax.config import ConfigError, DataConfig
+from moejax.layout import Layout
+from moejax.mesh import MeshConfig
+from moejax.overrides import apply_overrides, describe
+from moejax.train.config import TrainConfig
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
 from moejax.train.record import RECORD_FILE, append_start, read_starts
-from moejax.train.resume import CHECKPOINTS, KINDS, Record, Run, check_data, check_run, compare, read_record
-from moejax.train.schedule import Bucket
+from moejax.train.resume import CHECKPOINTS, KINDS, Record, check_data, check_run, compare, read_record
 
 # A valid value of each field that is not the default, and of those that must change with it.
 OTHERS = {
@@ -40,12 +41,12 @@ OTHERS = {
     "model.rope_theta": {"model.rope_theta": "500"},
     "model.norm_eps": {"model.norm_eps": "0.1"},
     "model.dtype": {"model.dtype": "float32"},
-    "dispatch.strategy": {"dispatch.strategy": "ragged"},
-    "dispatch.capacity_factor": {"dispatch.capacity_factor": "2"},
-    "dispatch.expert_axes": {"dispatch.expert_axes": "expert"},
-    "dispatch.hosts": {"dispatch.hosts": "2"},
-    "dispatch.chunks": {"dispatch.chunks": "2"},
-    "dispatch.payload": {"dispatch.payload": "float8"},
+    "layout.dispatch.strategy": {"layout.dispatch.strategy": "ragged"},
+    "layout.dispatch.capacity_factor": {"layout.dispatch.capacity_factor": "2"},
+    "layout.dispatch.expert_axes": {"layout.dispatch.expert_axes": "expert"},
+    "layout.dispatch.hierarchical": {"layout.dispatch.hierarchical": "true"},
+    "layout.dispatch.chunks": {"layout.dispatch.chunks": "2"},
+    "layout.dispatch.wire_dtype": {"layout.dispatch.wire_dtype": "float8"},
     "balance.aux_loss_weight": {"balance.aux_loss_weight": "0.5"},
     "balance.sequence_loss_weight": {"balance.sequence_loss_weight": "0.5"},
     "balance.z_loss_weight": {"balance.z_loss_weight": "0.5"},
@@ -57,12 +58,12 @@ OTHERS = {
     "balance.max_dropped_fraction": {"balance.max_dropped_fraction": "0.5"},
     "balance.max_rounds": {"balance.max_rounds": "9"},
     "balance.max_idle_experts": {"balance.max_idle_experts": "9"},
-    "parallel.num_microbatches": {"parallel.num_microbatches": "4"},
-    "parallel.repeats": {"parallel.repeats": "2"},
-    "parallel.gather": {"parallel.gather": "layer"},
-    "parallel.remat": {"parallel.remat": "full"},
-    "parallel.bubble": {"parallel.bubble": "skip"},
-    "parallel.batch_split": {"parallel.batch_split": "2"},
+    "layout.num_microbatches": {"layout.num_microbatches": "4"},
+    "layout.pipeline_repeats": {"layout.pipeline_repeats": "2"},
+    "layout.gather": {"layout.gather": "layer"},
+    "layout.remat": {"layout.remat": "full"},
+    "layout.bubble": {"layout.bubble": "skip"},
+    "layout.batch_split": {"layout.batch_split": "2"},
     "optimizer.learning_rate": {"optimizer.learning_rate": "0.5"},
     "optimizer.warmup_steps": {"optimizer.warmup_steps": "7"},
     "optimizer.final_learning_rate_fraction": {"optimizer.final_learning_rate_fraction": "0.5"},
@@ -75,15 +76,15 @@ OTHERS = {
     "data.tokenizer": {"data.tokenizer": "bpe"},
     "data.tokenizer_vocab_size": {"data.tokenizer_vocab_size": "512"},
     "data.separator": {"data.tokenizer": "x.json", "data.separator": "<s>"},
-    "data.seq_len": {"data.seq_len": "128"},
-    "data.batch_size": {"data.batch_size": "64"},
+    "layout.seq_len": {"layout.seq_len": "128"},
+    "layout.batch_size": {"layout.batch_size": "64"},
     "data.eval_fraction": {"data.eval_fraction": "0.5"},
     "data.seed": {"data.seed": "1"},
     "data.block_steps": {"data.block_steps": "4"},
     "checkpoint.every": {"checkpoint.every": "7"},
     "checkpoint.keep": {"checkpoint.keep": "7"},
     "steps": {"steps": "77"},
-    "accumulate": {"accumulate": "2"},
+    "layout.grad_accumulation_steps": {"layout.grad_accumulation_steps": "2"},
     "eval_every": {"eval_every": "7"},
     "eval_batches": {"eval_batches": "7"},
     "sample_tokens": {"sample_tokens": "7"},
@@ -91,23 +92,17 @@ OTHERS = {
     "compiler_options": {"compiler_options": "a=b"},
     "seed": {"seed": "7"},
 }
-MESH = {"expert": 1, "pipeline": 1, "tensor": 1}
-BUCKETS = (Bucket(32, 16), Bucket(64, 8, MeshConfig(2)))
-RUN = Run.of(TrainConfig(), MESH, ())
-
-
-def paths_of(config, prefix=""):
-    for field in dataclasses.fields(config):
-        value, path = getattr(config, field.name), prefix + field.name
-        yield from paths_of(value, f"{path}.") if dataclasses.is_dataclass(value) else [path]
+RUN = TrainConfig()
+LAYOUTS = (Layout(MeshConfig(2), 32, 16), Layout(MeshConfig(1, 2), 64, 8))
+PLAN = TrainConfig(layouts=LAYOUTS)
 
 
 def asked(**overrides):
-    return Run.of(apply_overrides(TrainConfig(), overrides), MESH, ())
+    return apply_overrides(TrainConfig(), overrides)
 
 
-def record_of(run, fingerprint="f00d", *, has_checkpoint=True):
-    return Record(run, fingerprint, has_checkpoint, ())
+def record_of(config, fingerprint="f00d", *, has_checkpoint=True):
+    return Record(config, fingerprint, has_checkpoint, ())
 
 
 def error_of(function, *arguments, **options):
@@ -118,7 +113,8 @@ def error_of(function, *arguments, **options):
 
 
 def test_every_field_of_the_configuration_has_a_kind():
-    assert set(paths_of(TrainConfig())) == set(KINDS) == set(OTHERS)
+    paths = {field.path for field in describe(TrainConfig())}
+    assert {path for path in paths if not path.startswith("layout.mesh.")} == set(KINDS) == set(OTHERS)
 
 
 @pytest.mark.parametrize("path", KINDS)
@@ -167,8 +163,8 @@ def test_the_same_run_says_nothing(tmp_path):
     ],
 )
 def test_a_dispatch_that_drops_tokens_is_another_run(before, after, kind):
-    before, after = (dataclasses.replace(TrainConfig(), dispatch=DispatchConfig(**d)) for d in (before, after))
-    assert [d.kind for d in compare(Run.of(before, MESH, ()), Run.of(after, MESH, ()))] == [kind]
+    before, after = (TrainConfig().with_layout(**fields) for fields in (before, after))
+    assert [d.kind for d in compare(before, after)] == [kind]
 
 
 def test_many_differences_are_still_one_line(tmp_path):
@@ -183,46 +179,57 @@ def test_many_differences_are_still_one_line(tmp_path):
 
 
 def test_another_mesh_may_go_on(tmp_path):
-    other = Run(RUN.config, MESH | {"expert": 4, "hardware": "h100"})
-    assert check_run(record_of(RUN), other, tmp_path, override=False) == ["--mesh.expert: 1 in the run, 4 asked for"]
+    other = RUN.with_layout(mesh=MeshConfig(expert=4, hardware="h100"))
+    assert check_run(record_of(RUN), other, tmp_path, override=False) == [
+        "--mesh.expert: 1 in the run, 4 asked for",
+        "--mesh.hardware: cpu in the run, h100 asked for",
+    ]
 
 
-class TestBuckets:
+class TestLayouts:
+    """A run that follows a plan."""
+
+    def last(self, **fields):
+        return dataclasses.replace(PLAN, layouts=(LAYOUTS[0], LAYOUTS[1].replace(**fields)))
+
+    def test_the_same_plan_says_nothing(self, tmp_path):
+        assert check_run(record_of(PLAN), self.last(), tmp_path, override=False) == []
+
     def test_other_lengths_cannot_go_on(self, tmp_path):
-        plan = Run.of(TrainConfig(), MESH, BUCKETS)
-        for before, after in ((plan, RUN), (RUN, plan)):
+        for before, after in ((PLAN, RUN), (RUN, PLAN)):
             message = error_of(check_run, record_of(before), after, tmp_path, override=True)
-            shapes = ["16x32,8x64" if run is plan else "none" for run in (before, after)]
-            assert f"buckets: {shapes[0]} in the run, {shapes[1]} asked for; " in message
+            shapes = ["16x32,8x64" if run is PLAN else "none" for run in (before, after)]
+            assert f"layouts: {shapes[0]} in the run, {shapes[1]} asked for; " in message
 
-    def test_how_a_bucket_is_spread_may_differ(self, tmp_path):
-        spread = dataclasses.replace(BUCKETS[1], mesh=MeshConfig(1, 2), parallel=ParallelConfig(remat="full"))
-        before, after = (Run.of(TrainConfig(), MESH, (BUCKETS[0], last)) for last in (BUCKETS[1], spread))
-        assert check_run(record_of(before), after, tmp_path, override=False) == [
-            "buckets[1].mesh.expert: 2 in the run, 1 asked for",
-            "buckets[1].mesh.pipeline: 1 in the run, 2 asked for",
-            "buckets[1].parallel.remat: auto in the run, full asked for",
+    def test_how_a_layout_is_spread_may_differ(self, tmp_path):
+        spread = self.last(mesh=MeshConfig(2), remat="full")
+        assert check_run(record_of(PLAN), spread, tmp_path, override=False) == [
+            "layouts[1].mesh.expert: 1 in the run, 2 asked for",
+            "layouts[1].mesh.pipeline: 2 in the run, 1 asked for",
+            "layouts[1].remat: auto in the run, full asked for",
         ]
 
-    def test_what_a_bucket_drops_is_its_meaning(self, tmp_path):
-        drops = dataclasses.replace(BUCKETS[1], dispatch=DispatchConfig("capacity"))
-        before, after = (Run.of(TrainConfig(), MESH, (BUCKETS[0], last)) for last in (BUCKETS[1], drops))
-        message = error_of(check_run, record_of(before), after, tmp_path, override=False)
-        assert message.startswith(
-            "buckets[1].dispatch.strategy: dropless in the run, capacity asked for; this would make"
-        )
+    @pytest.mark.parametrize(
+        ("field", "value", "line"),
+        [
+            ("strategy", "capacity", "layouts[1].dispatch.strategy: dropless in the run, capacity asked for"),
+            ("wire_dtype", "float8", "layouts[1].dispatch.wire_dtype: compute in the run, float8 asked for"),
+            ("grad_accumulation_steps", 2, "layouts[1].grad_accumulation_steps: 1 in the run, 2 asked for"),
+        ],
+    )
+    def test_what_a_layout_computes_is_its_meaning(self, tmp_path, field, value, line):
+        arguments = record_of(PLAN), self.last(**{field: value}), tmp_path
+        assert error_of(check_run, *arguments, override=False).startswith(f"{line}; this would make")
+        assert check_run(*arguments, override=True) == [line]
 
     def test_a_plan_of_one_length_is_a_configuration_and_a_mesh(self):
-        one = BUCKETS[1]
-        plain = Run.of(one.applied(TrainConfig()), dataclasses.asdict(one.mesh), ())
-        assert compare(plain, Run.of(TrainConfig(), MESH, (one,))) == []
+        one = TrainConfig(layouts=LAYOUTS[1:])
+        assert compare(TrainConfig().with_layout(**vars(LAYOUTS[1])), one) == []
 
 
 class TestRecord:
-    def start(self, config, mesh=MESH, buckets=()):
-        buckets = [dataclasses.asdict(bucket) for bucket in buckets]
-        config = dataclasses.asdict(config)
-        return {"config": config, "mesh": mesh, "buckets": buckets, "data_fingerprint": "f00d"}
+    def start(self, config):
+        return {"config": dataclasses.asdict(config), "data_fingerprint": "f00d"}
 
     def test_a_folder_without_a_run_has_none(self, tmp_path):
         assert read_record(tmp_path) is read_record(tmp_path / "missing") is None
@@ -232,11 +239,11 @@ class TestRecord:
 
     def test_the_last_start_is_the_record(self, tmp_path):
         append_start(tmp_path, self.start(TrainConfig()))
-        changed = apply_overrides(TrainConfig(), {"steps": "5000", "data.paths": "a,b"})
-        append_start(tmp_path, self.start(changed, dataclasses.asdict(MeshConfig(2, hardware="h100")), BUCKETS))
+        changed = dataclasses.replace(PLAN, steps=5000, data=DataConfig(paths=("a", "b")))
+        append_start(tmp_path, self.start(changed))
         record = read_record(tmp_path)
-        assert record.run == Run.of(changed, dataclasses.asdict(MeshConfig(2, hardware="h100")), BUCKETS)
-        assert record.run.buckets == BUCKETS
+        assert record.config == changed
+        assert record.config.layouts == LAYOUTS
         assert (record.data_fingerprint, record.has_checkpoint, record.lines) == ("f00d", False, ())
         (tmp_path / CHECKPOINTS / "5").mkdir(parents=True)
         assert read_record(tmp_path).has_checkpoint
@@ -281,17 +288,26 @@ class TestRecord:
     @pytest.mark.parametrize(
         ("change", "expected"),
         [
-            ({"mesh": 5}, "mesh=5 must be the fields of a MeshConfig"),
-            ({"mesh": None}, "mesh=None must be the fields of a MeshConfig"),
-            ({"mesh": {"expert": "2"}}, "mesh.expert='2' must be of type int"),
-            ({"data_fingerprint": None}, "the fingerprint of the data, None, must be text"),
+            ({"layouts": 5}, "config.layouts=5 must be a list"),
+            ({"layouts": []}, "config.layouts=() must hold one at least"),
+            ({"layouts": [{"mesh": None}]}, "config.layouts[0].mesh=None must be the fields of a MeshConfig"),
+            ({"layouts": [{"mesh": {"expert": "2"}}]}, "config.layouts[0].mesh.expert='2' must be of type int"),
+            ({"layouts": [{"chunks": 0}, {"remat": 1}]}, "config.layouts[1].remat=1 must be one of auto, none"),
         ],
     )
     def test_a_field_that_is_something_else_is_one_line(self, tmp_path, change, expected):
-        append_start(tmp_path, self.start(TrainConfig()) | change)
+        start = self.start(TrainConfig())
+        start["config"] |= change
+        append_start(tmp_path, start)
+        message = error_of(read_record, tmp_path)
+        assert message.startswith(f"{tmp_path / RECORD_FILE} is of another version, or was changed: {expected}")
+        assert message.endswith("; restore it, or use another workdir")
+
+    def test_a_fingerprint_that_is_no_text_is_one_line(self, tmp_path):
+        append_start(tmp_path, self.start(TrainConfig()) | {"data_fingerprint": None})
         assert error_of(read_record, tmp_path) == (
-            f"{tmp_path / RECORD_FILE} is of another version, or was changed: {expected}; "
-            "restore it, or use another workdir"
+            f"{tmp_path / RECORD_FILE} is of another version, or was changed: the fingerprint of the data, None, must "
+            "be text; restore it, or use another workdir"
         )
 
     @pytest.mark.parametrize("closed", [False, True])
@@ -343,11 +359,10 @@ class TestRecord:
 
 OVERRIDES = {
     "model.num_layers": "2", "model.d_model": "32", "model.head_dim": "8", "model.num_kv_heads": "4",
-    "model.d_ff": "32", "model.num_experts": "4", "data.seq_len": "32", "data.batch_size": "4",
+    "model.d_ff": "32", "model.num_experts": "4", "layout.seq_len": "32", "layout.batch_size": "4",
     "balance.capacity_factors": "", "steps": "2", "optimizer.warmup_steps": "1", "eval_every": "100",
     "eval_batches": "1", "sample_tokens": "0",
 }  # fmt: skip
-MESH_CONFIG = MeshConfig()
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +388,11 @@ def workdir(finished, tmp_path):
 
 def train(config, workdir, **overrides):
     config = apply_overrides(config, overrides)
-    return Trainer(config, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir, mesh_config=MESH_CONFIG).run()
+    return trainer(config, workdir).run()
+
+
+def trainer(config, workdir, **options):
+    return Trainer(config, workdir, devices=jax.devices()[:1], **options)
 
 
 def test_values_are_shown_as_flags_have_them():
@@ -384,16 +403,18 @@ def test_values_are_shown_as_flags_have_them():
 
 def test_the_record_holds_the_whole_run(config, finished):
     record = read_record(finished)
-    assert record.run == Run.of(config, dataclasses.asdict(MESH_CONFIG), ())
+    assert record.config == config
     assert record.has_checkpoint
+    assert record.lines == ()
     [start] = read_starts(finished)
-    assert set(start["mesh"]) == {field.name for field in dataclasses.fields(MeshConfig)}
+    [layout] = start["config"]["layouts"]
+    assert set(layout["mesh"]) == {field.name for field in dataclasses.fields(MeshConfig)}
 
 
 def test_without_run_json_the_checkpoint_is_the_record(config, workdir):
     (workdir / RECORD_FILE).unlink()
     record = read_record(workdir)
-    assert record.run.config == config
+    assert record.config == config
     assert record.has_checkpoint
     with pytest.raises(ConfigError, match=r"--config.model.rope_theta: 10000 in the run, 500 asked for"):
         train(config, workdir, **{"model.rope_theta": "500"})
@@ -409,14 +430,13 @@ def test_a_resume_says_where_it_goes_on_and_what_differs(config, workdir, capsys
 
 def test_what_is_allowed_by_override_is_the_run_from_then_on(config, workdir, capsys):
     other = apply_overrides(config, {"steps": "3", "optimizer.learning_rate": "0.5"})
-    mesh = build_mesh(MESH_CONFIG, jax.devices()[:1])
-    assert "add --override" in error_of(Trainer, other, mesh, workdir)
+    assert "add --override" in error_of(trainer, other, workdir)
     assert len(read_starts(workdir)) == 1
-    Trainer(other, mesh, workdir, override=True).run()
+    trainer(other, workdir, override=True).run()
     assert "--config.optimizer.learning_rate: 0.003 in the run, 0.5 asked for" in capsys.readouterr().err
     assert read_metrics(workdir)[-1]["learning_rate"] > 0.04
-    assert read_record(workdir).run.config == other
-    Trainer(other, mesh, workdir)  # is that run now
+    assert read_record(workdir).config == other
+    trainer(other, workdir)  # is that run now
 
 
 def test_a_model_that_cannot_go_on_is_refused_before_anything_is_built(config, workdir, monkeypatch):
@@ -437,14 +457,14 @@ def test_a_model_that_cannot_go_on_is_refused_before_anything_is_built(config, w
 def test_the_balancers_windows_start_anew_where_they_cannot_go_on(config, workdir, capsys, overrides, line):
     summary = train(config, workdir, steps="3", **overrides)
     assert f"the balancer's windows start anew: {line}" in capsys.readouterr().err.splitlines()
-    assert summary.window_tokens == config.data.batch_size * config.data.seq_len, "of one step"
+    assert summary.window_tokens == config.layout.tokens, "of one step"
     assert [line["window_steps"] for line in read_metrics(workdir)] == [1, 2, 1]
 
 
 def test_recorded_data_that_is_gone_says_where_its_name_is_from(config, workdir):
     path, (old,) = workdir / RECORD_FILE, config.data.paths
     path.write_text(path.read_text().replace(old, "gone"))
-    gone = read_record(workdir).run.config
+    gone = read_record(workdir).config
     assert error_of(train, gone, workdir).endswith(f" (the run in {workdir} recorded this value)")
     assert "recorded" not in error_of(train, config, workdir, **{"data.paths": "elsewhere"})
 
@@ -452,8 +472,7 @@ def test_recorded_data_that_is_gone_says_where_its_name_is_from(config, workdir)
 def test_fewer_steps_than_are_done_are_refused_and_nothing_is_recorded(config, workdir):
     before = (workdir / RECORD_FILE).read_text()
     fewer = apply_overrides(config, {"steps": "1", "optimizer.warmup_steps": "0"})
-    trainer = Trainer(fewer, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir, override=True)
-    assert error_of(trainer.run) == (
+    assert error_of(trainer(fewer, workdir, override=True).run) == (
         f"--config.steps=1 is less than the 2 steps that the run in {workdir} has done; ask for as many or more, "
         "or use another workdir"
     )
@@ -462,8 +481,7 @@ def test_fewer_steps_than_are_done_are_refused_and_nothing_is_recorded(config, w
 
 def test_a_run_that_is_going_on_is_not_touched(config, workdir, monkeypatch):
     before = json.dumps(read_starts(workdir))
-    trainer = Trainer(config, build_mesh(MESH_CONFIG, jax.devices()[:1]), workdir)
-    with trainer._lock:
+    with trainer(config, workdir)._lock:
         assert "is in use by process" in error_of(train, config, workdir)
         monkeypatch.setattr("moejax.train.workdir.WorkdirLock.check_possible", lambda _: None)
         assert "is in use by process" in error_of(train, config, workdir)

@@ -1,4 +1,4 @@
-"""A plan: its file reads back, its buckets train in turn, and the state that moves between meshes is the same."""
+"""Several layouts train in turn, and the state that moves between their meshes is the same."""
 
 import dataclasses
 import itertools
@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.shared import common, loading
-from moejax.config import ConfigError, DispatchConfig, ParallelConfig
-from moejax.data import load_corpus
-from moejax.mesh import MeshConfig, build_mesh
-from moejax.overrides import apply_overrides, load_config_file
+from experiments.shared import loading
+from moejax.config import ConfigError, DispatchConfig
+from moejax.data import load_corpus, make_loader
+from moejax.layout import Layout
+from moejax.mesh import MeshConfig
+from moejax.overrides import apply_overrides
 from moejax.train.loop import Trainer
 from moejax.train.metrics import read_metrics
 from moejax.train.reshard import reshard
-from moejax.train.schedule import Bucket, load_buckets, load_plan_model, write_plan_file
 
 OVERRIDES = {
     "model.num_layers": "2",
@@ -33,17 +33,17 @@ OVERRIDES = {
     "sample_tokens": "0",
     "data.block_steps": "2",
 }
-BUCKETS = (
-    Bucket(32, 16, MeshConfig(2, 2, 1), ParallelConfig(num_microbatches=2, remat="none")),
-    Bucket(64, 8, MeshConfig(2, 2, 1), ParallelConfig(num_microbatches=1, remat="full")),
-    Bucket(128, 8, MeshConfig(2, 1, 2), ParallelConfig(num_microbatches=1, remat="full"), DispatchConfig(chunks=2)),
+LAYOUTS = (
+    Layout(MeshConfig(2, 2, 1), 32, 16, num_microbatches=2, remat="none"),
+    Layout(MeshConfig(2, 2, 1), 64, 8, num_microbatches=1, remat="full"),
+    Layout(MeshConfig(2, 1, 2), 128, 8, num_microbatches=1, remat="full", dispatch=DispatchConfig(chunks=2)),
 )
 TIMES = {"step_seconds", "tokens_per_second", "reshard_seconds"}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Pieces of Python's own sources, in documents of 20, 50 and 110 bytes, a bucket each."""
+    """Pieces of Python's own sources, in documents of 20, 50 and 110 bytes, a layout each."""
     folder = tmp_path_factory.mktemp("corpus")
     text = "".join(document.text for document in load_corpus()[:12] if document.text.isascii())
     starts = np.cumsum([0, *[20, 20, 50, 110, 20, 20, 50, 110] * 25])
@@ -55,73 +55,12 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(corpus):
-    return apply_overrides(loading.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
+    config = apply_overrides(loading.load_config("tiny"), OVERRIDES | {"data.paths": str(corpus)})
+    return dataclasses.replace(config, layouts=LAYOUTS)
 
 
-class TestPlanFile:
-    def test_written_and_read_back(self, tmp_path):
-        path = tmp_path / "plan.py"
-        long = Bucket(
-            10_240,
-            32,
-            MeshConfig(8, 1, 2, hardware="a100_64gb", hosts=2, host_axis="expert"),
-            ParallelConfig(num_microbatches=4, gather="layer", remat="collectives", batch_split=2),
-            DispatchConfig("ragged", 1.25, ("expert",), hosts=2, chunks=4, payload="float8"),
-            accumulate=2,
-        )
-        buckets = (dataclasses.replace(long, seq_len=128, accumulate=1), long)
-        model = '/models/of "mine"/small \N{GRINNING FACE}\udcff.py'  # with a byte that is no Unicode
-        write_plan_file(path, buckets, model, "Written by a test: two buckets.")
-        assert load_buckets(path) == buckets
-        assert load_plan_model(path) == model
-        assert load_config_file(path, MeshConfig) == long.mesh
-        text = path.read_text()
-        assert max(map(len, text.splitlines())) <= 120
-        write_plan_file(path, buckets, model, "Written by a test: two buckets.")
-        assert path.read_text() == text
-
-    def test_the_one_in_mesh_configs_is_as_written(self, tmp_path):
-        """So that what is held of all files here (style, imports) is held of those that are written."""
-        path = common.MESH_CONFIGS / "cpu_16_mixed.py"
-        title = path.read_text().split('"""')[1]
-        write_plan_file(tmp_path / "plan.py", load_buckets(path), "mixed", title.rstrip("\n"))
-        assert (tmp_path / "plan.py").read_text() == path.read_text()
-
-    def test_a_mesh_file_has_no_buckets_and_no_model(self):
-        assert load_buckets(common.MESH_CONFIGS / "cpu_16.py") == ()
-        assert load_plan_model(common.MESH_CONFIGS / "cpu_16.py") is None
-
-    @pytest.mark.parametrize(
-        ("buckets", "message"),
-        [
-            ((), r"buckets=\(\) must hold one"),
-            (BUCKETS[::-1], r"seq_len=\[128, 64, 32\], which must ascend"),
-            ((BUCKETS[0], Bucket(64, 8, MeshConfig(8))), r"mesh.num_devices=\[4, 8\], which must be the same"),
-        ],
-    )
-    def test_buckets_that_cannot_go_together(self, tmp_path, buckets, message):
-        with pytest.raises(ConfigError, match=message):
-            write_plan_file(tmp_path / "plan.py", buckets, "tiny", "A plan.")
-        with pytest.raises(ConfigError, match=r"title='one.*quotes"):
-            write_plan_file(tmp_path / "plan.py", BUCKETS, "tiny", 'one "quoted" line')
-
-    def test_a_model_without_a_name_is_refused(self, tmp_path):
-        (tmp_path / "plan.py").write_text("def get_model():\n    return 3\n")
-        with pytest.raises(ConfigError, match=r"get_model\(\) returned 3; it must return a name"):
-            load_plan_model(tmp_path / "plan.py")
-
-    def test_a_file_that_returns_something_else(self, tmp_path):
-        (tmp_path / "plan.py").write_text("def get_buckets():\n    return [1]\n")
-        with pytest.raises(ConfigError, match=r"get_buckets\(\) returned \[1\]; it must return a tuple of Buckets"):
-            load_buckets(tmp_path / "plan.py")
-
-
-def mesh(bucket):
-    return build_mesh(bucket.mesh, jax.devices()[: bucket.mesh.num_devices])
-
-
-def trainer(config, workdir, buckets=BUCKETS):
-    return Trainer(config, mesh(buckets[0]), workdir, buckets)
+def trainer(config, workdir):
+    return Trainer(config, workdir, devices=jax.devices()[:4])
 
 
 def lines(workdir):
@@ -139,18 +78,18 @@ def finished(config, tmp_path_factory):
 def test_a_mixed_run_draws_every_length_and_says_what_ran(config, finished):
     workdir, summary = finished
     recorded = read_metrics(workdir)
-    remats = {bucket.seq_len: bucket.parallel.remat for bucket in BUCKETS}
+    remats = {layout.seq_len: layout.remat for layout in LAYOUTS}
     assert {line["bucket_seq_len"] for line in recorded} == set(remats)
     assert all(line["remat"] == remats[line["bucket_seq_len"]] for line in recorded)
     assert [line["step"] for line in recorded] == list(range(1, config.steps + 1))
-    meshes = [128, *(line["bucket_seq_len"] for line in recorded)]  # the longest bucket's is where a run starts
+    meshes = [128, *(line["bucket_seq_len"] for line in recorded)]  # the longest layout's is where a run starts
     moved = [(a == 128) != (b == 128) for a, b in itertools.pairwise(meshes)]
     assert [line["reshard_seconds"] > 0 for line in recorded] == moved
     assert summary.reshards == sum(moved) >= 2
     assert summary.reshard_seconds == pytest.approx(sum(line["reshard_seconds"] for line in recorded))
     assert sum(bucket.steps for bucket in summary.buckets) == config.steps
     assert [(b.seq_len, b.batch_size, b.remat) for b in summary.buckets] == [
-        (b.seq_len, b.batch_size, b.parallel.remat) for b in BUCKETS
+        (layout.seq_len, layout.batch_size, layout.remat) for layout in LAYOUTS
     ]
     assert all(bucket.device_memory_bytes > 0 for bucket in summary.buckets)
     assert recorded[-1]["eval_loss"] < recorded[config.eval_every - 1]["eval_loss"]
@@ -162,9 +101,9 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(config, finished, tm
     killed = trainer(config, tmp_path)
     check_finite = killed._check_finite
 
-    def die_at_5(step, *rest):
-        check_finite(step, *rest)
-        if step == 5:
+    def die_at_5(record, *rest):
+        check_finite(record, *rest)
+        if record.step == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(killed, "_check_finite", die_at_5)
@@ -175,10 +114,10 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(config, finished, tm
     assert lines(tmp_path) == lines(finished[0])
 
 
-def test_resuming_with_other_buckets_is_refused(config, finished):
-    other = (dataclasses.replace(BUCKETS[0], batch_size=32), *BUCKETS[1:])
-    with pytest.raises(ConfigError, match=r"^buckets: 16x32,\S+ in the run, 32x32,\S+ asked for; "):
-        trainer(config, finished[0], other)
+def test_resuming_with_other_layouts_is_refused(config, finished):
+    other = dataclasses.replace(config, layouts=(LAYOUTS[0].replace(batch_size=32), *LAYOUTS[1:]))
+    with pytest.raises(ConfigError, match=r"^layouts: 16x32,\S+ in the run, 32x32,\S+ asked for; "):
+        trainer(other, finished[0])
     other = apply_overrides(config, {"data.block_steps": str(config.data.block_steps + 1)})
     with pytest.raises(ConfigError, match=r"buckets of \[seq_len, batch_size, group\].* and must be \[\[32, 16, 0\]"):
         trainer(other, finished[0]).run()
@@ -203,19 +142,20 @@ def test_the_same_parameters_evaluate_alike_on_every_mesh(config, finished):
     jax.tree.map(np.testing.assert_array_equal, start, jax.device_get(state))
 
 
-def test_a_plan_of_one_bucket_is_a_plain_run(config, tmp_path):
-    bucket = BUCKETS[0]
-    plan = trainer(config, tmp_path, (bucket,))
-    plain = Trainer(bucket.applied(config), mesh(bucket), tmp_path)
-    assert (plan.config, plan.program) == (plain.config, plain.program)
-    assert plain.config.parallel == bucket.parallel
-    assert plain.config.data.batch_size == bucket.batch_size
-    batches = [next(which.schedule.make_loader(which.data)) for which in (plan, plain)]
+def test_batches_of_one_layout_are_the_plain_loaders(config, tmp_path):
+    one = trainer(dataclasses.replace(config, layouts=LAYOUTS[:1]), tmp_path)
+    assert one.program.layout == one.train_step.program.layout == LAYOUTS[0]
+    plain = make_loader(
+        config.data, one.data.train_documents, one.data.tokenizer,
+        seq_len=LAYOUTS[0].seq_len, batch_size=LAYOUTS[0].batch_size,
+    )  # fmt: skip
+    batches = [next(one.schedule.make_loader(one.data)), next(plain)]
     assert batches[0].keys() == batches[1].keys()
-    np.testing.assert_array_equal(batches[0]["tokens"], batches[1]["tokens"])
+    for name in batches[0]:
+        np.testing.assert_array_equal(batches[0][name], batches[1][name])
 
 
-def test_a_bucket_that_does_not_fit_its_mesh_is_refused(config, tmp_path):
-    wrong = dataclasses.replace(BUCKETS[2], batch_size=7)
+def test_a_layout_that_does_not_fit_its_mesh_is_refused(config, tmp_path):
+    wrong = dataclasses.replace(config, layouts=(*LAYOUTS[:2], LAYOUTS[2].replace(batch_size=7)))
     with pytest.raises(ConfigError, match="batch_size=7 must be a multiple of 2 = expert 2"):
-        trainer(config, tmp_path, (*BUCKETS[:2], wrong))
+        trainer(wrong, tmp_path)

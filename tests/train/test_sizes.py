@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moejax.data import BucketShape
+from moejax.config import ModelConfig
+from moejax.layout import Layout
 from moejax.train.sizes import StepSizes
 
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -29,16 +30,13 @@ class FakeStep:
             analysis = SimpleNamespace(argument_size_in_bytes=int(100 * factor), **memory)
             return SimpleNamespace(factor=factor, memory_analysis=lambda: analysis)
 
-        return SimpleNamespace(lower=lambda *shape: SimpleNamespace(compile=compile_it))
-
-
-def one_bucket(step):
-    return StepSizes([step], [BucketShape(16, 8)])
+        program = SimpleNamespace(layout=Layout(), model=ModelConfig())
+        return SimpleNamespace(program=program, lower=lambda: SimpleNamespace(compile=compile_it))
 
 
 def test_neighbors_are_compiled_the_larger_first_and_nothing_twice():
     step = FakeStep()
-    with one_bucket(step) as sizes:
+    with StepSizes([step]) as sizes:
         assert sizes.use(0, 1).compiled.factor == 1.5
         assert sizes.use(0, 1).compiled.factor == 1.5
         assert (sizes.switches, sizes.seconds_waited) == (0, 0.0)
@@ -52,7 +50,7 @@ def test_neighbors_are_compiled_the_larger_first_and_nothing_twice():
 
 def test_a_size_that_is_asked_for_comes_before_those_in_the_queue():
     step = FakeStep(permits=1)
-    with one_bucket(step) as sizes:
+    with StepSizes([step]) as sizes:
         sizes.use(0, 1)
         make = step.with_capacity
 
@@ -67,7 +65,7 @@ def test_a_size_that_is_asked_for_comes_before_those_in_the_queue():
 
 def test_it_says_what_is_ready_and_whether_it_still_compiles():
     step = FakeStep(permits=1)
-    with one_bucket(step) as sizes:
+    with StepSizes([step]) as sizes:
         assert not sizes.ready(0, 1)
         sizes.use(0, 1)
         assert sizes.ready(0, 1)
@@ -83,14 +81,14 @@ def test_it_says_what_is_ready_and_whether_it_still_compiles():
 
 def test_the_last_size_has_no_neighbors_made():
     step = FakeStep()
-    with one_bucket(step) as sizes:
+    with StepSizes([step]) as sizes:
         sizes.use(0, 2, last=True)
     assert step.compiled == [2.0]
 
 
 def test_a_size_that_cannot_be_compiled_fails_only_when_it_is_asked_for():
     step = FakeStep()
-    with one_bucket(step) as sizes:
+    with StepSizes([step]) as sizes:
         assert sizes.use(0, 3).compiled.factor == 3.0
         with pytest.raises(RuntimeError, match="does not fit"):
             sizes.use(0, 4)

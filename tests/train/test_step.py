@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from layouts import BALANCE, CI_LAYOUTS, MODEL, Layout, make_batch, per_device_values, relative_error
+from cases import BALANCE, CI_CASES, MODEL, Case, make_batch, per_device_values, relative_error
 from reference import oracle
 from tiers import full_unless
 
@@ -19,25 +19,23 @@ STEPS = 20
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=3, eps=1e-3, weight_decay=0.2, clip_norm=0.5)
 
 
-def first_state(layout, step):
-    params = layout.place(layout.logical_params)
+def first_state(case, step):
+    params = case.place(case.logical_params)
     moments = jax.jit(step.optimizer.init, out_shardings=step.state_shardings.opt_state)(params)
-    number, balance = np.int32(0), layout.program.balancer.init()
+    number, balance = np.int32(0), case.program.balancer.init()
     number, balance = jax.device_put((number, balance), (step.state_shardings.step, step.state_shardings.balance))
     return TrainState(number, params, moments, balance)
 
 
-def run_step(layout, accumulate=1, batch=None):
-    """The state and the metrics after one step."""
-    batch = batch or layout.batch
-    step = make_train_step(layout.program, OPTIMIZER, steps=STEPS, accumulate=accumulate)
-    compiled = step.lower(*batch["tokens"].shape).compile()
-    return compiled(first_state(layout, step), step.put_batch(batch))
+def run_step(case, batch=None, **fields):
+    """The state and the metrics after one step, with other fields of the case's layout."""
+    step = make_train_step(case.program.with_layout(**fields), OPTIMIZER, steps=STEPS)
+    return step.lower().compile()(first_state(case, step), step.put_batch(batch or case.batch))
 
 
 @functools.cache
-def stepped(layout):
-    return run_step(layout)
+def stepped(case):
+    return run_step(case)
 
 
 def by_hand(params, grads):
@@ -64,31 +62,31 @@ def assert_close(actual, expected):
     assert worst[1] < 1e-5, worst
 
 
-@pytest.mark.parametrize("layout", full_unless(CI_LAYOUTS[2].__eq__, CI_LAYOUTS), ids=str)
-def test_one_step_is_optax_on_the_whole_model(layout):
-    state, metrics = stepped(layout)
-    result, grads = layout.oracle()
-    params, norm = by_hand(layout.logical_params, grads)
+@pytest.mark.parametrize("case", full_unless(CI_CASES[2].__eq__, CI_CASES), ids=str)
+def test_one_step_is_optax_on_the_whole_model(case):
+    state, metrics = stepped(case)
+    result, grads = case.oracle()
+    params, norm = by_hand(case.logical_params, grads)
     assert norm > 2 * OPTIMIZER.clip_norm  # so that a wrong norm is a wrong step
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
     assert float(metrics["loss"]) == pytest.approx(float(result.loss), rel=1e-5)
     assert float(metrics["learning_rate"]) == pytest.approx(0.1 / 4)
     np.testing.assert_array_equal(metrics["load_LE"], result.load_LE)
     assert float(metrics["dropped_fraction"]) == pytest.approx(result.dropped_L.sum() / result.load_LE.sum())
-    if layout.model.router_bias:
+    if case.model.router_bias:
         moe = params["layers"]["moe"]
         load_LE = np.asarray(result.load_LE, np.float64)
         bias_LE = moe["router_bias_E"] + BALANCE.bias_update_rate * np.sign(load_LE.mean(1, keepdims=True) - load_LE)
         moe["router_bias_E"] = bias_LE - bias_LE.mean(1, keepdims=True)
-    assert_close(layout.unplace(state.params), params)
+    assert_close(case.unplace(state.params), params)
     np.testing.assert_array_equal(state.balance.load_WLE[0], result.load_LE)
     np.testing.assert_array_equal(state.balance.dropped_WL[0], result.dropped_L)
     assert int(state.step) == int(state.balance.num_steps) == 1
 
 
-@pytest.mark.parametrize("layout", full_unless(CI_LAYOUTS[2].__eq__, CI_LAYOUTS), ids=str)
-def test_no_device_disagrees_after_a_step(layout):
-    for path, x in jax.tree.leaves_with_path(stepped(layout)):
+@pytest.mark.parametrize("case", full_unless(CI_CASES[2].__eq__, CI_CASES), ids=str)
+def test_no_device_disagrees_after_a_step(case):
+    for path, x in jax.tree.leaves_with_path(stepped(case)):
         for values in per_device_values(x):
             assert all(value.tobytes() == values[0].tobytes() for value in values), jax.tree_util.keystr(path)
 
@@ -96,15 +94,15 @@ def test_no_device_disagrees_after_a_step(layout):
 @pytest.mark.full
 def test_accumulated_slices_are_the_step_of_the_whole_batch():
     """Though no two have as many targets, or the same load of the experts."""
-    layout = Layout(4, 2, 2, gather="layer", remat="full")
-    batch = make_batch(MODEL.vocab_size, 32, layout.seq_len, seed=1)
+    case = Case(4, 2, 2, gather="layer", remat="full")
+    batch = make_batch(MODEL.vocab_size, 32, case.seq_len, seed=1)
     for i, targets_S in enumerate(batch["targets"]):
         targets_S[(i * 5) % 17 :] = -100
-    result, grads = oracle.loss_and_grads(layout.logical_params, batch, MODEL, BALANCE)
-    expected, norm = by_hand(layout.logical_params, grads)
+    result, grads = oracle.loss_and_grads(case.logical_params, batch, MODEL, BALANCE)
+    expected, norm = by_hand(case.logical_params, grads)
 
-    state, figures = run_step(layout, accumulate=2, batch=batch)
-    assert_close(layout.unplace(state.params), expected)
+    state, figures = run_step(case, batch, batch_size=32, grad_accumulation_steps=2)
+    assert_close(case.unplace(state.params), expected)
     assert float(figures["grad_norm"]) == pytest.approx(norm, rel=1e-5)
     for name in ("loss", "cross_entropy", "aux_loss", "sequence_loss", "z_loss"):
         assert float(figures[name]) == pytest.approx(float(getattr(result, name)), rel=1e-5), name
@@ -113,30 +111,30 @@ def test_accumulated_slices_are_the_step_of_the_whole_batch():
     np.testing.assert_array_equal(state.balance.load_WLE[0], result.load_LE)
 
     # Each device cuts its own part of the batch, so a half has the front or the rear of every part.
-    parts = {name: x.reshape(4, 2, -1, layout.seq_len) for name, x in batch.items()}
+    parts = {name: x.reshape(4, 2, -1, case.seq_len) for name, x in batch.items()}
     halves = [{name: x[:, i].reshape(16, -1) for name, x in parts.items()} for i in range(2)]
-    params = layout.place(layout.logical_params)
-    metrics = [layout.value_and_grad(params, layout.place_batch(half))[0][1] for half in halves]
+    params = case.place(case.logical_params)
+    metrics = [case.value_and_grad(params, case.place_batch(half))[0][1] for half in halves]
     rounds_L, dispatches_L = (
         sum(np.asarray(getattr(m["router"], name)).reshape(-1) for m in metrics) for name in ("rounds", "dispatches")
     )
-    np.testing.assert_array_equal(dispatches_L, 2 * layout.num_microbatches * 4 * 2)  # halves, microbatches, senders
+    np.testing.assert_array_equal(dispatches_L, 2 * case.num_microbatches * 4 * 2)  # halves, microbatches, senders
     np.testing.assert_allclose(state.balance.rounds_WL[0], rounds_L / dispatches_L, rtol=1e-6)
 
 
 def test_evaluation_is_the_loss_of_the_oracle_without_drops():
-    layout = CI_LAYOUTS[1]
-    assert layout.strategy == "capacity"
-    step = make_train_step(layout.program, OPTIMIZER, steps=STEPS)
-    metrics = step.evaluate(layout.place(layout.logical_params), step.put_batch(layout.batch))
+    case = CI_CASES[1]
+    assert case.strategy == "capacity"
+    step = make_train_step(case.program, OPTIMIZER, steps=STEPS)
+    metrics = step.evaluate(case.place(case.logical_params), step.put_batch(case.batch))
     assert float(metrics["loss"]) == pytest.approx(
-        float(dataclasses.replace(layout, strategy="dropless").oracle()[0].loss), rel=1e-6
+        float(dataclasses.replace(case, strategy="dropless").oracle()[0].loss), rel=1e-6
     )
 
 
 def test_a_state_can_be_described_without_making_it():
-    layout = CI_LAYOUTS[2]
-    step = make_train_step(layout.program, OPTIMIZER, steps=STEPS)
-    described, made = step.state_shapes, first_state(layout, step)
+    case = CI_CASES[2]
+    step = make_train_step(case.program, OPTIMIZER, steps=STEPS)
+    described, made = step.state_shapes, first_state(case, step)
     same = jax.tree.map(lambda d, m: (d.shape, d.dtype, d.sharding) == (m.shape, m.dtype, m.sharding), described, made)
     assert all(jax.tree.leaves(same))

@@ -12,7 +12,7 @@ from jax import lax
 from moejax.kernels.top_k_routing import tile
 from moejax.kernels.top_k_routing.contract import Routing, RoutingSums, Rules
 
-BLOCK = 64  # tokens
+POSITIONS_BLOCK = 64  # tokens that `positions` counts by one product
 
 
 def route(rules: Rules, logits_TE: jax.Array, bias_E: jax.Array | None) -> tuple[Routing, RoutingSums]:
@@ -78,7 +78,7 @@ def _columns(x_TK: jax.Array) -> list[jax.Array]:
 def positions(chosen_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
     """How many earlier tokens chose the same expert: those of the token's block, and those of the blocks before it."""
     T, E = chosen_TE.shape
-    c = min(BLOCK, T)
+    c = min(POSITIONS_BLOCK, T)
     chosen_ncE = jnp.pad(chosen_TE.astype(jnp.float32), ((0, -T % c), (0, 0))).reshape(-1, c, E)
     before_cc = jnp.tril(jnp.ones((c, c), jnp.float32), -1)
     rank_ncE = jnp.einsum("ij,nje->nie", before_cc, chosen_ncE)  # sums of at most c ones, exact

@@ -1,4 +1,4 @@
-"""What a compiled step does is what its trace says."""
+"""What a compiled step does is what its program says."""
 
 import contextlib
 import importlib.util
@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from moejax.config import ModelConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
-from moejax.planner.compiled import CompiledCounts, compiled_counts
-from moejax.planner.plan import Plan
+from moejax.profiling.compiled import CompiledCounts, compiled_counts
 
-PLAN = Plan(ModelConfig(num_experts=16, head_dim=32), MeshConfig(hardware="h100"), seq_len=64, batch_size=2)
+MODEL, LAYOUT = ModelConfig(num_experts=16, head_dim=32), Layout(MeshConfig(hardware="h100"), 64, 2)
 LOOP = 'backend_config={"known_trip_count":{"n":"5"}}'
 GATHER = 'metadata={op_name="jit(step)/jvp(pipeline)/while/body/gather/all_gather"}'
 KERNEL = 'custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints='
@@ -47,7 +47,7 @@ def test_a_text_by_hand():
     attention = 2 * (2 * 64 * 4 * 32) * 64
     router, grouped = 2 * 8 * 16 * 16, 2 * (2 * 8 * 16 * 4)
     gathered = 3 * 2 * 8 * 16
-    assert compiled_counts(compiled, PLAN) == CompiledCounts(
+    assert compiled_counts(compiled, MODEL, LAYOUT) == CompiledCounts(
         flops=5 * (attention + router + grouped),
         sent_bytes={"all_gather": 5 * 2 * gathered, "all_reduce": 5 * 4 * 8 * 16},
         written_bytes={"all_gather": 5 * (2 + 1) * gathered, "all_reduce": 5 * 4 * 8 * 16},
@@ -57,23 +57,23 @@ def test_a_text_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["pipeline", "kept", "all axes", "split experts", "replicas"])
-def test_the_reference_model_compiled_for_h100s(layout):
+@pytest.mark.parametrize("case", ["pipeline", "kept", "all axes", "split experts", "replicas"])
+def test_the_reference_model_compiled_for_h100s(case):
     found = None
     with contextlib.suppress(ModuleNotFoundError):  # of the package that the plugin would be in
         found = importlib.util.find_spec("jax_plugins.xla_cuda13")
     assert found, "jax_plugins.xla_cuda13 is missing, which compiles for H100 anywhere; pip install 'moejax[aot]'"
     here = Path(__file__).parent
-    script = [sys.executable, here / "compiled_ahead_of_time.py", layout]
+    script = [sys.executable, here / "compiled_ahead_of_time.py", case]
     environment = os.environ | {"PYTHONPATH": str(here.parents[1])}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     pairs = report["pairs"]
-    everything = sum(traced for name, (traced, _) in pairs.items() if name != "flops")
-    for name, (traced, compiled) in pairs.items():
-        allowed = 0.01 * traced
+    everything = sum(counted for name, (counted, _) in pairs.items() if name != "flops")
+    for name, (counted, compiled) in pairs.items():
+        allowed = 0.01 * counted
         if name == "all_reduce":  # sums of the parts of a microbatch are added up before they are sent
-            assert compiled < traced + allowed
+            assert compiled < counted + allowed
             allowed = 0.01 * everything
-        assert abs(compiled - traced) < allowed, name
+        assert abs(compiled - counted) < allowed, name

@@ -1,4 +1,4 @@
-"""Programs over layouts of the 16 virtual devices, with weights and batches that are the same on every layout."""
+"""Cases: programs over the 16 virtual devices, with weights and batches that are the same on every layout."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from jax.sharding import NamedSharding
 from reference import oracle
 from tiers import full_unless
 
-from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, ParallelConfig
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
-from moejax.model import Program, summarize
+from moejax.metrics import summarize
+from moejax.program import Program
 from moejax.sharding import Param, param_shapes
 
 MODEL = ModelConfig(
@@ -38,8 +40,8 @@ FOLDED, SPLIT = ("expert", "tensor"), ("expert",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A model on a mesh, and the shape of the batch it is tested with."""
+class Case:
+    """A model and how it is laid out, in few words, with the weights and the batch that it is tested with."""
 
     expert: int
     pipeline: int
@@ -62,7 +64,7 @@ class Layout:
     packed: bool = False
 
     def __str__(self) -> str:
-        """The mesh and how the program lies on it: a test's name."""
+        """Returns the mesh and how the program lies on it: a test's name."""
         replica = f"{self.replica}x" if self.replica > 1 else ""
         parts = [f"{replica}{self.expert}x{self.pipeline}x{self.tensor}", "folded" if self.folded else "split"]
         return "-".join([*parts, f"R{self.repeats}", self.remat, self.gather, self.bubble])
@@ -72,15 +74,27 @@ class Layout:
         """Whether an expert can have more assignments than room."""
         return self.strategy == "capacity"
 
+    @property
+    def layout(self) -> Layout:
+        hosts = self.hosts * self.replica if self.hosts > 1 else 1
+        axes = FOLDED if self.folded else SPLIT
+        return Layout(
+            MeshConfig(self.expert, self.pipeline, self.tensor, self.replica, hosts=hosts),
+            self.seq_len,
+            self.batch_size,
+            num_microbatches=self.num_microbatches,
+            pipeline_repeats=self.repeats,
+            gather=self.gather,
+            remat=self.remat,
+            bubble=self.bubble,
+            batch_split=self.batch_split,
+            dispatch=DispatchConfig(self.strategy, self.capacity_factor, axes, self.hosts > 1, self.chunks),
+        )
+
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        config = MeshConfig(self.expert, self.pipeline, self.tensor, self.replica)
+        config = self.layout.mesh
         return build_mesh(config, jax.devices()[: config.num_devices])
-
-    @property
-    def dispatch(self) -> DispatchConfig:
-        axes = FOLDED if self.folded else SPLIT
-        return DispatchConfig(self.strategy, self.capacity_factor, axes, self.hosts, self.chunks)
 
     @property
     def balance(self) -> BalanceConfig:
@@ -90,13 +104,7 @@ class Layout:
     @functools.cached_property
     def program(self) -> Program:
         """Raises `ConfigError` where the layout is not possible."""
-        return Program(
-            self.model,
-            self.mesh,
-            self.dispatch,
-            self.balance,
-            ParallelConfig(self.num_microbatches, self.repeats, self.gather, self.remat, self.bubble, self.batch_split),
-        )
+        return Program(self.model, self.layout, self.mesh, self.balance)
 
     def place(self, logical: Any) -> Any:
         """Logical parameters as the program stores them."""
@@ -135,7 +143,7 @@ class Layout:
         return oracle.CapacityRule(tokens_Gn, rows)
 
     def oracle(self) -> tuple[oracle.Result, Any]:
-        """The oracle's loss and gradients for this layout's weights and batch."""
+        """Returns the oracle's loss and gradients for this case's weights and batch."""
         rule = self.capacity_rule if self.drops else None
         return _oracle(self.model, self.batch_size, self.seq_len, self.packed, rule and _Hashable(rule), self)
 
@@ -164,7 +172,7 @@ class Layout:
 
     @functools.cached_property
     def result(self) -> tuple[Any, Any]:
-        """Metrics and gradients as they come, for the layout's weights and batch."""
+        """Metrics and gradients as they come, for the case's weights and batch."""
         (_, metrics), grads = self.value_and_grad(self.place(self.logical_params), self.place_batch(self.batch))
         return jax.block_until_ready((metrics, grads))
 
@@ -184,11 +192,11 @@ class _Hashable:
 _oracles: dict[Any, Any] = {}
 
 
-def _oracle(model: ModelConfig, batch_size: int, seq_len: int, packed: bool, rule: Any, layout: Layout) -> Any:
+def _oracle(model: ModelConfig, batch_size: int, seq_len: int, packed: bool, rule: Any, case: Case) -> Any:
     key = (model, batch_size, seq_len, packed, rule)
     if key not in _oracles:
         _oracles[key] = oracle.loss_and_grads(
-            layout.logical_params, layout.batch, model, BALANCE, rule.rule if rule else None
+            case.logical_params, case.batch, model, BALANCE, rule.rule if rule else None
         )
     return _oracles[key]
 
@@ -246,29 +254,29 @@ def variant(**fields: Any) -> ModelConfig:
 # one and two repeats, as many microbatches as stages and more, microbatches in parts, idle and busy bubbles, drops,
 # packed documents, grouped queries, tied tables, a shared expert, leading dense layers, both scores of the router,
 # gates renormalized and not, selection biases.
-CI_LAYOUTS = (
-    Layout(
+CI_CASES = (
+    Case(
         1, 1, 1, strategy="capacity", repeats=2, batch_split=4,
         model=variant(num_kv_heads=2, router_score="sigmoid", router_bias=True),
     ),
-    Layout(
+    Case(
         16, 1, 1, num_microbatches=1, remat="minimal", gather="layer",
         strategy="capacity", capacity_factor=1.0, hosts=4,
     ),
-    Layout(
+    Case(
         4, 2, 2, packed=True, repeats=2, remat="collectives", gather="layer", chunks=2, hosts=2, batch_split=2,
         model=variant(num_kv_heads=2, router_score="sigmoid", router_bias=True),
     ),
-    Layout(
+    Case(
         2, 2, 4, folded=False, packed=True, remat="full", bubble="compute",
         model=variant(num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, tie_embeddings=True),
     ),
-    Layout(
+    Case(
         2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", strategy="capacity", bubble="compute",
         batch_split=2, model=variant(router_renormalize=False, router_bias=True),
     ),
-    Layout(1, 4, 4, num_microbatches=8, remat="minimal"),
-    Layout(
+    Case(1, 4, 4, num_microbatches=8, remat="minimal"),
+    Case(
         2, 4, 2, folded=False, repeats=2, num_microbatches=4, remat="collectives", bubble="compute", batch_size=32,
         model=variant(
             num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, num_kv_heads=2,
@@ -278,9 +286,9 @@ CI_LAYOUTS = (
 )  # fmt: skip
 
 
-def tiered(layouts: Iterable[Layout]) -> list[Any]:
-    """Layouts as a test's parameters: two of 16 devices run always, one of them with drops, one on every axis."""
-    return full_unless(CI_LAYOUTS[1:3].__contains__, layouts)
+def tiered(cases: Iterable[Case]) -> list[Any]:
+    """Returns cases as a test's parameters: two of 16 devices run always, one of them with drops, one on every axis."""
+    return full_unless(CI_CASES[1:3].__contains__, cases)
 
 
 def per_device_values(x: jax.Array) -> list[list[np.ndarray]]:

@@ -1,23 +1,19 @@
-"""Plans drawn at random: every way to lay a tiny model out. What takes jax long to trace is drawn less often."""
+"""Layouts drawn at random: every way to cut and place a tiny model's step. Slow ones to trace are drawn less often."""
 
-from moejax.config import ConfigError, DispatchConfig, ModelConfig, ParallelConfig
+from moejax.config import ConfigError, DispatchConfig, ModelConfig
+from moejax.layout import Layout
 from moejax.mesh import MeshConfig
-from moejax.planner.plan import Plan
-from moejax.sharding import check_layout
 
 
-def draw_plan(rng):
-    """A legal plan; `rng` is a `random.Random`."""
+def draw_step(rng):
+    """A legal (model, layout, mode); `rng` is a `random.Random`."""
     while True:
         try:
-            plan = _draw(rng)
-            check_layout(
-                plan.model, plan.dispatch, plan.parallel, plan.mesh,
-                batch_size=plan.batch_size, seq_len=plan.seq_len, accumulate=plan.accumulate,
-            )  # fmt: skip
+            model, layout, mode = _draw(rng)
+            layout.check(model)
         except ConfigError:
             continue
-        return plan
+        return model, layout, mode
 
 
 def _draw(rng):
@@ -53,26 +49,24 @@ def _draw(rng):
         tie_embeddings=one_of(True, False),
         dtype=one_of("bfloat16", "bfloat16", "float32"),
     )
-    parallel = ParallelConfig(
+    layout = Layout(
+        mesh,
+        grad_accumulation_steps=one_of(1, 1, 1, 1, 1, 2, 3),
         num_microbatches=one_of(1, 2, 4),
-        repeats=repeats,
+        pipeline_repeats=repeats,
         gather=one_of("step", "layer"),
         remat=one_of("auto", "none", "minimal", "collectives", "full"),
         bubble=one_of("auto", "compute", "skip"),
         batch_split=one_of(0, 0, 0, 1, 1, 2, 3),
+        dispatch=DispatchConfig(
+            strategy=one_of("dropless", "dropless", "capacity", "ragged"),
+            capacity_factor=one_of(1.0, 1.25, 1.5, 3.0),
+            expert_axes=one_of(("expert",), ("expert", "tensor")),
+            hierarchical=hosts > 1,
+            chunks=one_of(1, 1, 1, 1, 2, 3),
+            wire_dtype=one_of("compute", "compute", "float8"),
+        ),
     )
-    dispatch = DispatchConfig(
-        strategy=one_of("dropless", "dropless", "capacity", "ragged"),
-        capacity_factor=one_of(1.0, 1.25, 1.5, 3.0),
-        expert_axes=one_of(("expert",), ("expert", "tensor")),
-        hosts=hosts,
-        chunks=one_of(1, 1, 1, 1, 2, 3),
-        payload=one_of("full", "full", "float8"),
-    )
-    accumulate = one_of(1, 1, 1, 1, 1, 2, 3)
-    stages = mesh.pipeline if dense else 1
-    unit = mesh.replica * mesh.expert * parallel.num_microbatches * max(1, parallel.batch_split) * stages * accumulate
-    return Plan(
-        model, mesh, seq_len=mesh.tensor * one_of(4, 12, 33, 80), batch_size=unit * one_of(1, 1, 2),
-        parallel=parallel, dispatch=dispatch, accumulate=accumulate, mode=one_of("train", "train", "train", "prefill"),
-    )  # fmt: skip
+    batch_size = layout.batch_unit(model) * one_of(1, 1, 2)
+    layout = layout.replace(seq_len=mesh.tensor * one_of(4, 12, 33, 80), batch_size=batch_size)
+    return model, layout, one_of("train", "train", "train", "prefill")

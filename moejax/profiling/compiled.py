@@ -1,16 +1,16 @@
-"""Counts of a compiled step, to hold against those of its trace: FLOPs, bytes that collectives send, peak memory.
+"""Counts of a compiled step, to hold against those of its program: FLOPs, bytes that collectives send, peak memory.
 
-    compiled = make_train_step(program).lower(batch_size, seq_len).compile()
-    pairs = against_trace(plan, compiled_counts(compiled, plan))
+    compiled = make_train_step(program).lower().compile()
+    pairs = against_program(model, layout, compiled_counts(compiled, model, layout))
 
 For `moe_16x10b` on 2×8 H100 FLOPs agree to 5e-5, the compiler having made the weighted sums of `combine` elementwise,
 and every kind of collective to the byte or nearly, but for what the compiler does of itself:
 
 - It gathers weights in 16 bits in the forward pass, see `CompiledCounts.written_bytes`.
 - Two sums over devices that are added up it makes one where it can: of the gradients of norms and routers, of which
-  there is one for each part of a microbatch (`parallel.batch_split`). It is 0.04% of all bytes.
-- With `accumulate=2` the scan over further slices has one turn, which it unrolls and merges with the first slice:
-  embedding and output table are gathered, and their gradients scattered, once.
+  there is one for each part of a microbatch (`layout.batch_split`). It is 0.04% of all bytes.
+- With `grad_accumulation_steps=2` the scan over further slices has one turn, which it unrolls and merges with the first
+  slice: embedding and output table are gathered, and their gradients scattered, once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moejax import hlo
+from moejax.config import ModelConfig
 from moejax.hlo import Instruction, Module
 from moejax.kernels.attention import cost
+from moejax.layout import Layout
 from moejax.planner.passes import BYTES
-from moejax.planner.plan import Plan
-from moejax.planner.trace import trace
+from moejax.profiling.step_counts import count_step
 
 _KINDS = {
     "all-to-all": "all_to_all",
@@ -61,13 +62,13 @@ class CompiledCounts:
     peak_bytes: int
 
 
-def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
-    """Counts a compiled step of the plan, for GPUs or TPUs, trip counts of its loops multiplied.
+def compiled_counts(compiled: Any, model: ModelConfig, layout: Layout) -> CompiledCounts:
+    """Counts a compiled train step, for GPUs or TPUs, trip counts of its loops multiplied.
 
     Raises:
       ValueError: the text of the program has a form that `moejax.hlo` cannot read.
     """
-    module = hlo.parse(compiled.as_text(), kernel_flops(plan))
+    module = hlo.parse(compiled.as_text(), kernel_flops(model, layout))
     sent, written, asynchronous = (defaultdict[str, float](float) for _ in range(3))
     for computation, instruction, times in executed(module):
         found = hlo.collective(module, computation, instruction)
@@ -86,9 +87,9 @@ def compiled_counts(compiled: Any, plan: Plan) -> CompiledCounts:
     )
 
 
-def against_trace(plan: Plan, found: CompiledCounts) -> dict[str, tuple[float, float]]:
-    """Returns pairs, traced and compiled: "flops", then by kind the bytes sent, as `CompiledCounts.written_bytes`."""
-    counts = trace(plan)
+def against_program(model: ModelConfig, layout: Layout, found: CompiledCounts) -> dict[str, tuple[float, float]]:
+    """Returns pairs, of the program and compiled: "flops", then by kind the bytes sent (`written_bytes`)."""
+    counts = count_step(model, layout)
     traced: dict[str, float] = defaultdict(float)
     for (_, kind, _), sent_bytes in counts.sent_bytes.items():
         traced[kind] += sent_bytes
@@ -121,15 +122,15 @@ def executed(module: Module) -> Iterator[tuple[str, Instruction, int]]:
     yield from visit(module.entry, 1)
 
 
-def kernel_flops(plan: Plan) -> Callable[[Instruction], float]:
-    """FLOPs of the custom calls of the kernels that the plan's step has, by the rules of `moejax.planner.trace`."""
-    platform = "tpu" if plan.mesh.hardware.startswith("tpu") else "gpu"
-    seq_len, _ = cost.padded(platform, plan.seq_len, plan.model.head_dim, BYTES[plan.model.dtype])
+def kernel_flops(model: ModelConfig, layout: Layout) -> Callable[[Instruction], float]:
+    """FLOPs of the custom calls of the kernels that the step has, by the rules of `moejax.planner.jaxpr`."""
+    platform = "tpu" if layout.mesh.platform == "tpu" else "gpu"
+    seq_len, _ = cost.padded(platform, layout.seq_len, model.head_dim, BYTES[model.dtype])
 
     def flops(call: Instruction) -> float:
         shapes = _operand_shapes(call)
         if "top_k_routing" in call.attributes and len(shapes) > 1:
-            return 2.0 * math.prod(shapes[0]) * plan.model.num_experts
+            return 2.0 * math.prod(shapes[0]) * model.num_experts
         if "grouped_matmul_" in call.attributes:
             left, right = (shape for shape in shapes if len(shape) > 1)
             return 2.0 * math.prod(left) * right[1] if len(right) == 2 else 2.0 * left[0] * math.prod(right[1:])

@@ -1,10 +1,4 @@
-"""Counts of one step on one device, read off its jaxpr: nothing is compiled or run, and no device need be there.
-
-    counts = trace(Plan(get_preset("moe_16x10b"), MeshConfig(expert=8, pipeline=2, hardware="h100"), 1024, 64))
-    counts.flops["expert"], counts.sent_bytes["dispatch", "all_to_all", ("expert",)]
-
-The program is the trainer's own, on a mesh that has only names, sizes and a platform (`moejax.mesh.abstract_mesh`), so
-4,096 GPUs take as long as one: a second. What is counted, and how:
+"""Counts of one step on one device, read off its jaxpr. What is counted, and how:
 
 - A scan's body counts as often as it runs, of a `cond` the costliest branch, and a `while` not at all: the only ones on
   accelerators are a dispatch's further rounds, which a balanced router does not need.
@@ -28,20 +22,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from moejax import sharding
-from moejax.config import check
 from moejax.kernels.attention import cost
-from moejax.mesh import abstract_mesh
-from moejax.model import FORWARD_ONLY, Program
-from moejax.planner.plan import Plan
 from moejax.planner.work import Collective, Kind, Pass, Phase
-from moejax.train.step import make_train_step
+from moejax.program import FORWARD_ONLY
 
 KINDS: dict[str, Kind] = {
     "all_to_all": "all_to_all",
@@ -117,40 +103,6 @@ def _sum_keys(counts: Mapping[Any, float], key: Any) -> dict[Any, float]:
     for names, value in counts.items():
         total[key(*names)] += value
     return dict(total)
-
-
-def trace(plan: Plan) -> Counts:
-    """Counts the step of a plan: the train step, or for prefill the forward pass to the logits of one position.
-
-    Raises:
-      ConfigError: the plan does not fit together, or is one of decoding, for which there is no step yet.
-    """
-    program, jaxpr = plan_jaxpr(plan)
-    counts = count(jaxpr, program.mesh.shape, training=plan.mode == "train")
-    leaves = jax.tree.leaves(program.table, is_leaf=lambda x: isinstance(x, sharding.Param))
-    counts.param_bytes = sum(4.0 * math.prod(NamedSharding(program.mesh, p.spec).shard_shape(p.shape)) for p in leaves)
-    return counts
-
-
-def plan_jaxpr(plan: Plan) -> tuple[Program, core.Jaxpr]:
-    """The plan's program on an abstract mesh, and what one device runs in a step."""
-    check(plan.mode != "decode", "mode='decode' has no program to trace yet; use 'train' or 'prefill'")
-    if plan.mode == "prefill":
-        plan = dataclasses.replace(plan, accumulate=1)
-    config = plan.train_config()
-    program = Program.from_config(config, abstract_mesh(plan.mesh))
-    if plan.mode == "train":
-        step = make_train_step(program, accumulate=plan.accumulate)
-        return program, device_program(step.trace(plan.batch_size, plan.seq_len).jaxpr)
-    forward = program.sharded(
-        program.next_token_logits,
-        (program.param_specs, program.batch_spec, P()),
-        P(program.batch_axes, sharding.VOCAB_AXES),
-    )
-    tokens_BS = jax.ShapeDtypeStruct((plan.batch_size, plan.seq_len), jnp.int32)
-    params = sharding.param_shapes(program.table, program.mesh)
-    position = jax.ShapeDtypeStruct((), jnp.int32)
-    return program, device_program(jax.jit(forward).trace(params, tokens_BS, position).jaxpr.jaxpr)
 
 
 def device_program(jaxpr: core.Jaxpr) -> core.Jaxpr:
