@@ -1,4 +1,4 @@
-"""The `tiny` model on byte-pair tokens: a first run, under three minutes on two cores.
+"""The `tiny` model on byte-pair tokens: a first run, about three minutes on two cores.
 
 A token stands for 3 bytes on average, so a step sees three times the text that it would as bytes.
 """
