@@ -1,30 +1,33 @@
 """The model, as one device computes it: from its tokens to the loss of the whole batch.
 
-    loss:   embed -> dense layers -> stages of layers, in a pipeline -> head: cross-entropy; and the router's losses
-    layer:  x + attention(norm(x)), then x + experts(norm(x)): route, dispatch, expert, combine
-
 Every device runs these functions on its own arrays, inside one `jax.shard_map` over all mesh axes, which
-`moejax.program` sets up. Collectives are called where they happen, by the name of their mesh axis; with
-`check_vma=True` autodiff adds the sums of gradients. A single device is the mesh (1, 1, 1).
+`moejax.program` sets up. What a step does, with its collectives; autodiff adds their transposes and the sums of
+gradients (`check_vma=True`). On the mesh (1, 1, 1) they do nothing, and the program is the same.
 
-    axis       splits                                                collectives
-    expert     the batch; the experts; the storage of weights        all_to_all of tokens; all_gather of weights
-    pipeline   the layers, in stages; the vocabulary                 ppermute of activations
-    tensor     attention heads; the sequence outside of attention    all_gather before, psum_scatter after
-    replica    the batch once more, over copies of all of this       the sum of gradients
+    gather     shards of weights -> weights            all_gather over expert; of some over other axes too
+    embed      tokens [n, S] -> [n, s, D]              psum over pipeline, psum_scatter over tensor: each has v rows
+    layer      attention [b, s, D] -> [b, S, D] -> [b, s, D]     all_gather before and psum_scatter after, over tensor
+               experts: tokens to their devices, back  all_to_all over the experts' axes: expert, or expert and tensor
+    pipeline   a microbatch to the next stage          ppermute over pipeline; at the end psum brings stage 0's to all
+    head       [b, s, D] -> logits [b, S, v]           all_gather over tensor; pmax, psum over the vocabulary
+    loss       sums of this device -> of the batch     psum over replica and expert, where the batch is split
 
-Arguments: `m` has the model's sizes; `layout` says how the step is cut, with every "auto" resolved; `params` are this
+An optimizer step runs its batch in slices (gradient accumulation; by default there is one). Of a slice each device has
+n sequences, which go through the pipeline in M microbatches of b. A layer takes those in `batch_split` parts.
+
+Arguments: `m` has the model's sizes; `layout` is the parallel layout, with every "auto" resolved; `params` are this
 device's float32 shards, and `table` declares each of them (`moejax.sharding.Param`), so it knows what to gather.
 
-Dimensions end a name, x_bsD is [b, s, D]. Upper case is the whole, lower case one device's part. B sequences of the
-batch, n of this device, b of one of its M microbatches; S tokens of a sequence, s = S / tensor; D width of the model;
-V vocabulary; R chunks of layers per pipeline stage, l layers of a chunk; E experts.
+Dimensions end a name: x_bsD is [b, s, D]. Names of parameters have those of the global array. S tokens of a sequence,
+s = S / tensor; D width of the model; V vocabulary, v = V / (pipeline × tensor); R chunks of layers on each stage (more
+than 1: interleaved pipeline), l layers of a chunk; E experts; 1 this stage's place among the stages.
 
-    sharding.gather    all-gathers the shards of weights; its gradient is a reduce-scatter
-    vary(x, axes)      x, typed as different on each device of the axes: its gradient is summed over them right here
+    sharding.gather    all-gathers weights; `unstacked` ones have lost the stack's dims in a scan
+    vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
     remat.checkpoint   rematerializes by policy; `remat.named` names what a policy may keep
-    exchange           how tokens travel to their experts (`moejax.dispatch`)
-    loss_scale         1 but in float16, whose small gradients would underflow
+    exchange           how tokens travel to their experts; chains the all_to_alls of parts (`moejax.dispatch`)
+    LayerStats         a layer's sums over tokens, for the router's losses; by_sequence: also those inside sequences
+    loss_scale         1 but in float16, whose small gradients would underflow; forward it changes nothing
 """
 
 from __future__ import annotations
@@ -70,8 +73,8 @@ def layer(
 ) -> tuple[jax.Array, LayerStats]:  # fmt: skip
     """Applies attention and experts. Returns [b, s, D], and sums over these tokens for the router's losses.
 
-    The sequences are in `layout.batch_split` parts that do not need each other's results, so a device can compute one
-    part while it exchanges another's tokens. The exchange makes them take turns.
+    The sequences are in `layout.batch_split` independent parts, so that one part's attention overlaps another's
+    all_to_all. The exchange makes the all_to_alls run one after another.
     """
     if layout.gather == "layer":
         p = sharding.gather(p, table["layers"], unstacked=True)
@@ -93,7 +96,7 @@ def layer(
 def dense_layers(
     params: Params, x_nsD: jax.Array, segment_ids_nS: jax.Array, m: ModelConfig, layout: Layout, table: Params
 ) -> jax.Array:
-    """Applies the leading layers without experts, each stage to its share of the sequences, then gathers all."""
+    """Applies the leading dense layers, each stage to its n / pipeline sequences; then all stages gather all n."""
     first = lax.axis_index(PIPELINE) * x_nsD.shape[0]
     segment_ids_nS = lax.dynamic_slice_in_dim(segment_ids_nS, first, x_nsD.shape[0])
 
@@ -139,7 +142,7 @@ def hidden(
     with jax.named_scope("pipeline"):
         x_MbsD = vary(x_MbsD, (PIPELINE,))
     x_MbsD, stats = run_pipeline(stage, x_MbsD, layout)
-    with jax.named_scope("pipeline"):  # from stage 0, where they end up, to all: each has a part of the vocabulary
+    with jax.named_scope("pipeline"):  # stage 0 has the results; every stage has a part of the vocabulary
         x_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, x_MbsD, jnp.zeros_like(x_MbsD)), PIPELINE)
     norm_D = sharding.gather(params["head"]["norm_D"], table["head"]["norm_D"])
     with jax.named_scope("logits"):
@@ -160,7 +163,8 @@ def loss(
     """Returns this slice's share of the loss of the batch that `totals` counts, and metrics; the same on every device.
 
     The loss is the mean cross-entropy in nats per target, plus the router's losses by their `weights`. The shares of a
-    batch's slices add up to its loss, their gradients to its gradient, and their metrics to its metrics.
+    batch's slices add up to its loss, their gradients to its gradient, and their metrics to its metrics. The metric
+    `router` is of this stage's layers.
     """
     scale = loss_scale(m.dtype, totals.num_tokens)
     params = jax.tree.map(lambda w: scale_gradient(w, 1 / scale), params)
