@@ -1,33 +1,37 @@
 """The model, as one device computes it: from its tokens to the loss of the whole batch.
 
-Every device runs these functions on its own arrays, inside one `jax.shard_map` over all mesh axes, which
-`moejax.program` sets up. What a step does, with its collectives; autodiff adds their transposes and the sums of
-gradients (`check_vma=True`). On the mesh (1, 1, 1) they do nothing, and the program is the same.
+Every device runs these functions on its own arrays, inside one `jax.shard_map` over all axes of the mesh: expert,
+pipeline, tensor, and replica if there is one. `moejax.program` sets that up. These are the collectives of a step;
+autodiff adds their transposes and the sums of gradients (`check_vma=True`). On one device they do nothing.
 
-    gather     shards of weights -> weights            all_gather over expert; of some over other axes too
-    embed      tokens [n, S] -> [n, s, D]              psum over pipeline, psum_scatter over tensor: each has v rows
-    layer      attention [b, s, D] -> [b, S, D] -> [b, s, D]     all_gather before and psum_scatter after, over tensor
-               experts: tokens to their devices, back  all_to_all over the experts' axes: expert, or expert and tensor
-    pipeline   a microbatch to the next stage          ppermute over pipeline; at the end psum brings stage 0's to all
-    head       [b, s, D] -> logits [b, S, v]           all_gather over tensor; pmax, psum over the vocabulary
-    loss       sums of this device -> of the batch     psum over replica and expert, where the batch is split
+    gather        shards of weights -> weights         all_gather over expert; of some over other axes too
+    embed         tokens [n, S] -> [n, s, D]           psum over pipeline, psum_scatter over tensor; v rows per device
+    dense_layers  each stage runs q sequences          all_gather over pipeline afterward
+    layer         attention: [b, s, D] -> [b, S, D] -> [b, s, D]    all_gather before, psum_scatter after, over tensor
+                  experts: tokens to them and back     all_to_all over the experts' axes: expert, or expert and tensor
+    stage         a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
+    hidden        stage 0's results to all stages      psum over pipeline; the router's sums: over batch axes and tensor
+    head          [b, s, D] -> logits [b, S, v]        all_gather over tensor; pmax and psum over pipeline and tensor
+    loss          this device's sums -> the batch's    psum over the batch axes, replica and expert, which split it
 
 An optimizer step runs its batch in slices (gradient accumulation; by default there is one). Of a slice each device has
 n sequences, which go through the pipeline in M microbatches of b. A layer takes those in `batch_split` parts.
 
 Arguments: `m` has the model's sizes; `layout` is the parallel layout, with every "auto" resolved; `params` are this
-device's float32 shards, and `table` declares each of them (`moejax.sharding.Param`), so it knows what to gather.
+device's float32 shards; `table` has a `moejax.sharding.Param` for each, which says the axes to gather it over.
 
 Dimensions end a name: x_bsD is [b, s, D]. Names of parameters have those of the global array. S tokens of a sequence,
 s = S / tensor; D width of the model; V vocabulary, v = V / (pipeline × tensor); R chunks of layers on each stage (more
-than 1: interleaved pipeline), l layers of a chunk; E experts; 1 this stage's place among the stages.
+than 1: interleaved pipeline), l layers of a chunk; 1 the dim of stages, of size 1 here; E experts; q = n / pipeline.
 
-    sharding.gather    all-gathers weights; `unstacked` ones have lost the stack's dims in a scan
+    sharding.gather    all-gathers weights, which are `unstacked` inside a scan that took off the dims R, 1 and l
     vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
     remat.checkpoint   rematerializes by policy; `remat.named` names what a policy may keep
-    exchange           how tokens travel to their experts; chains the all_to_alls of parts (`moejax.dispatch`)
-    LayerStats         a layer's sums over tokens, for the router's losses; by_sequence: also those inside sequences
-    loss_scale         1 but in float16, whose small gradients would underflow; forward it changes nothing
+    exchange           how tokens travel to their experts, over `exchange_hosts` hosts in two hops (`moejax.dispatch`)
+    LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` over each sequence too
+    totals             counts over the whole batch; count_RlE: assignments to experts, from a forward pass ahead of it
+    loss_scale         1 but in float16, whose small gradients would underflow; it multiplies gradients only
+    named_scope        the category of an operation in profiles
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax import balance, remat, sharding
-from moejax.balance import LayerStats
+from moejax import remat, sharding
+from moejax.balance import LayerStats, router_loss
 from moejax.batch import Batch, Totals
 from moejax.config import BalanceConfig, ModelConfig
 from moejax.dispatch import Exchange
@@ -62,9 +66,9 @@ Params = dict[str, Any]  # nested as `moejax.sharding.param_table` is
 
 
 def embed(params: Params, tokens_nS: jax.Array, m: ModelConfig, table: Params) -> jax.Array:
-    """Looks up this device's sequences: [n, s, D], or [n / pipeline, s, D] where dense layers come next."""
-    table_vD = sharding.gather(params["embed"], table["embed"])["table_VD"]
-    return embed_tokens(table_vD, tokens_nS, jnp.dtype(m.dtype), split_pipeline=m.num_dense_layers > 0)
+    """Looks up this device's sequences: [n, s, D], or [q, s, D] if dense layers come next."""
+    embedding_vD = sharding.gather(params["embed"], table["embed"])["table_VD"]
+    return embed_tokens(embedding_vD, tokens_nS, jnp.dtype(m.dtype), split_pipeline=m.num_dense_layers > 0)
 
 
 def layer(
@@ -94,23 +98,23 @@ def layer(
 
 
 def dense_layers(
-    params: Params, x_nsD: jax.Array, segment_ids_nS: jax.Array, m: ModelConfig, layout: Layout, table: Params
+    params: Params, x_qsD: jax.Array, segment_ids_nS: jax.Array, m: ModelConfig, layout: Layout, table: Params
 ) -> jax.Array:
-    """Applies the leading dense layers, each stage to its n / pipeline sequences; then all stages gather all n."""
-    first = lax.axis_index(PIPELINE) * x_nsD.shape[0]
-    segment_ids_nS = lax.dynamic_slice_in_dim(segment_ids_nS, first, x_nsD.shape[0])
+    """Applies the leading dense layers, each stage to its q = n / pipeline sequences; then all stages gather all n."""
+    q = x_qsD.shape[0]
+    segment_ids_qS = lax.dynamic_slice_in_dim(segment_ids_nS, lax.axis_index(PIPELINE) * q, q)
 
-    def dense_layer(x_nsD: jax.Array, p: Params) -> tuple[jax.Array, None]:
+    def dense_layer(x_qsD: jax.Array, p: Params) -> tuple[jax.Array, None]:
         p = sharding.gather(p, table["dense_layers"], unstacked=True)
-        x_nsD = remat.named(x_nsD, remat.LAYER_INPUT)
-        x_nsD = x_nsD + attention(p["attention"], x_nsD, segment_ids_nS, m)
+        x_qsD = remat.named(x_qsD, remat.LAYER_INPUT)
+        x_qsD = x_qsD + attention(p["attention"], x_qsD, segment_ids_qS, m)
         with jax.named_scope("expert"):
-            h_nsD = rms_norm(x_nsD, p["feed_forward_norm_D"], m.norm_eps)
-        return x_nsD + swiglu(p["feed_forward"], h_nsD), None
+            h_qsD = rms_norm(x_qsD, p["feed_forward_norm_D"], m.norm_eps)
+        return x_qsD + swiglu(p["feed_forward"], h_qsD), None
 
-    x_nsD, _ = lax.scan(remat.checkpoint(dense_layer, layout.remat), x_nsD, params["dense_layers"])
+    x_qsD, _ = lax.scan(remat.checkpoint(dense_layer, layout.remat), x_qsD, params["dense_layers"])
     with jax.named_scope("pipeline"):
-        return all_gather(x_nsD, PIPELINE, dim=0)
+        return all_gather(x_qsD, PIPELINE, dim=0)
 
 
 def hidden(
@@ -119,7 +123,7 @@ def hidden(
 ) -> tuple[jax.Array, LayerStats]:  # fmt: skip
     """Computes the final hidden states of this device's sequences, [M, b, s, D], the same on every stage.
 
-    Also returns sums over every token of the batch for the router's losses, of this stage's layers: [R, l, ...].
+    Also returns sums over every token of the slice for the router's losses, of this stage's layers: [R, l, ...].
     """
     layers = params["layers"]
     if layout.gather == "step":
@@ -134,10 +138,11 @@ def hidden(
         """One chunk of this stage's layers, on one microbatch."""
         p_l = jax.tree.map(lambda w_R1l: lax.dynamic_index_in_dim(w_R1l[:, 0], chunk, keepdims=False), layers)
         segment_ids_bS = lax.dynamic_index_in_dim(segment_ids_MbS, microbatch, keepdims=False)
-        one = functools.partial(
-            layer, segment_ids_bS=segment_ids_bS, m=m, layout=layout, table=table, by_sequence=by_sequence
-        )
-        return lax.scan(remat.checkpoint(one, layout.remat), x_bsD, p_l)
+
+        def stage_layer(x_bsD: jax.Array, p: Params) -> tuple[jax.Array, LayerStats]:
+            return layer(x_bsD, p, segment_ids_bS, m, layout, table, by_sequence)
+
+        return lax.scan(remat.checkpoint(stage_layer, layout.remat), x_bsD, p_l)
 
     with jax.named_scope("pipeline"):
         x_MbsD = vary(x_MbsD, (PIPELINE,))
@@ -150,7 +155,7 @@ def hidden(
     return h_MbsD, global_stats(stats, (*layout.mesh.batch_axes, TENSOR))
 
 
-def output_table(params: Params, m: ModelConfig, table: Params) -> jax.Array:
+def output_weights(params: Params, m: ModelConfig, table: Params) -> jax.Array:
     """Returns this device's columns of the output layer, [D, v]."""
     if m.tie_embeddings:
         return sharding.gather(params["embed"], table["embed"])["table_VD"].T
@@ -158,25 +163,25 @@ def output_table(params: Params, m: ModelConfig, table: Params) -> jax.Array:
 
 
 def loss(
-    params: Params, batch: Batch, totals: Totals, m: ModelConfig, layout: Layout, table: Params, weights: BalanceConfig
+    params: Params, batch: Batch, totals: Totals, m: ModelConfig, layout: Layout, table: Params, balance: BalanceConfig
 ) -> tuple[jax.Array, LossMetrics]:
-    """Returns this slice's share of the loss of the batch that `totals` counts, and metrics; the same on every device.
+    """Returns this slice's share of the loss of the batch that `totals` counts, and metrics; on every device.
 
-    The loss is the mean cross-entropy in nats per target, plus the router's losses by their `weights`. The shares of a
-    batch's slices add up to its loss, their gradients to its gradient, and their metrics to its metrics. The metric
-    `router` is of this stage's layers.
+    The loss is the mean cross-entropy in nats per target, plus the router's losses, weighted as `balance` says. The
+    shares of a batch's slices add up to its loss, their gradients to its gradient, and their metrics to its metrics.
+    The metric `router` differs from stage to stage: it has their layers.
     """
     scale = loss_scale(m.dtype, totals.num_tokens)
     params = jax.tree.map(lambda w: scale_gradient(w, 1 / scale), params)
     if REPLICA in layout.mesh.batch_axes:
         with jax.named_scope("gather"):  # sums gradients over replicas once, while they are sharded
             params = jax.tree.map(lambda w: vary(w, (REPLICA,)), params)
-    by_sequence = weights.sequence_loss_weight > 0
+    by_sequence = balance.sequence_loss_weight > 0
     h_MbsD, stats = hidden(params, batch["tokens"], batch["segment_ids"], m, layout, table, by_sequence)
     targets_MbS = batch["targets"].reshape(*h_MbsD.shape[:2], -1)
-    w_Dv = output_table(params, m, table)
+    w_Dv = output_weights(params, m, table)
 
-    def head(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def microbatch_loss(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         """Adds the cross-entropy of one microbatch."""
         h_bsD, targets_bS = xs
         with jax.named_scope("logits"):
@@ -184,15 +189,11 @@ def loss(
         return total + cross_entropy(logits_bSv, targets_bS), None
 
     zero = vary(jnp.zeros((), jnp.float32), layout.mesh.batch_axes)
-    total, _ = lax.scan(remat.checkpoint(head, layout.remat), zero, (h_MbsD, targets_MbS))
+    total, _ = lax.scan(remat.checkpoint(microbatch_loss, layout.remat), zero, (h_MbsD, targets_MbS))
     with jax.named_scope("loss"):
         num_targets = jnp.maximum(totals.num_targets, 1).astype(jnp.float32)
         cross_entropy_mean = lax.psum(total, layout.mesh.batch_axes) / num_targets
-        router_loss = (
-            weights.aux_loss_weight * balance.load_balance_loss(stats, totals.num_tokens, totals.count_RlE)
-            + weights.sequence_loss_weight * balance.sequence_balance_loss(stats, totals.num_sequences)
-            + weights.z_loss_weight * balance.router_z_loss(stats, totals.num_tokens)
-        )
-        mean = cross_entropy_mean + lax.pmean(router_loss, PIPELINE)
+        of_router = router_loss(stats, balance, totals.num_tokens, totals.num_sequences, totals.count_RlE)
+        mean = cross_entropy_mean + lax.pmean(of_router, PIPELINE)
     by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)
     return scale_gradient(mean, scale), {"loss": mean, "cross_entropy": cross_entropy_mean, "router": by_layer}

@@ -176,13 +176,13 @@ class Program:
 
         Over the mesh they lie as `logits_spec` says.
         """
-        return logits(self._whole_hidden(params, tokens_nS, segment_ids_nS), self._output_table(params))
+        return logits(self._whole_hidden(params, tokens_nS, segment_ids_nS), self._output_weights(params))
 
     def next_token_logits(self, params: Params, tokens_nS: jax.Array, position: jax.Array) -> jax.Array:
         """Logits of the token after `position` in each of this device's sequences: its columns [n, v]."""
         h_nSD = self._whole_hidden(params, tokens_nS, jnp.ones_like(tokens_nS))
         h_nD = lax.dynamic_index_in_dim(h_nSD, position, axis=1, keepdims=False)
-        return logits(h_nD, self._output_table(params))
+        return logits(h_nD, self._output_weights(params))
 
     def _hidden(self, params: Params, tokens_nS: jax.Array, segment_ids_nS: jax.Array) -> tuple[jax.Array, Any]:
         self._check_shape(tokens_nS)
@@ -201,5 +201,5 @@ class Program:
         with jax.named_scope("logits"):
             return all_gather(h_MbsD, TENSOR, dim=2).reshape(*tokens_nS.shape, -1)
 
-    def _output_table(self, params: Params) -> jax.Array:
-        return per_device.output_table(params, self.model, self.table)
+    def _output_weights(self, params: Params) -> jax.Array:
+        return per_device.output_weights(params, self.model, self.table)

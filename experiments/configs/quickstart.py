@@ -5,7 +5,7 @@ A token stands for 3 bytes on average, so a step sees three times the text that 
 
 import dataclasses
 
-from moejax.config import BalanceConfig, DataConfig, DispatchConfig, OptimizerConfig
+from moejax.config import BalanceConfig, CheckpointConfig, DataConfig, DispatchConfig, OptimizerConfig
 from moejax.layout import Layout
 from moejax.presets import tiny
 from moejax.train.config import TrainConfig
@@ -23,7 +23,8 @@ def get_config() -> TrainConfig:
         balance=dataclasses.replace(BalanceConfig.suited_to(model), bias_update_rate=0.03, capacity_factors=()),
         data=DataConfig(tokenizer="bpe", tokenizer_vocab_size=2048),
         optimizer=OptimizerConfig(learning_rate=5e-3),
-        steps=110,
-        eval_every=55,
+        steps=104,
+        eval_every=52,
+        checkpoint=CheckpointConfig(every=104),  # at the end only
         sample_tokens=64,
     )

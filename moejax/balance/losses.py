@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.config import BalanceConfig
 from moejax.kernels.top_k_routing import RoutingSums
 from moejax.mesh import TENSOR
 from moejax.remat import NETWORK, named
@@ -70,6 +71,20 @@ def sequence_balance_loss(stats: LayerStats, num_sequences: int) -> jax.Array:
 def router_z_loss(stats: LayerStats, num_tokens: int) -> jax.Array:
     """Returns the mean over layers and tokens of the router logits' squared log-sum-exp (ST-MoE, 2202.08906, eq. 5)."""
     return (stats.z / num_tokens).mean()
+
+
+def router_loss(
+    stats: LayerStats, config: BalanceConfig, num_tokens: int, num_sequences: int, count_LE: jax.Array | None = None
+) -> jax.Array:
+    """Returns the sum of the router's losses by their weights in `config`, for a batch of these counts.
+
+    Where `stats` are of a slice of the batch, `count_LE` are the assignments of the whole; see `load_balance_loss`.
+    """
+    return (
+        config.aux_loss_weight * load_balance_loss(stats, num_tokens, count_LE)
+        + config.sequence_loss_weight * sequence_balance_loss(stats, num_sequences)
+        + config.z_loss_weight * router_z_loss(stats, num_tokens)
+    )
 
 
 def load_statistics(count_LE: jax.Array, dropped_L: jax.Array, rounds_L: jax.Array) -> dict[str, jax.Array]:
