@@ -103,7 +103,7 @@ def variant(base: TrainConfig, method: str, capacity: str) -> TrainConfig:
         base = base.with_layout(strategy="dropless")
     else:
         base = base.with_layout(strategy="capacity", capacity_factor=float(capacity))
-    model = dataclasses.replace(base.model, router_bias=method == "loss-free")
+    model = dataclasses.replace(base.model, router=dataclasses.replace(base.model.router, bias=method == "loss-free"))
     return dataclasses.replace(base, model=model, balance=balance, sample_tokens=0)
 
 
@@ -154,7 +154,7 @@ def write(rows: list[dict[str, Any]], base: TrainConfig, out: Path) -> None:
         "# Load balance by method and capacity",
         "",
         f"{m.num_layers} layers of d_model {m.d_model}, {m.num_experts} experts of d_ff {m.d_ff}, top-"
-        f"{m.experts_per_token}, {m.router_score} router; {base.steps} steps of {tokens:,} tokens, seed {base.seed}, "
+        f"{m.experts_per_token}, {m.router.score} router; {base.steps} steps of {tokens:,} tokens, seed {base.seed}, "
         f"tokenizer {base.data.tokenizer}; mesh {mesh}. Weights: aux {_AUX.value}, z {_Z.value}; bias rate "
         f"{_RATE.value}. CV, MaxVio, drops and rounds are over the last {base.balance.window} steps, "
         "means over layers; bits per byte are of held-out text, evaluated without drops.",

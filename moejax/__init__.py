@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moejax.balance import BalanceReport, BalanceState, ExpertLoadBalancer
 from moejax.config import (
+    AttentionConfig,
     BalanceConfig,
     CheckpointConfig,
     ConfigError,
@@ -12,6 +13,8 @@ from moejax.config import (
     DispatchConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeConfig,
+    RouterConfig,
 )
 from moejax.data import load_data
 from moejax.layout import Layout
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionConfig",
     "BalanceConfig",
     "BalanceReport",
     "BalanceState",
@@ -50,6 +54,8 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "Program",
+    "RopeConfig",
+    "RouterConfig",
     "TrainConfig",
     "TrainState",
     "TrainStep",

@@ -28,6 +28,15 @@ _MOVED = {  # names of version 0.1
     "ParallelConfig": "is moejax.layout.Layout now, which also has the mesh, the batch's shape and the dispatch",
     "TrainConfig": "is in moejax.train.config now",
 }
+MOVED_FIELDS = {  # of ModelConfig, in version 0.1: where they are now
+    "num_heads": "attention.num_heads",
+    "num_kv_heads": "attention.num_kv_heads",
+    "head_dim": "attention.head_dim",
+    "router_score": "router.score",
+    "router_renormalize": "router.renormalize",
+    "router_bias": "router.bias",
+    "rope_theta": "rope.theta",
+}
 _EXPECTED = {int: "a whole number (int)", float: "a finite number (float)", str: "a text (str)", bool: "True or False"}
 
 
@@ -126,7 +135,8 @@ def _check_type(name: str, hint: Any, value: Any) -> None:
     elif origin is tuple:
         ok, expected = isinstance(value, tuple), "a tuple" + f"; write ({value!r},)" * isinstance(value, str)
     else:
-        ok, expected = _is(hint, value), _EXPECTED.get(hint) or f"a {hint.__name__}"
+        article = "an" if hint.__name__[0] in "AEIOU" else "a"
+        ok, expected = _is(hint, value), _EXPECTED.get(hint) or f"{article} {hint.__name__}"
     check(ok, f"{name}={value!r} must be {expected}")
     if origin is tuple:
         for position, item in enumerate(value):
@@ -142,60 +152,112 @@ def _is(kind: type, value: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Causal attention in which groups of query heads share a head of keys and values (arXiv 2305.13245)."""
+
+    num_heads: int = 4  # attention heads, of queries
+    num_kv_heads: int = 2  # attention heads of keys and values; divides num_heads
+    head_dim: int = 32  # width of a head; even
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+
+    @property
+    def heads_dim(self) -> int:
+        """Elements of a token's queries, keys, values and results, all heads together."""
+        return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How a router scores experts and weighs the chosen ones.
+
+    Experts are scored by a softmax over them (Mixtral, arXiv 2401.04088) or by a sigmoid each (DeepSeek-V3,
+    2412.19437); a chosen expert's gate is its score, divided by the sum over the chosen with `renormalize`. With one
+    expert per token that would be 1 whatever the score, so then it must be False (Switch, 2101.03961, eq. 2).
+
+    With `bias`, a bias for each expert is added to the scores when experts are chosen, and only then: the means of
+    loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate` or, at a rate of 0, left as it is.
+    """
+
+    score: RouterScore = "softmax"  # how the router scores experts: against each other, or one by one
+    renormalize: bool = True  # divide a token's gates by their sum
+    bias: bool = False  # a selection bias per expert, moved by balance.bias_update_rate
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """The rotary position embedding (arXiv 2104.09864)."""
+
+    theta: float = 10_000.0  # base of the frequencies
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "theta")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer whose feed-forward layers are mixtures of experts.
 
     Sizes are in elements. `num_layers` counts every layer, the `num_dense_layers` leading ones (plain SwiGLU of width
     `dense_d_ff`) included. `shared_d_ff` is the width of an expert that every token visits, 0 for none.
-
-    The router scores experts by a softmax over them (Mixtral, arXiv 2401.04088) or by a sigmoid each (DeepSeek-V3,
-    2412.19437); a chosen expert's gate is its score, divided by the sum over the chosen with `router_renormalize`. With
-    one expert per token that would be 1 whatever the score, so then it must be False (Switch, 2101.03961, eq. 2). With
-    `router_bias`, a bias for each expert is added to the scores when experts are chosen, and only then: the means of
-    loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate` or, at a rate of 0, left as it is.
     """
 
     num_layers: int = 4  # layers in all, the dense ones included
     d_model: int = 128  # width of the residual stream
-    num_heads: int = 4  # attention heads, of queries
-    num_kv_heads: int = 2  # attention heads of keys and values; divides num_heads
-    head_dim: int = 32  # width of a head; even
+    attention: AttentionConfig = AttentionConfig()  # heads of queries, keys and values
+    rope: RopeConfig = RopeConfig()  # positions of tokens
     d_ff: int = 256  # hidden width of an expert
     num_experts: int = 16  # experts per layer
     experts_per_token: int = 2  # experts that each token visits
-    router_score: RouterScore = "softmax"  # how the router scores experts: against each other, or one by one
-    router_renormalize: bool = True  # divide a token's gates by their sum
-    router_bias: bool = False  # a selection bias per expert, moved by balance.bias_update_rate
+    router: RouterConfig = RouterConfig()  # which experts a token visits, and with what weights
     shared_d_ff: int = 0  # hidden width of an expert that every token visits; 0 for none
     num_dense_layers: int = 0  # leading layers with a plain feed-forward instead of experts
     dense_d_ff: int = 0  # hidden width of those layers
     vocab_size: int = 256  # tokens that the model knows
     tie_embeddings: bool = False  # use the embedding as the output layer, too
     max_seq_len: int = 10_240  # longest sequence, in tokens
-    rope_theta: float = 10_000.0  # base of the rotary position embedding
     norm_eps: float = 1e-6  # what RMSNorm adds to the mean square
     dtype: Dtype = "bfloat16"  # of activations and of the weights' compute copies; masters are always float32
+
+    if not TYPE_CHECKING:  # or a type checker would take any name
+
+        def __new__(cls, *args: Any, **fields: Any) -> ModelConfig:
+            """Raises `ConfigError` for names of version 0.1, so that old configuration files learn the new ones."""
+            old = [name for name in MOVED_FIELDS if name in fields]
+            groups: dict[str, list[str]] = {}
+            for name in old:
+                group, _, field = MOVED_FIELDS[name].partition(".")
+                groups.setdefault(group, []).append(f"{field}={fields[name]!r}")
+            now = [f"{group}={type(getattr(cls, group)).__name__}({', '.join(v)})" for group, v in groups.items()]
+            check(not old, f"{', '.join(old)} of ModelConfig moved into groups; write {', '.join(now)}")
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(
-            self, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_experts",
-            "experts_per_token", "vocab_size", "max_seq_len", "rope_theta", "norm_eps",
+            self, "num_layers", "d_model", "d_ff", "num_experts", "experts_per_token", "vocab_size", "max_seq_len",
+            "norm_eps",
         )  # fmt: skip
         check_not_negative(self, "shared_d_ff", "num_dense_layers", "dense_d_ff")
-        check(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
-        )
-        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         check(
             self.experts_per_token <= self.num_experts,
             f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}",
         )
         check(
-            self.experts_per_token > 1 or not self.router_renormalize or self.num_experts == 1,
-            f"experts_per_token={self.experts_per_token} with router_renormalize=True makes every gate 1, so that "
-            "the router learns nothing from the text; use router_renormalize=False",
+            self.experts_per_token > 1 or not self.router.renormalize or self.num_experts == 1,
+            f"experts_per_token={self.experts_per_token} with router.renormalize=True makes every gate 1, so that "
+            "the router learns nothing from the text; use router.renormalize=False",
         )
         check(
             self.num_dense_layers < self.num_layers,
@@ -267,7 +329,7 @@ class BalanceConfig:
     each sequence (DeepSeek-V3, 2412.19437, eq. 17), and z (ST-MoE, 2202.08906, eq. 5). The global batch is that of the
     optimizer step: with `Layout.grad_accumulation_steps` > 1, its load-balance loss takes one more forward pass.
     `bias_update_rate` is the step of the selection bias (loss-free balancing, 2408.15664; needs
-    `ModelConfig.router_bias`), 0 to leave it as it is.
+    `RouterConfig.bias`), 0 to leave it as it is.
 
     Loads are watched over the last `window` optimizer steps. At the end of each window, the buffers of a dispatch that
     drops nothing get the next size of `capacity_factors`: the smallest that is `headroom` times the busiest expert's
@@ -283,7 +345,7 @@ class BalanceConfig:
     aux_loss_weight: float = 0.01  # of the load-balance loss over the global batch; 0: off
     sequence_loss_weight: float = 0.0  # of the load-balance loss inside each sequence; 0: off
     z_loss_weight: float = 0.001  # of the router's z loss; 0: off
-    bias_update_rate: float = 0.0  # step of the selection bias; needs model.router_bias
+    bias_update_rate: float = 0.0  # step of the selection bias; needs model.router.bias
     window: int = 32  # optimizer steps that loads are watched over
     headroom: float = 1.5  # how far above the busiest expert's load the buffers are sized
     capacity_factors: tuple[float, ...] = (1.25, 1.5, 1.75, 2.0, 3.0, 4.0)  # sizes that the buffers may take, ascending
@@ -315,8 +377,8 @@ class BalanceConfig:
     def check_moves_a_bias(self, model: ModelConfig) -> None:
         """Raises `ConfigError` for a rate that has no bias to move."""
         check(
-            model.router_bias or not self.bias_update_rate,
-            f"balance.bias_update_rate={self.bias_update_rate} has no bias to move: use model.router_bias=True, or "
+            model.router.bias or not self.bias_update_rate,
+            f"balance.bias_update_rate={self.bias_update_rate} has no bias to move: use model.router.bias=True, or "
             "balance.bias_update_rate=0",
         )
 
@@ -325,7 +387,7 @@ class BalanceConfig:
         """Loss-free balancing for a router with a bias, which keeps loads the most even (experiments/results), and the
         auxiliary loss for one without.
         """
-        return cls(aux_loss_weight=0.0, z_loss_weight=0.0, bias_update_rate=0.01) if model.router_bias else cls()
+        return cls(aux_loss_weight=0.0, z_loss_weight=0.0, bias_update_rate=0.01) if model.router.bias else cls()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,8 +186,8 @@ class Layout:
         m, mesh = model, self.mesh
         check_experts(m, self.dispatch, mesh)
         check_hops(self.dispatch, self.exchange_hosts, f"mesh.hosts={mesh.hosts}, mesh.host_axis={mesh.host_axis}")
-        check_divides("num_heads", m.num_heads, "tensor", mesh.tensor)
-        check_divides("num_kv_heads", m.num_kv_heads, "tensor", mesh.tensor)
+        check_divides("attention.num_heads", m.attention.num_heads, "tensor", mesh.tensor)
+        check_divides("attention.num_kv_heads", m.attention.num_kv_heads, "tensor", mesh.tensor)
         if m.num_dense_layers:
             check_divides("d_model", m.d_model, "expert × pipeline × tensor", mesh.expert * mesh.pipeline * mesh.tensor)
         check_divides("vocab_size", m.vocab_size, "pipeline × tensor", mesh.pipeline * mesh.tensor)

@@ -48,10 +48,10 @@ def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int
     return route_tokens(
         x_TD,
         compute_copy(p["w_router_DE"], x_TD, p["w_router_DE"].dtype),
-        p["router_bias_E"] if m.router_bias else None,
+        p["router_bias_E"] if m.router.bias else None,
         experts_per_token=m.experts_per_token,
-        score=m.router_score,
-        renormalize=m.router_renormalize,
+        score=m.router.score,
+        renormalize=m.router.renormalize,
         num_sequences=num_sequences,
     )
 

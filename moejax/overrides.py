@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moejax.config import ConfigError, check, one_line
+from moejax.config import MOVED_FIELDS, ConfigError, ModelConfig, check, one_line
 from moejax.strict_json import NOT_FINITE
 
 T = TypeVar("T")
@@ -127,7 +127,8 @@ def _value(config: Any, name: str) -> Any:
 
 def _unknown_message(config: Any, parent: str, name: str) -> str:
     names = list(_path_names(config).values())
-    close = difflib.get_close_matches(name, names, n=2)
+    deeper = [field.path for field in describe(config) if field.path.endswith(f".{name}")]
+    close = deeper or difflib.get_close_matches(name, names, n=2)
     hint = f"did you mean {' or '.join(parent + match for match in close)}? " if close else ""
     owner = f"{parent.removesuffix('.')} ({type(config).__name__})" if parent else type(config).__name__
     return f"{parent}{name} does not exist; {hint}the fields of {owner} are {', '.join(names)}"
@@ -197,7 +198,8 @@ def from_record(kind: type[T], record: Mapping[str, Any], path: str) -> tuple[T,
     """Returns the `kind` that `record` holds as JSON has it, and a line per way in which another version wrote it.
 
     Undoes `dataclasses.asdict` and JSON. A field that the record lacks gets the default that it has today; one that
-    `kind` lacks is left out. `path` says in messages where the record is: "config".
+    `kind` lacks is left out; fields that a model of version 0.1 had elsewhere are moved. `path` says in messages where
+    the record is: "config".
 
     Raises:
       ConfigError: a value that is not of the field's type, a field that has no default, or a value that the dataclass
@@ -236,6 +238,7 @@ class _RecordReader:
 
     def _read_fields(self, kind: Any, record: Any, path: str) -> Any:
         _check_type(isinstance(record, Mapping), record, path, f"the fields of a {kind.__name__}")
+        record = _regroup(record) if kind is ModelConfig else record
         hints, values = get_type_hints(kind), {}
         self.unknown += [f"{path}.{name}={value!r}" for name, value in record.items() if name not in hints]
         for field in dataclasses.fields(kind):
@@ -250,6 +253,15 @@ class _RecordReader:
             return kind(**values)
         except ConfigError as error:
             raise ConfigError(f"{path}.{error}") from None
+
+
+def _regroup(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the record of a model with fields of version 0.1 moved to where they are now."""
+    moved: dict[str, Any] = {name: value for name, value in record.items() if name not in MOVED_FIELDS}
+    for name in MOVED_FIELDS.keys() & record.keys():
+        group, _, field = MOVED_FIELDS[name].partition(".")
+        moved[group] = moved.get(group, {}) | {field: record[name]}
+    return moved
 
 
 def _check_type(ok: bool, value: Any, path: str, expected: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig, RouterConfig
 
 
 def tiny() -> ModelConfig:
@@ -12,14 +12,11 @@ def tiny() -> ModelConfig:
     return ModelConfig(
         num_layers=4,
         d_model=128,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32),
         d_ff=256,
         num_experts=16,
         experts_per_token=2,
-        router_score="sigmoid",
-        router_bias=True,
+        router=RouterConfig(score="sigmoid", bias=True),
         vocab_size=256,
         dtype="float32",
     )
@@ -30,14 +27,11 @@ def small() -> ModelConfig:
     return ModelConfig(
         num_layers=6,
         d_model=192,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=32,
+        attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=32),
         d_ff=256,
         num_experts=16,
         experts_per_token=2,
-        router_score="sigmoid",
-        router_bias=True,
+        router=RouterConfig(score="sigmoid", bias=True),
         vocab_size=256,
         dtype="float32",
     )
@@ -48,14 +42,11 @@ def moe_16x10b() -> ModelConfig:
     return ModelConfig(
         num_layers=16,
         d_model=3072,
-        num_heads=24,
-        num_kv_heads=8,
-        head_dim=128,
+        attention=AttentionConfig(num_heads=24, num_kv_heads=8, head_dim=128),
         d_ff=4096,
         num_experts=16,
         experts_per_token=2,
-        router_score="sigmoid",
-        router_bias=True,
+        router=RouterConfig(score="sigmoid", bias=True),
         vocab_size=32_000,
         max_seq_len=10_240,
         dtype="bfloat16",
@@ -67,15 +58,13 @@ def mixtral_8x7b() -> ModelConfig:
     return ModelConfig(
         num_layers=32,
         d_model=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
+        attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128),
         d_ff=14_336,
         num_experts=8,
         experts_per_token=2,
         vocab_size=32_000,
         max_seq_len=32_768,
-        rope_theta=1e6,
+        rope=RopeConfig(theta=1e6),
         norm_eps=1e-5,
         dtype="bfloat16",
     )
@@ -88,13 +77,11 @@ def olmoe_7b() -> ModelConfig:
     return ModelConfig(
         num_layers=16,
         d_model=2048,
-        num_heads=16,
-        num_kv_heads=16,
-        head_dim=128,
+        attention=AttentionConfig(num_heads=16, num_kv_heads=16, head_dim=128),
         d_ff=1024,
         num_experts=64,
         experts_per_token=8,
-        router_renormalize=False,
+        router=RouterConfig(renormalize=False),
         vocab_size=50_304,
         max_seq_len=4096,
         norm_eps=1e-5,

@@ -95,13 +95,14 @@ def _norm(m: ModelConfig, over: Axes) -> Param:
 
 def _attention(m: ModelConfig, over: Axes) -> dict[str, Param]:
     heads: Axes = (TENSOR,)
+    D, N, K, H = m.d_model, m.attention.num_heads, m.attention.num_kv_heads, m.attention.head_dim
     return {
         "norm_D": _norm(m, over),
-        "w_q_DNH": _dense((m.d_model, m.num_heads, m.head_dim), m.d_model, 0, over, dim1=heads),
-        "w_kv_DGKH": _dense((m.d_model, 2, m.num_kv_heads, m.head_dim), m.d_model, 0, over, dim2=heads),
+        "w_q_DNH": _dense((D, N, H), D, 0, over, dim1=heads),
+        "w_kv_DGKH": _dense((D, 2, K, H), D, 0, over, dim2=heads),
         "w_o_NHD": _dense(
-            (m.num_heads, m.head_dim, m.d_model),
-            2 * m.num_layers * m.num_heads * m.head_dim,  # residual branches start small (GPT-2)
+            (N, H, D),
+            2 * m.num_layers * N * H,  # residual branches start small (GPT-2)
             2,
             over,
             dim0=heads,
@@ -133,7 +134,7 @@ def moe_params(m: ModelConfig, dispatch: DispatchConfig) -> dict[str, Any]:
         "w_router_DE": _dense((m.d_model, m.num_experts), m.d_model, 0, (EXPERT,), "float32"),
         "experts": _experts(m, dispatch.expert_axes),
     }
-    if m.router_bias:
+    if m.router.bias:
         table["router_bias_E"] = Param((m.num_experts,), 0.0, ((),), decay=False, compute_dtype=None)
     if m.shared_d_ff:
         table["shared"] = _feed_forward(m, m.shared_d_ff, (EXPERT, TENSOR))

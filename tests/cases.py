@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from reference import oracle
 from tiers import full_unless
 
-from moejax.config import BalanceConfig, DispatchConfig, ModelConfig
+from moejax.config import AttentionConfig, BalanceConfig, DispatchConfig, ModelConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.metrics import summarize
@@ -24,15 +24,14 @@ from moejax.sharding import Param, param_shapes
 MODEL = ModelConfig(
     num_layers=4,
     d_model=32,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=8,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=8),
     d_ff=16,
     num_experts=16,
     experts_per_token=2,
     vocab_size=256,
     dtype="float32",
 )
+GROUPED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)
 BALANCE = BalanceConfig(  # losses heavy enough that their gradients are seen
     aux_loss_weight=0.1, sequence_loss_weight=0.05, z_loss_weight=0.01, bias_update_rate=0.01
 )
@@ -99,7 +98,7 @@ class Case:
     @property
     def balance(self) -> BalanceConfig:
         """`BALANCE` without a rate where there is no bias."""
-        return BALANCE if self.model.router_bias else dataclasses.replace(BALANCE, bias_update_rate=0.0)
+        return BALANCE if self.model.router.bias else dataclasses.replace(BALANCE, bias_update_rate=0.0)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -257,7 +256,7 @@ def variant(**fields: Any) -> ModelConfig:
 CI_CASES = (
     Case(
         1, 1, 1, strategy="capacity", repeats=2, batch_split=4,
-        model=variant(num_kv_heads=2, router_score="sigmoid", router_bias=True),
+        model=variant(attention=GROUPED, router=RouterConfig(score="sigmoid", bias=True)),
     ),
     Case(
         16, 1, 1, num_microbatches=1, remat="minimal", gather="layer",
@@ -265,7 +264,7 @@ CI_CASES = (
     ),
     Case(
         4, 2, 2, packed=True, repeats=2, remat="collectives", gather="layer", chunks=2, hosts=2, batch_split=2,
-        model=variant(num_kv_heads=2, router_score="sigmoid", router_bias=True),
+        model=variant(attention=GROUPED, router=RouterConfig(score="sigmoid", bias=True)),
     ),
     Case(
         2, 2, 4, folded=False, packed=True, remat="full", bubble="compute",
@@ -273,14 +272,14 @@ CI_CASES = (
     ),
     Case(
         2, 2, 2, replica=2, folded=False, repeats=2, gather="layer", strategy="capacity", bubble="compute",
-        batch_split=2, model=variant(router_renormalize=False, router_bias=True),
+        batch_split=2, model=variant(router=RouterConfig(renormalize=False, bias=True)),
     ),
     Case(1, 4, 4, num_microbatches=8, remat="minimal"),
     Case(
         2, 4, 2, folded=False, repeats=2, num_microbatches=4, remat="collectives", bubble="compute", batch_size=32,
         model=variant(
-            num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, num_kv_heads=2,
-            router_score="sigmoid", router_renormalize=False,
+            num_layers=10, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, attention=GROUPED,
+            router=RouterConfig(score="sigmoid", renormalize=False),
         ),
     ),
 )  # fmt: skip

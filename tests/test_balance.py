@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.balance import BoundWatch, ExpertLoadBalancer, Figure, LayerStats, load_cv_floor
 from moejax.balance.balancer import every_layer
 from moejax.balance.bounds import FRESH_WINDOWS
-from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, OptimizerConfig
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, OptimizerConfig, RouterConfig
 from moejax.mesh import MeshConfig, build_mesh
 
 MODEL = ModelConfig(num_layers=3, num_experts=8, experts_per_token=2, dtype="float32")
@@ -231,14 +231,14 @@ def test_bounds_are_watched_apart_and_lines_say_all_that_is_needed():
     ]
 
 
-@pytest.mark.parametrize("router_bias", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.01])
 @pytest.mark.parametrize("weight", [0.0, 0.01])
 @pytest.mark.parametrize("strategy", ["dropless", "capacity"])
 @pytest.mark.parametrize("sizes", [(), SIZES])
-def test_what_is_recommended_is_not_in_force_already(router_bias, rate, weight, strategy, sizes):
+def test_what_is_recommended_is_not_in_force_already(biased, rate, weight, strategy, sizes):
     balance = BalanceConfig(aux_loss_weight=weight, bias_update_rate=rate, capacity_factors=sizes, window=1)
-    model = dataclasses.replace(MODEL, router_bias=router_bias)
+    model = dataclasses.replace(MODEL, router=RouterConfig(bias=biased))
     configs = {"model": model, "balance": balance, "dispatch": DispatchConfig(strategy=strategy)}
     configs["optimizer"] = OptimizerConfig()
     balancer = ExpertLoadBalancer(model, balance, configs["dispatch"])

@@ -56,7 +56,7 @@ def test_a_printed_plan_trains_the_model_that_was_planned(tmp_path, monkeypatch)
         "from moejax.presets import tiny\n"
         "from moejax.train.config import TrainConfig\n"
         "def get_config():\n"
-        "    model = dataclasses.replace(tiny(), num_layers=1, d_model=16, head_dim=4, d_ff=16)\n"
+        "    model = dataclasses.replace(tiny(), num_layers=1, d_model=16, d_ff=16)\n"
         "    return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))\n"
     )
     plan = ["--model=small models/mine.py", "--cluster=cpu_16", "--seq_len=16", "--batch_size=16", "--out=a plan[1].py"]

@@ -13,7 +13,7 @@ from scripts import SCRIPTS, load_script, run_script
 
 from experiments.shared import common, loading
 from moejax.compiler import PROGRAM
-from moejax.config import ConfigError
+from moejax.config import MOVED_FIELDS, ConfigError
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.overrides import describe
@@ -82,6 +82,7 @@ def test_the_mesh_of_a_layout_has_flags_of_its_own():
         ("dispatch.hosts", "layout.dispatch.hierarchical"),
         ("dispatch.chunks", "layout.dispatch.chunks"),
         ("dispatch.payload", "layout.dispatch.wire_dtype"),
+        *((f"model.{before}", f"model.{now}") for before, now in MOVED_FIELDS.items()),
     ],
 )
 def test_a_name_of_version_0_1_gives_the_one_of_today(before, now):

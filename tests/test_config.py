@@ -8,6 +8,7 @@ import pytest
 
 from moejax import config as config_module
 from moejax.config import (
+    AttentionConfig,
     BalanceConfig,
     CheckpointConfig,
     ConfigError,
@@ -15,14 +16,17 @@ from moejax.config import (
     DispatchConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeConfig,
+    RouterConfig,
 )
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.train.config import TrainConfig
 
 POSITIVE = {
-    ModelConfig: "num_layers d_model num_heads num_kv_heads head_dim d_ff num_experts experts_per_token vocab_size "
-    "max_seq_len rope_theta norm_eps",
+    ModelConfig: "num_layers d_model d_ff num_experts experts_per_token vocab_size max_seq_len norm_eps",
+    AttentionConfig: "num_heads num_kv_heads head_dim",
+    RopeConfig: "theta",
     DispatchConfig: "capacity_factor chunks",
     BalanceConfig: "window",
     Layout: "seq_len batch_size grad_accumulation_steps num_microbatches pipeline_repeats",
@@ -40,7 +44,8 @@ NOT_NEGATIVE = {
     TrainConfig: "sample_tokens memory_limit_bytes",
 }
 CHOICES = {
-    ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'", "router_score": "'softmax', 'sigmoid'"},
+    ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'"},
+    RouterConfig: {"score": "'softmax', 'sigmoid'"},
     DispatchConfig: {"strategy": "'capacity', 'dropless', 'ragged'", "wire_dtype": "'compute', 'float8'"},
     Layout: {
         "gather": "'step', 'layer'",
@@ -49,8 +54,8 @@ CHOICES = {
     },
 }
 RELATIONS = [
-    (ModelConfig, {"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
-    (ModelConfig, {"head_dim": 31}, "head_dim=31 must be even: RoPE rotates pairs"),
+    (AttentionConfig, {"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
+    (AttentionConfig, {"head_dim": 31}, "head_dim=31 must be even: RoPE rotates pairs"),
     (
         ModelConfig,
         {"experts_per_token": 5, "num_experts": 4},
@@ -114,13 +119,19 @@ RELATIONS = [
     (
         ModelConfig,
         {"experts_per_token": 1},
-        "experts_per_token=1 with router_renormalize=True makes every gate 1, so that the router learns nothing from "
-        "the text; use router_renormalize=False",
+        "experts_per_token=1 with router.renormalize=True makes every gate 1, so that the router learns nothing from "
+        "the text; use router.renormalize=False",
+    ),
+    (
+        ModelConfig,
+        {"num_heads": 4, "d_ff": 8, "head_dim": 8, "router_bias": True},
+        "num_heads, head_dim, router_bias of ModelConfig moved into groups; write "
+        "attention=AttentionConfig(num_heads=4, head_dim=8), router=RouterConfig(bias=True)",
     ),
     (
         TrainConfig,
         {"balance": BalanceConfig(bias_update_rate=0.1)},
-        "balance.bias_update_rate=0.1 has no bias to move: use model.router_bias=True, or balance.bias_update_rate=0",
+        "balance.bias_update_rate=0.1 has no bias to move: use model.router.bias=True, or balance.bias_update_rate=0",
     ),
     (
         TrainConfig,
@@ -181,9 +192,9 @@ def test_relations(config, fields, message):
 @pytest.mark.parametrize(
     ("config", "fields"),
     [
-        (ModelConfig, {"experts_per_token": 1, "router_renormalize": False}),
+        (ModelConfig, {"experts_per_token": 1, "router": RouterConfig(renormalize=False)}),
         (ModelConfig, {"experts_per_token": 1, "num_experts": 1}),  # a dense model: there is nothing to learn
-        (TrainConfig, {"model": ModelConfig(router_bias=True)}),  # a bias that stays as it is
+        (TrainConfig, {"model": ModelConfig(router=RouterConfig(bias=True))}),  # a bias that stays as it is
         (ModelConfig, {"num_dense_layers": 1, "dense_d_ff": 8}),
     ],
 )
@@ -221,7 +232,7 @@ WRONG_TYPES = [
     (ModelConfig, {"d_model": True}, "d_model=True must be a whole number (int)"),
     (ModelConfig, {"tie_embeddings": 1}, "tie_embeddings=1 must be True or False"),
     (ModelConfig, {"dtype": ["bfloat16"]}, "dtype=['bfloat16'] must be one of 'float32', 'bfloat16', 'float16'"),
-    (ModelConfig, {"rope_theta": float("inf")}, "rope_theta=inf must be a finite number (float)"),
+    (RopeConfig, {"theta": float("inf")}, "theta=inf must be a finite number (float)"),
     (BalanceConfig, {"max_load_cv": float("nan")}, "max_load_cv=nan must be a finite number (float)"),
     (OptimizerConfig, {"warmup_steps": 0.5}, "warmup_steps=0.5 must be a whole number (int)"),
     (TrainConfig, {"steps": 1e4}, "steps=10000.0 must be a whole number (int)"),
@@ -231,6 +242,7 @@ WRONG_TYPES = [
     (TrainConfig, {"seed": None}, "seed=None must be a whole number (int)"),
     (TrainConfig, {"seed": 2**63}, "seed has 64 bits; it must be within ±2**63"),
     (DispatchConfig, {"capacity_factor": 10**5000}, "capacity_factor has 16610 bits; it must be within ±2**63"),
+    (ModelConfig, {"attention": None}, "attention=None must be an AttentionConfig"),
     (TrainConfig, {"model": None}, "model=None must be a ModelConfig"),
     (MeshConfig, {"expert": 2.0}, "expert=2.0 must be a whole number (int)"),
     (Layout, {"mesh": None}, "mesh=None must be a MeshConfig"),

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from cases import CI_CASES, Case, relative_error, tiered, variant
 
-from moejax.config import ConfigError
+from moejax.config import AttentionConfig, ConfigError
 
 TOLERANCE = 1e-5  # of a parameter's largest gradient; float32 against float64
 
 
-GRID_MODEL = variant(num_layers=16, num_heads=16, num_kv_heads=16, head_dim=4)
+GRID_MODEL = variant(num_layers=16, attention=AttentionConfig(num_heads=16, num_kv_heads=16, head_dim=4))
 SIZES = (1, 2, 4, 8, 16)
 OPTIONS = [
     {

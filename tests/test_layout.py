@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from moejax.config import ConfigError, DispatchConfig, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig
 from moejax.layout import Layout, check_layouts
 from moejax.mesh import MeshConfig
 
-MODEL = ModelConfig(num_layers=4, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=16, vocab_size=256)
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)
+MODEL = ModelConfig(num_layers=4, d_model=32, attention=ATTENTION, d_ff=16, vocab_size=256)
 PLATFORMS = [("cpu", "cpu"), ("h100", "gpu"), ("mi300x", "gpu"), ("custom", "gpu"), ("tpu_v5p", "tpu")]
 ON_EVERY_PLATFORM = pytest.mark.parametrize(("hardware", "platform"), PLATFORMS, ids=[name for name, _ in PLATFORMS])
 
@@ -154,11 +155,11 @@ WRONG = [
         (4, 1, 1), model={"num_experts": 6}, expert_axes=("expert",),
     ),
     wrong(
-        "num_heads=6 must be a multiple of tensor = 4; try num_heads=8, or tensor = 1, 2 or 3",
-        (1, 1, 4), model={"num_heads": 6},
+        "attention.num_heads=6 must be a multiple of tensor = 4; try attention.num_heads=8, or tensor = 1, 2 or 3",
+        (1, 1, 4), model={"attention": AttentionConfig(6, 2, 8)},
     ),
     wrong(
-        "num_kv_heads=2 must be a multiple of tensor = 4; try num_kv_heads=4, or tensor = 1 or 2",
+        "attention.num_kv_heads=2 must be a multiple of tensor = 4; try attention.num_kv_heads=4, or tensor = 1 or 2",
         (1, 1, 4),
     ),
     wrong(
@@ -241,8 +242,8 @@ class TestCheck:
     )
     def test_what_fits_passes(self, mesh, expert_axes, repeats):
         everything = dataclasses.replace(
-            MODEL, num_layers=6, num_kv_heads=4, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, d_model=64,
-            num_experts=16,
+            MODEL, num_layers=6, attention=AttentionConfig(4, 4, 8), num_dense_layers=2, dense_d_ff=24,
+            shared_d_ff=16, d_model=64, num_experts=16,
         )  # fmt: skip
         layout = Layout(mesh, 128, 64, grad_accumulation_steps=2, pipeline_repeats=repeats)
         layout.replace(expert_axes=expert_axes).check(everything)

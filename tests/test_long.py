@@ -4,15 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import ModelConfig, OptimizerConfig
+from moejax.config import AttentionConfig, ModelConfig, OptimizerConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.program import Program
 from moejax.train.step import make_train_step
 
-MODEL = ModelConfig(
-    num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32, num_experts=8, vocab_size=64
-)
+MODEL = ModelConfig(num_layers=2, d_model=32, attention=AttentionConfig(2, 2, 8), d_ff=32, num_experts=8, vocab_size=64)
 
 
 @pytest.mark.parametrize(

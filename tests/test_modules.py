@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from reference import oracle
 
 from moejax import modules
-from moejax.config import ConfigError, DispatchConfig, ModelConfig, OptimizerConfig
+from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig, OptimizerConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh, count_hosts
 from moejax.modules import MoELayer, MoEStats, Transformer
@@ -314,7 +314,7 @@ def test_an_optimizer_lowers_the_loss_of_a_users_model(user_model):
 
 
 def test_a_selection_bias_is_moved_by_the_loads_and_by_nothing_else():
-    layer = make_layer(config=dataclasses.replace(MOE, router_bias=True))
+    layer = make_layer(config=dataclasses.replace(MOE, router=RouterConfig(bias=True)))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         optimizer = nnx.Optimizer(layer, optax.adamw(0.1, weight_decay=0.5), wrt=nnx.Param)
 
@@ -337,12 +337,12 @@ def test_a_selection_bias_is_moved_by_the_loads_and_by_nothing_else():
     np.testing.assert_allclose(layer.router_bias_E.get_value(), wanted_E, atol=1e-6)
     assert np.abs(wanted_E).max() > 0.02
     assert not nnx.to_pure_dict(nnx.state(layer, nnx.Param)).keys() & {"router_bias_E"}
-    with pytest.raises(ConfigError, match="router_bias=False leaves update_bias nothing to move"):
+    with pytest.raises(ConfigError, match=r"router\.bias=False leaves update_bias nothing to move"):
         make_layer().update_bias(load_E)
 
 
 def test_moving_the_bias_evens_the_loads():
-    layer = make_layer(config=dataclasses.replace(MOE, router_bias=True))
+    layer = make_layer(config=dataclasses.replace(MOE, router=RouterConfig(bias=True)))
     skewed_DE = layer.w_router_DE.get_value() * jnp.where(jnp.arange(MOE.num_experts) < 3, 4.0, 1.0)[None]
     layer.w_router_DE.set_value(skewed_DE)
     loads = []
@@ -373,7 +373,7 @@ def test_a_users_shard_map_gives_the_same_loss_and_gradient(user_model):
 
 
 MODEL = ModelConfig(
-    num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, head_dim=4, d_ff=8,
+    num_layers=2, d_model=16, attention=AttentionConfig(2, 2, 4), d_ff=8,
     num_experts=8, vocab_size=16, dtype="float32",
 )  # fmt: skip
 
@@ -449,7 +449,7 @@ def test_trained_parameters_come_back(model, batch):
 
 def test_a_transformers_bias_is_among_its_parameters_and_not_the_optimizers():
     program = make_program("4x2x2")
-    program = dataclasses.replace(program, model=dataclasses.replace(MODEL, router_bias=True))
+    program = dataclasses.replace(program, model=dataclasses.replace(MODEL, router=RouterConfig(bias=True)))
     params = program.init(jax.random.key(0))
     params["layers"]["moe"]["router_bias_E"] += 1
     model = Transformer.from_params(program, params)

@@ -115,7 +115,12 @@ def test_wrong_type_names_path_value_and_type(path, text, expected):
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("model.num_layer", ["model.num_layer does not exist", "did you mean model.num_layers", "d_model, num_heads"]),
+        (
+            "model.num_layer",
+            ["model.num_layer does not exist", "did you mean model.num_layers", "d_model, attention, rope"],
+        ),
+        ("model.num_heads", ["model.num_heads does not exist; did you mean model.attention.num_heads? the fields"]),
+        ("model.attention.heads", ["did you mean", "the fields of model.attention (AttentionConfig) are num_heads"]),
         (
             "modle.num_layers",
             ["modle does not exist", "did you mean model", "fields of TrainConfig are model, layout, balance"],
@@ -125,7 +130,7 @@ def test_wrong_type_names_path_value_and_type(path, text, expected):
         ("layouts", ["layouts does not exist; did you mean layout? the fields of TrainConfig are"]),
         ("layout", ["layout='1' cannot be set as a whole; set one of layout.mesh, layout.seq_len, "]),
         ("layout.repeats", ["layout.repeats does not exist; did you mean ", "or layout.pipeline_repeats? the fields"]),
-        ("layout.chunks", ["layout.chunks does not exist; ", "the fields of layout (Layout) are mesh, seq_len"]),
+        ("layout.chunks", ["layout.chunks does not exist; did you mean layout.dispatch.chunks? the fields of layout"]),
         ("steps.more", ["steps.more='1' does not exist", "steps has no fields"]),
         ("model.", ["model='1' cannot be set as a whole"]),
         ("", ["does not exist"]),
@@ -151,8 +156,8 @@ def test_fields_that_depend_on_each_other_change_together():
 def test_a_refused_value_keeps_its_path():
     assert error_of(Outer(), {"inner.low": "5"}) == "inner.low=5 must be less than high=1"
     assert error_of(Outer(), {"inner.high": "50"}) == "inner.high=50 must be at most top=10"
-    message = error_of(TrainConfig(), {"model.num_heads": "5"})
-    assert message == "model.num_heads=5 must be a multiple of num_kv_heads=2"
+    message = error_of(TrainConfig(), {"model.attention.num_heads": "5"})
+    assert message == "model.attention.num_heads=5 must be a multiple of num_kv_heads=2"
 
 
 class TestLayouts:

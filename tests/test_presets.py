@@ -7,8 +7,8 @@ from moejax.presets import PRESETS, get_preset, mixtral_8x7b, moe_16x10b, tiny
 
 def parameters(model, experts):
     """Parameters by hand, of which `experts` experts a layer: attention, router, experts, norms, two tables."""
-    heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    layer = model.d_model * (heads * model.head_dim + 3 * experts * model.d_ff + model.num_experts + 2)
+    heads = 2 * model.attention.num_heads + 2 * model.attention.num_kv_heads
+    layer = model.d_model * (heads * model.attention.head_dim + 3 * experts * model.d_ff + model.num_experts + 2)
     return model.num_layers * layer + (2 * model.vocab_size + 1) * model.d_model
 
 

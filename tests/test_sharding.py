@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moejax import moe
-from moejax.config import DispatchConfig, ModelConfig, OptimizerConfig
+from moejax.config import AttentionConfig, DispatchConfig, ModelConfig, OptimizerConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, abstract_mesh
 from moejax.nn import attention, embedding, experts, feed_forward, norm, weights
@@ -19,7 +19,10 @@ from moejax.program import Program
 from moejax.sharding import STACK_DIMS, Param, param_shapes, param_table
 from moejax.train.optimizer import make_optimizer
 
-MODEL = ModelConfig(num_layers=4, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=16, vocab_size=256)
+MODEL = ModelConfig(
+    num_layers=4, d_model=32, attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=8), d_ff=16,
+    vocab_size=256,
+)  # fmt: skip
 SPLIT = DispatchConfig(expert_axes=("expert",))
 
 
@@ -40,9 +43,7 @@ LAYOUTS = [
     Layout(MeshConfig(2, 2, 4), pipeline_repeats=2, dispatch=SPLIT),
     Layout(MeshConfig(2, 2, 2, replica=2), dispatch=SPLIT),
 ]
-EVERYTHING = dataclasses.replace(
-    MODEL, num_layers=6, num_kv_heads=4, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, d_model=64
-)
+EVERYTHING = dataclasses.replace(MODEL, num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, d_model=64)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -91,7 +92,7 @@ USES = {  # whether weight decay pulls it to 0, and the dtype that it is used in
     },
     "head": {"norm_D": NORM, "w_DV": MATRIX},
 }
-WITH_BIAS = dataclasses.replace(EVERYTHING, router_bias=True)
+WITH_BIAS = dataclasses.replace(EVERYTHING, router=RouterConfig(bias=True))
 
 
 def map_table(function, table, *rest):
@@ -125,7 +126,7 @@ def test_weight_decay_pulls_the_parameters_that_say_so_and_no_others():
 def test_every_parameter_is_used_in_the_dtype_that_it_declares(monkeypatch):
     """Every size differs from every other, so that a shape says whose compute copy it is."""
     model = dataclasses.replace(
-        WITH_BIAS, d_model=34, num_heads=5, num_kv_heads=1, head_dim=6, d_ff=7, num_experts=9, shared_d_ff=11,
+        WITH_BIAS, d_model=34, attention=AttentionConfig(5, 1, 6), d_ff=7, num_experts=9, shared_d_ff=11,
         dense_d_ff=13, vocab_size=257, dtype="bfloat16",
     )  # fmt: skip
     program = Program(model, Layout(batch_size=2), abstract_mesh(MeshConfig()))

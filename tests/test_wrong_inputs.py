@@ -71,7 +71,10 @@ CASES = [
         "train --config.model.dtype=bf16",
         "--config.model.dtype='bf16' must be one of float32, bfloat16, float16; did you mean bfloat16?",
     ),
-    ("train --config.model.num_heads=3", "--config.model.num_heads=3 must be a multiple of num_kv_heads=2"),
+    (
+        "train --config.model.attention.num_heads=3",
+        "--config.model.attention.num_heads=3 must be a multiple of num_kv_heads=2",
+    ),
     (
         "train --config.model.num_experts=15",
         "--config.model.num_experts=15 must be a multiple of expert × tensor = 8; "

@@ -76,9 +76,8 @@ def main(argv: list[str]) -> None:
 
 def make_model(shape: str, dtype: str) -> ModelConfig:
     """A model whose MoE block has that shape, with Mixtral's router."""
-    router: dict[str, Any] = {"router_score": "softmax", "router_bias": False}
     if shape in PRESETS:
-        return dataclasses.replace(PRESETS[shape](), dtype=dtype, **router)
+        return _with_mixtrals_router(PRESETS[shape](), dtype)
     numbers = shape.split(",")
     known = ", ".join(PRESETS)
     check(
@@ -86,9 +85,13 @@ def make_model(shape: str, dtype: str) -> ModelConfig:
         f"--shape={shape} must be four numbers, d_model,d_ff,experts,experts per token, or one of {known}",
     )
     d_model, d_ff, num_experts, k = map(int, numbers)
-    return dataclasses.replace(
-        tiny(), d_model=d_model, d_ff=d_ff, num_experts=num_experts, experts_per_token=k, dtype=dtype, **router
-    )
+    model = dataclasses.replace(tiny(), d_model=d_model, d_ff=d_ff, num_experts=num_experts, experts_per_token=k)
+    return _with_mixtrals_router(model, dtype)
+
+
+def _with_mixtrals_router(model: ModelConfig, dtype: str) -> ModelConfig:
+    router = dataclasses.replace(model.router, score="softmax", bias=False)
+    return dataclasses.replace(model, dtype=dtype, router=router)
 
 
 def check_peer() -> None:

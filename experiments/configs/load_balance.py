@@ -2,14 +2,15 @@
 
 import dataclasses
 
-from moejax.config import BalanceConfig, CheckpointConfig, OptimizerConfig
+from moejax.config import AttentionConfig, BalanceConfig, CheckpointConfig, OptimizerConfig
 from moejax.layout import Layout
 from moejax.presets import tiny
 from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    model = dataclasses.replace(tiny(), num_layers=2, d_model=64, d_ff=128, num_heads=4, num_kv_heads=4, head_dim=16)
+    attention = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16)
+    model = dataclasses.replace(tiny(), num_layers=2, d_model=64, d_ff=128, attention=attention)
     return TrainConfig(
         model=model,
         balance=BalanceConfig.suited_to(model),

@@ -8,13 +8,14 @@ import dataclasses
 import sysconfig
 from pathlib import Path
 
-from moejax.config import BalanceConfig, CheckpointConfig, DataConfig, OptimizerConfig
+from moejax.config import AttentionConfig, BalanceConfig, CheckpointConfig, DataConfig, OptimizerConfig
 from moejax.presets import tiny
 from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    model = dataclasses.replace(tiny(), num_layers=2, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16)
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16)
+    model = dataclasses.replace(tiny(), num_layers=2, d_model=64, d_ff=128, attention=attention)
     library = Path(sysconfig.get_paths()["stdlib"])
     modules = [*library.glob("*.py"), *library.glob("[a-su-z]*/**/*.py")]  # not test/ and tkinter/
     paths = (str(path) for path in sorted(modules) if "-packages" not in str(path) and 0 < path.stat().st_size <= 7000)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moejax.config import AttentionConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.presets import tiny
 from moejax.train.config import TrainConfig
@@ -10,13 +11,10 @@ from moejax.train.config import TrainConfig
 def get_config() -> TrainConfig:
     model = dataclasses.replace(
         tiny(),
-        router_score="softmax",
-        router_bias=False,
+        router=RouterConfig(score="softmax"),
         d_model=64,
         d_ff=128,
         num_layers=4,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=16,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16),
     )
     return TrainConfig(model=model, layouts=(Layout(seq_len=128, batch_size=64, num_microbatches=2),))

@@ -223,10 +223,10 @@ class Architecture:
     @classmethod
     def from_config(cls, model: ModelConfig, name: str = "") -> Architecture:
         """The same for a model that moejax trains."""
-        attention = Attention(model.num_heads, model.num_kv_heads, model.head_dim)
+        attention = Attention(model.attention.num_heads, model.attention.num_kv_heads, model.attention.head_dim)
         experts = Experts(
             model.num_experts, model.experts_per_token, model.d_ff,
-            shared_d_ff=model.shared_d_ff, router_bias=model.router_bias,
+            shared_d_ff=model.shared_d_ff, router_bias=model.router.bias,
         )  # fmt: skip
         dense = ((model.num_dense_layers, Layer(attention, FeedForward(model.dense_d_ff))),)
         return cls(

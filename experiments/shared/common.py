@@ -43,7 +43,7 @@ from experiments.shared.loading import (
 )
 from moejax import runtime
 from moejax.compiler import in_force
-from moejax.config import ConfigError, check
+from moejax.config import MOVED_FIELDS, ConfigError, check
 from moejax.data import tokenizer_vocab_size
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
@@ -251,6 +251,7 @@ _RENAMED = {
     "data.batch_size": "layout.batch_size", "parallel.repeats": "layout.pipeline_repeats", "parallel.": "layout.",
     "dispatch.hosts": "layout.dispatch.hierarchical", "dispatch.payload": "layout.dispatch.wire_dtype",
     "dispatch.": "layout.dispatch.",
+    **{f"model.{name}": f"model.{path}" for name, path in MOVED_FIELDS.items()},
 }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ ALIASES = {  # other programs' names for flags and fields: what they may be here
     "wd": ("config.optimizer.weight_decay",), "epochs": ("config.steps",), "max_steps": ("config.steps",),
     "iters": ("config.steps",), "train_steps": ("config.steps",), "top_k": ("config.model.experts_per_token",),
     "hidden_size": ("config.model.d_model",), "dim": ("config.model.d_model",), "n_layer": ("config.model.num_layers",),
-    "n_head": ("config.model.num_heads",), "block_size": ("config.layout.seq_len",),
+    "n_head": ("config.model.attention.num_heads",), "block_size": ("config.layout.seq_len",),
     "precision": ("config.model.dtype",),
     "context_length": ("config.layout.seq_len",), "grad_accum": ("config.layout.grad_accumulation_steps",),
     "bs": ("config.layout.batch_size",),

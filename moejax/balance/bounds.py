@@ -70,10 +70,10 @@ class BoundWatch:
 
 def evener(model: ModelConfig, balance: BalanceConfig) -> str:
     """Returns what would make loads more even: settings that are not in force already."""
-    if balance.bias_update_rate > 0 and model.router_bias:
+    if balance.bias_update_rate > 0 and model.router.bias:
         return f"a larger balance.bias_update_rate than {balance.bias_update_rate:g}, or more optimizer.warmup_steps"
     missing = [] if balance.bias_update_rate > 0 else ["balance.bias_update_rate=0.01"]
-    missing += [] if model.router_bias else ["model.router_bias=true"]
+    missing += [] if model.router.bias else ["model.router.bias=true"]
     bias = " with ".join(missing)
     if balance.aux_loss_weight > 0:
         return f"a larger balance.aux_loss_weight than {balance.aux_loss_weight:g}, or {bias}"

@@ -25,7 +25,7 @@ def attention(p: dict[str, Any], x_bsD: jax.Array, segment_ids_bS: jax.Array, m:
         h_bSD = all_gather(rms_norm(x_bsD, p["norm_D"], m.norm_eps), TENSOR, dim=1)
         q_bSnH = named(jnp.einsum("bsd,dnh->bsnh", h_bSD, compute_copy(p["w_q_DNH"], h_bSD)), MATMUL)
         kv_bSGkH = named(jnp.einsum("bsd,dgkh->bsgkh", h_bSD, compute_copy(p["w_kv_DGKH"], h_bSD)), MATMUL)
-        cos, sin = rope_table(h_bSD.shape[1], m.head_dim, m.rope_theta)
+        cos, sin = rope_table(h_bSD.shape[1], m.attention.head_dim, m.rope.theta)
         q_bSnH, k_bSkH = apply_rope(q_bSnH, cos, sin), apply_rope(kv_bSGkH[:, :, 0], cos, sin)
         o_bSnH = attention_kernel(q_bSnH, k_bSkH, kv_bSGkH[:, :, 1], segment_ids_bS)
         y_bSD = jnp.einsum("bsnh,nhd->bsd", o_bSnH, compute_copy(p["w_o_NHD"], h_bSD))

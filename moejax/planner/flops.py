@@ -25,7 +25,7 @@ def decode_flops(m: ModelConfig, context: int) -> float:
 
 def _matmul_params(m: ModelConfig) -> int:
     """Parameters that a token is multiplied with."""
-    attention = m.d_model * m.head_dim * 2 * (m.num_heads + m.num_kv_heads)
+    attention = m.d_model * m.attention.heads_dim
     moe = 3 * m.d_model * (m.experts_per_token * m.d_ff + m.shared_d_ff) + m.d_model * m.num_experts
     dense = 3 * m.d_model * m.dense_d_ff
     return m.num_layers * attention + m.num_moe_layers * moe + m.num_dense_layers * dense + m.d_model * m.vocab_size
@@ -33,7 +33,7 @@ def _matmul_params(m: ModelConfig) -> int:
 
 def _attention_flops(m: ModelConfig, context: float) -> float:
     """Queries by keys and weights by values, for a token that sees `context` tokens."""
-    return m.num_layers * 2 * 2 * m.num_heads * m.head_dim * context
+    return m.num_layers * 2 * 2 * m.attention.num_heads * m.attention.head_dim * context
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,16 +102,14 @@ class Sizes:
         self.A = self.T * t
 
         # Parameters of one layer, as used, on one device.
-        heads = 2 * m.num_heads + 2 * m.num_kv_heads
-        self.P = m.d_model * (heads * m.head_dim // t + 3 * m.shared_d_ff + m.num_experts + 2)
+        heads = m.attention.heads_dim
+        self.P = m.d_model * (heads // t + 3 * m.shared_d_ff + m.num_experts + 2)
         self.W = 3 * m.d_model * m.d_ff * m.num_experts // (over * self.width)
         self.P_stored = (
-            m.d_model * heads * m.head_dim / (e * t)
-            + 3 * m.d_model * m.shared_d_ff / (e * t)
-            + m.d_model * (m.num_experts + 2) / e
+            m.d_model * heads / (e * t) + 3 * m.d_model * m.shared_d_ff / (e * t) + m.d_model * (m.num_experts + 2) / e
         )
-        self.dense_layer = m.d_model * (heads * m.head_dim // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
-        spread = m.d_model * (heads * m.head_dim / t + 3 * m.dense_d_ff / t + 2) / (e * p)
+        self.dense_layer = m.d_model * (heads // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
+        spread = m.d_model * (heads / t + 3 * m.dense_d_ff / t + 2) / (e * p)
         dense_stored = m.num_dense_layers * spread
         self.vocab = m.vocab_size // (p * t)
         tables = 1 if m.tie_embeddings else 2
@@ -144,7 +142,7 @@ class Sizes:
             return a * m.d_model * tokens
         total = a * m.d_model * (2 + t) * tokens  # input, gathered over `tensor`, scattered after
         if self.policy != "collectives":  # queries, keys, values, results and the softmax's normalizer
-            total += tokens * (a * m.head_dim * 2 * (m.num_heads + m.num_kv_heads) + _FLOAT32 * m.num_heads)
+            total += tokens * (a * m.attention.heads_dim + _FLOAT32 * m.attention.num_heads)
         return total
 
     @property
@@ -226,7 +224,7 @@ def _backward(s: Sizes) -> Memory:
     if s.layout.pipeline_repeats > 1:  # the chunk's weights
         slices += s.chunk * s.layer_gradients
     rows, experts = _dispatch_backward(s)
-    heads = a * s.A * (2 * m.num_heads + 2 * m.num_kv_heads) // s.layout.mesh.tensor * m.head_dim
+    heads = a * s.A * m.attention.heads_dim // s.layout.mesh.tensor
     attention = heads * (1 if s.policy == "full" else s.parts) + a * m.d_model * (s.A * (1 + s.parts) + 6 * s.T)
     # Without a loop over microbatches the schedule puts off the output table's gradient until after the layers.
     logits = (1 if s.on_tpu else 2) * s.logits if s.layout.num_microbatches == 1 else 0.0
@@ -287,9 +285,10 @@ def _serve(model: ModelConfig, layout: Layout, mode: Mode) -> Memory:
     parameters = s.layers * (s.P + s.W) + m.num_dense_layers * s.dense_layer + 2 * s.table
     sequences = layout.batch_size // layout.batch_shards
     length = layout.seq_len + (mode == "decode")
-    kv_cache = m.num_layers / mesh.pipeline * sequences * length * 2 * m.num_kv_heads / mesh.tensor * m.head_dim
+    kv_dim = 2 * m.attention.num_kv_heads * m.attention.head_dim
+    kv_cache = m.num_layers / mesh.pipeline * sequences * length * kv_dim / mesh.tensor
     D, f = m.d_model, m.d_ff // s.width
-    heads = (2 * m.num_heads + 2 * m.num_kv_heads) // mesh.tensor * m.head_dim
+    heads = m.attention.heads_dim // mesh.tensor
     return Memory(
         "serve", parameters=s.a * parameters, optimizer=0.0, batch=4.0 * s.batch_tokens, gradients=0.0,
         compute_copies=0.0, activations=s.a * 2 * s.layout.num_microbatches * s.microbatch * D,

@@ -102,23 +102,23 @@ class _Step(Passes):
 
     def attention(self, b: float, times: float) -> Iterator[Matmul | Collective | MemoryOp]:
         """A layer's attention on `b` sequences: heads split over `tensor`, all tokens gathered."""
-        m, t = self.model, self.size[TENSOR]
-        heads, kv_heads, tokens = m.num_heads // t, m.num_kv_heads // t, b * self.S
+        m, t, H = self.model, self.size[TENSOR], self.model.attention.head_dim
+        heads, kv_heads, tokens = m.attention.num_heads // t, m.attention.num_kv_heads // t, b * self.S
         local = b * self.s * m.d_model * self.itemsize
         yield from self.collective("attention", "all_gather", (TENSOR,), local, times, "network")
-        yield from self.matmul("attention", tokens, heads * m.head_dim, m.d_model, times, "projection")
-        yield from self.matmul("attention", tokens, 2 * kv_heads * m.head_dim, m.d_model, times, "projection")
+        yield from self.matmul("attention", tokens, heads * H, m.d_model, times, "projection")
+        yield from self.matmul("attention", tokens, 2 * kv_heads * H, m.d_model, times, "projection")
         yield from self.scores(b, heads, times)
-        yield from self.matmul("attention", tokens, m.d_model, heads * m.head_dim, times, "network")
+        yield from self.matmul("attention", tokens, m.d_model, heads * H, times, "network")
         yield from self.collective("attention", "reduce_scatter", (TENSOR,), local * t, times, "network")
         yield from self.memory_op("attention", b * self.s * m.d_model, times, forward=5, backward=8)  # norm, residual
-        rotated = tokens * (heads + kv_heads) * m.head_dim
+        rotated = tokens * (heads + kv_heads) * H
         yield from self.memory_op("attention", rotated, times, forward=2, backward=2)
 
     def scores(self, b: float, heads: int, times: float) -> Iterator[Matmul]:
         """The kernel on padded tokens; causality leaves half of each product of queries by tokens."""
         m = self.model
-        S, H = cost.padded(self.platform, self.S, m.head_dim, self.itemsize)
+        S, H = cost.padded(self.platform, self.S, m.attention.head_dim, self.itemsize)
         forward, backward = _ATTENTION_PRODUCTS[self.platform]
         for pass_ in self.passes_of("scores"):
             yield Matmul("attention", pass_, S, S / 2, H, b * heads, forward * times, m.dtype)

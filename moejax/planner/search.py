@@ -207,7 +207,8 @@ def meshes(cluster: Cluster, model: ModelConfig) -> Iterator[MeshConfig]:
     known = cluster.device.name in get_args(Hardware)
     hardware = cast(Hardware, cluster.device.name if known else "custom")
     for tensor, pipeline in itertools.product(_divisors(num_devices), repeat=2):
-        if tensor > cluster.devices_per_host or model.num_kv_heads % tensor or model.num_moe_layers % pipeline:
+        kv_heads, layers = model.attention.num_kv_heads, model.num_moe_layers
+        if tensor > cluster.devices_per_host or kv_heads % tensor or layers % pipeline:
             continue
         for expert in _divisors(num_devices // (tensor * pipeline) if num_devices % (tensor * pipeline) == 0 else 0):
             if model.num_experts % expert:
@@ -324,12 +325,12 @@ def _best_by(predictions: list[Prediction], key: Any) -> list[Prediction]:
 
 def _why_none(request: Request, seen: _Seen) -> str:
     nearest = seen.nearest()
-    cluster, limit = request.cluster, request.limit_bytes
+    cluster, limit, m = request.cluster, request.limit_bytes, request.model
     what = f"{request.batch_size:,} sequences of {request.seq_len:,} tokens"
     if nearest is None:
         return (
-            f"no mesh of {cluster.num_devices} devices divides the model's {request.model.num_experts} experts, "
-            f"{request.model.num_kv_heads} key-value heads and {request.model.num_moe_layers} layers for {what}; "
+            f"no mesh of {cluster.num_devices} devices divides the model's {m.num_experts} experts, "
+            f"{m.attention.num_kv_heads} key-value heads and {m.num_moe_layers} layers for {what}; "
             "try another batch_size"
         )
     layout, memory = nearest

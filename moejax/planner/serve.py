@@ -28,7 +28,8 @@ def decode_work(model: ModelConfig, layout: Layout) -> Work:
     b = max(1, math.ceil(layout.batch_size / (layout.batch_shards * stages)))
     T = max(1, math.ceil(b / tensor))
     layers = stages * math.ceil(m.num_moe_layers / stages)  # groups × layers of a stage
-    heads, kv_heads, H, D = m.num_heads / tensor, m.num_kv_heads / tensor, m.head_dim, m.d_model
+    heads, kv_heads = m.attention.num_heads / tensor, m.attention.num_kv_heads / tensor
+    H, D = m.attention.head_dim, m.d_model
 
     def matmul(phase: Phase, rows: float, n: float, k: float, times: float, groups: float = 1) -> Matmul:
         return Matmul(phase, "forward", rows, n, k, groups, times, m.dtype)

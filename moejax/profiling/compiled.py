@@ -125,7 +125,7 @@ def executed(module: Module) -> Iterator[tuple[str, Instruction, int]]:
 def kernel_flops(model: ModelConfig, layout: Layout) -> Callable[[Instruction], float]:
     """FLOPs of the custom calls of the kernels that the step has, by the rules of `moejax.planner.jaxpr`."""
     platform = "tpu" if layout.mesh.platform == "tpu" else "gpu"
-    seq_len, _ = cost.padded(platform, layout.seq_len, model.head_dim, BYTES[model.dtype])
+    seq_len, _ = cost.padded(platform, layout.seq_len, model.attention.head_dim, BYTES[model.dtype])
 
     def flops(call: Instruction) -> float:
         shapes = _operand_shapes(call)

@@ -42,8 +42,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         (
             "seed", "layout.grad_accumulation_steps", "layout.dispatch.wire_dtype",
-            "model.experts_per_token", "model.router_score", "model.router_renormalize", "model.max_seq_len",
-            "model.rope_theta", "model.norm_eps", "model.dtype",
+            "model.experts_per_token", "model.router.score", "model.router.renormalize", "model.max_seq_len",
+            "model.rope.theta", "model.norm_eps", "model.dtype",
             "balance.aux_loss_weight", "balance.sequence_loss_weight", "balance.z_loss_weight",
             "balance.bias_update_rate",
             "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.final_learning_rate_fraction",
@@ -53,9 +53,10 @@ KINDS: dict[str, Kind] = {
     ),
     **dict.fromkeys(
         (
-            "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads", "model.head_dim",
-            "model.d_ff", "model.num_experts", "model.router_bias", "model.shared_d_ff", "model.num_dense_layers",
-            "model.dense_d_ff", "model.vocab_size", "model.tie_embeddings",
+            "model.num_layers", "model.d_model", "model.d_ff", "model.num_experts", "model.shared_d_ff",
+            "model.num_dense_layers", "model.dense_d_ff", "model.vocab_size", "model.tie_embeddings",
+            "model.attention.num_heads", "model.attention.num_kv_heads", "model.attention.head_dim",
+            "model.router.bias",
             "layout.seq_len", "layout.batch_size", "data.seed",
         ),
         "fixed",

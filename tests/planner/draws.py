@@ -1,6 +1,6 @@
 """Layouts drawn at random: every way to cut and place a tiny model's step. Slow ones to trace are drawn less often."""
 
-from moejax.config import ConfigError, DispatchConfig, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 
@@ -33,15 +33,13 @@ def _draw(rng):
     model = ModelConfig(
         num_layers=dense + repeats * mesh.pipeline * one_of(1, 2),
         d_model=one_of(32, 64),
-        num_heads=heads,
-        num_kv_heads=one_of(4, heads),
-        head_dim=one_of(8, 16, 32),
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=one_of(4, heads), head_dim=one_of(8, 16, 32)),
         d_ff=one_of(16, 48),
         num_experts=one_of(8, 16, 32),
         experts_per_token=one_of(1, 2, 3),
-        router_score=one_of("softmax", "sigmoid"),
-        router_renormalize=one_of(True, False),
-        router_bias=one_of(True, False),
+        router=RouterConfig(
+            score=one_of("softmax", "sigmoid"), renormalize=one_of(True, False), bias=one_of(True, False)
+        ),
         shared_d_ff=one_of(0, 0, 24),
         num_dense_layers=dense,
         dense_d_ff=40 if dense else 0,

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from draws import draw_step
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, ModelConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.program import param_bytes, work
@@ -69,8 +69,8 @@ def test_closed_forms_are_the_programs_counts_of_200_steps(seed):
 
 # Whatever is drawn: each policy, strategy and gather.
 MODEL = ModelConfig(
-    num_layers=5, d_model=32, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=16, num_experts=8, shared_d_ff=24,
-    num_dense_layers=1, dense_d_ff=40, router_bias=True,
+    num_layers=5, d_model=32, attention=AttentionConfig(4, 4, 16), d_ff=16, num_experts=8, shared_d_ff=24,
+    num_dense_layers=1, dense_d_ff=40, router=RouterConfig(bias=True),
 )  # fmt: skip
 FOUR_AXES = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100", hosts=4)
 LAYOUT = Layout(FOUR_AXES, 32, 16)
@@ -87,7 +87,7 @@ CORNERS = {
         LAYOUT.replace(remat="full", gather="layer", strategy="ragged", hierarchical=True, wire_dtype="float8"),
     ),
     "counted ahead": (  # for a load-balance loss over two slices
-        dataclasses.replace(MODEL, router_bias=False, tie_embeddings=True),
+        dataclasses.replace(MODEL, router=RouterConfig(), tie_embeddings=True),
         Layout(FOUR_AXES, 32, 32, grad_accumulation_steps=2, remat="minimal", gather="layer"),
     ),
     "one device": (MODEL, Layout(MeshConfig(hardware="tpu_v5p"), 32, 4, remat="minimal")),

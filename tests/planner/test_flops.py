@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, ModelConfig
 from moejax.planner.flops import ceilings, decode_flops, forward_flops
 from moejax.planner.hardware import Cluster, get_device
 from moejax.presets import moe_16x10b
@@ -27,7 +27,7 @@ def test_the_reference_model_costs_what_the_design_says():
 
 def test_flops_by_hand():
     m = ModelConfig(
-        num_layers=3, num_dense_layers=1, dense_d_ff=7, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=5,
+        num_layers=3, num_dense_layers=1, dense_d_ff=7, d_model=8, attention=AttentionConfig(2, 1, 4), d_ff=5,
         num_experts=4, experts_per_token=2, shared_d_ff=3, vocab_size=11,
     )  # fmt: skip
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8

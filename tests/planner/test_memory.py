@@ -13,7 +13,7 @@ import pytest
 from tiers import full_unless
 
 from experiments.shared import audit_cases
-from moejax.config import DispatchConfig, ModelConfig
+from moejax.config import AttentionConfig, DispatchConfig, ModelConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner import memory
@@ -98,7 +98,8 @@ def test_replicas_with_their_own_sequences_change_nothing(layout):
 def test_decoding_holds_keys_and_values_of_all_that_was_read(layout):
     longer = layout.replace(seq_len=2 * layout.seq_len)
     found, m = predict_memory(MODEL, layout, "decode"), MODEL
-    whole = m.num_layers * layout.batch_size * (layout.seq_len + 1) * 2 * m.num_kv_heads * m.head_dim * 2
+    kv_dim = 2 * m.attention.num_kv_heads * m.attention.head_dim
+    whole = m.num_layers * layout.batch_size * (layout.seq_len + 1) * kv_dim * 2
     assert found.kv_cache == whole / layout.mesh.num_devices
     assert 1.99 < predict_memory(MODEL, longer, "decode").kv_cache / found.kv_cache < 2
     assert found.optimizer == found.gradients == 0
@@ -110,7 +111,7 @@ def test_decoding_holds_keys_and_values_of_all_that_was_read(layout):
 @pytest.mark.parametrize("changes", [{}, {"num_dense_layers": 2, "dense_d_ff": 64, "shared_d_ff": 128}], ids=len)
 def test_what_is_stored_is_counted_exactly(sizes, expert_axes, changes):
     """Parameters and moments against the train state's shards; what is replicated is small."""
-    model = dataclasses.replace(tiny(), num_layers=6, num_kv_heads=4, **changes)
+    model = dataclasses.replace(tiny(), num_layers=6, attention=AttentionConfig(4, 4, 32), **changes)
     layout = Layout(MeshConfig(*sizes), 64, 32).replace(expert_axes=expert_axes)
     shapes = make_train_step(Program(model, layout)).state_shapes
     held = sum(

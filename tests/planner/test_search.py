@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from moejax.config import AttentionConfig
 from moejax.mesh import build_mesh
 from moejax.planner import report
 from moejax.planner import search as module
@@ -148,6 +149,6 @@ def test_the_tables_hold_every_length():
 
 
 def test_a_model_that_nothing_divides_says_so():
-    odd = dataclasses.replace(tiny(), num_experts=7, num_layers=5, d_model=132, num_heads=3, num_kv_heads=3)
+    odd = dataclasses.replace(tiny(), num_experts=7, num_layers=5, d_model=132, attention=AttentionConfig(3, 3, 32))
     with pytest.raises(DoesNotFitError, match="no mesh of 16 devices divides the model's 7 experts"):
         find_plan(request(model=odd, batch_size=3))

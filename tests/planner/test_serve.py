@@ -36,7 +36,7 @@ def test_the_cache_is_read_once_a_token():
     m, work = MODEL, decode_work(MODEL, layout())
     memory_ops = [item for item in work if isinstance(item, MemoryOp) and item.phase == "attention"]
     reads = sum(item.moved_bytes * item.times for item in memory_ops) - 4 * 16 * m.d_model * 2 * m.num_layers
-    cache = 256 * (4096 + 1) * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 2
+    cache = 256 * (4096 + 1) * m.num_layers * 2 * m.attention.num_kv_heads * m.attention.head_dim * 2
     assert reads == pytest.approx(cache / 16)
 
 

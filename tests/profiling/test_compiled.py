@@ -16,7 +16,7 @@ from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.profiling.compiled import CompiledCounts, compiled_counts
 
-MODEL, LAYOUT = ModelConfig(num_experts=16, head_dim=32), Layout(MeshConfig(hardware="h100"), 64, 2)
+MODEL, LAYOUT = ModelConfig(num_experts=16), Layout(MeshConfig(hardware="h100"), 64, 2)
 LOOP = 'backend_config={"known_trip_count":{"n":"5"}}'
 GATHER = 'metadata={op_name="jit(step)/jvp(pipeline)/while/body/gather/all_gather"}'
 KERNEL = 'custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints='

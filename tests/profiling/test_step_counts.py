@@ -4,14 +4,14 @@ import functools
 
 import pytest
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, ModelConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.jaxpr import OTHER
 from moejax.presets import moe_16x10b
 from moejax.profiling.step_counts import count_step
 
-MODEL = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=16, num_experts=8)
+MODEL = ModelConfig(num_layers=2, d_model=32, attention=AttentionConfig(4, 2, 16), d_ff=16, num_experts=8)
 
 
 @pytest.mark.parametrize("hardware", ["cpu", "h100", "tpu_v5p"])
@@ -39,8 +39,8 @@ def reference():
 
 def test_the_reference_model_by_hand():
     found, m, tokens = reference(), moe_16x10b(), 1024
-    projections = 2 * tokens * m.d_model * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads)
-    scores = 2 * 2 * tokens * tokens * m.head_dim * m.num_heads / 2
+    projections = 2 * tokens * 3072 * 128 * (2 * 24 + 2 * 8)
+    scores = 2 * 2 * tokens * tokens * 128 * 24 / 2
     capacity = 192  # of an expert: 1.5 times 1024 * 2 / 16
     experts = 2 * (16 * capacity) * 3 * m.d_model * m.d_ff
     forward = {

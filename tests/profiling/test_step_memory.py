@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pictures import check_labels
 from scripts import run_script
 
-from moejax.config import ModelConfig
+from moejax.config import AttentionConfig, ModelConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.hardware import get_device
@@ -163,7 +163,7 @@ def test_a_planted_buffer_is_found_in_its_phase_and_weights_are_told_from_gradie
     assert all(b.shape in ("f32[48,32]", "f32[32,48]") for b in alike)
 
 
-MODEL = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, num_experts=16,
+MODEL = ModelConfig(num_layers=2, d_model=32, attention=AttentionConfig(4, 2, 8), d_ff=48, num_experts=16,
                     experts_per_token=2, vocab_size=256, dtype="float32")  # fmt: skip
 LAYOUT = Layout(MeshConfig(4, 2, 2), 64, 16, num_microbatches=2)
 

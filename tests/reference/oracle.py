@@ -77,11 +77,11 @@ def _rope(x_BSNH: Any, theta: float) -> Any:
 
 def _attention(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
     h_BSD = _rms_norm(x_BSD, p["norm_D"], m.norm_eps)
-    q_BSNH = _rope(jnp.tensordot(h_BSD, p["w_q_DNH"], 1), m.rope_theta)
-    k_BSKH = _rope(jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 0], 1), m.rope_theta)
+    q_BSNH = _rope(jnp.tensordot(h_BSD, p["w_q_DNH"], 1), m.rope.theta)
+    k_BSKH = _rope(jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 0], 1), m.rope.theta)
     v_BSKH = jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 1], 1)
-    kv_head_N = np.arange(m.num_heads) // (m.num_heads // m.num_kv_heads)
-    score_BNSS = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSKH[:, :, kv_head_N]) / math.sqrt(m.head_dim)
+    kv_head_N = np.arange(m.attention.num_heads) // (m.attention.num_heads // m.attention.num_kv_heads)
+    score_BNSS = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSKH[:, :, kv_head_N]) / math.sqrt(m.attention.head_dim)
     seen_SS = np.tril(np.ones((x_BSD.shape[1],) * 2, bool))
     seen_BSS = seen_SS[None] & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])
     weight_BNSS = jax.nn.softmax(jnp.where(seen_BSS[:, None], score_BNSS, -jnp.inf), axis=-1)
@@ -114,12 +114,12 @@ def mixture(p: Any, h_BSD: Any, m: ModelConfig, rule: CapacityRule | None = None
     tokens_Gn, rows = rule or (None, None)
     h_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
     logits_TE = h_TD @ p["w_router_DE"]
-    score_TE = jax.nn.softmax(logits_TE, axis=-1) if m.router_score == "softmax" else 1 / (1 + jnp.exp(-logits_TE))
+    score_TE = jax.nn.softmax(logits_TE, axis=-1) if m.router.score == "softmax" else 1 / (1 + jnp.exp(-logits_TE))
     prob_TE = score_TE / score_TE.sum(-1, keepdims=True)
     rank_TE = jnp.argsort(jnp.argsort(-(score_TE + p.get("router_bias_E", 0.0)), axis=-1, stable=True), axis=-1)
     chosen_TE = rank_TE < m.experts_per_token
     gate_TE = jnp.where(chosen_TE, score_TE, 0.0)
-    if m.router_renormalize:
+    if m.router.renormalize:
         gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
     kept_TE = chosen_TE if rows is None else _kept(jax.lax.stop_gradient(gate_TE), tokens_Gn, rows)
     y_TD = experts(p["experts"], h_TD, jnp.where(kept_TE, gate_TE, 0.0))

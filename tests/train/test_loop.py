@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = {
     "model.num_layers": "4",
     "model.d_model": "32",
-    "model.head_dim": "8",
-    "model.num_kv_heads": "4",
+    "model.attention.head_dim": "8",
+    "model.attention.num_kv_heads": "4",
     "model.d_ff": "32",
     "layout.seq_len": "32",
     "layout.batch_size": "32",

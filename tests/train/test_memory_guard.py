@@ -12,7 +12,7 @@ import pytest
 from cases import BALANCE, MODEL, make_batch
 
 from experiments.shared import loading
-from moejax.config import BalanceConfig, ConfigError, OptimizerConfig
+from moejax.config import BalanceConfig, ConfigError, OptimizerConfig, RouterConfig
 from moejax.layout import DoesNotFitError, Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import apply_overrides
@@ -34,7 +34,7 @@ LAYOUT = Layout(MeshConfig(4, 2, 2), SEQ_LEN, BATCH, num_microbatches=1)
 
 
 def make_step(balance=LINEAR, **fields):
-    model = dataclasses.replace(MODEL, num_layers=2, router_bias=balance.bias_update_rate > 0)
+    model = dataclasses.replace(MODEL, num_layers=2, router=RouterConfig(bias=balance.bias_update_rate > 0))
     return make_train_step(Program(model, LAYOUT.replace(**fields), balance=balance), OPTIMIZER, steps=9)
 
 
@@ -60,7 +60,8 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text").write_text("".join(f"{i} and then {i * i}\n" for i in range(2000)))
     overrides = {
-        "model.num_layers": "2", "model.d_model": "32", "model.head_dim": "8", "model.num_kv_heads": "4",
+        "model.num_layers": "2", "model.d_model": "32",
+        "model.attention.head_dim": "8", "model.attention.num_kv_heads": "4",
         "model.d_ff": "32", "data.paths": str(folder), "layout.seq_len": "64", "layout.batch_size": "8", "steps": "3",
         "layout.num_microbatches": "1", "optimizer.warmup_steps": "1", "balance.capacity_factors": "",
         "optimizer.eps": "1e-3", "eval_batches": "1", "sample_tokens": "0",

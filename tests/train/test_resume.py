@@ -23,22 +23,22 @@ from moejax.train.resume import CHECKPOINTS, KINDS, Record, check_data, check_ru
 OTHERS = {
     "model.num_layers": {"model.num_layers": "2"},
     "model.d_model": {"model.d_model": "64"},
-    "model.num_heads": {"model.num_heads": "8"},
-    "model.num_kv_heads": {"model.num_kv_heads": "4"},
-    "model.head_dim": {"model.head_dim": "16"},
+    "model.attention.num_heads": {"model.attention.num_heads": "8"},
+    "model.attention.num_kv_heads": {"model.attention.num_kv_heads": "4"},
+    "model.attention.head_dim": {"model.attention.head_dim": "16"},
     "model.d_ff": {"model.d_ff": "512"},
     "model.num_experts": {"model.num_experts": "8"},
     "model.experts_per_token": {"model.experts_per_token": "3"},
-    "model.router_score": {"model.router_score": "sigmoid"},
-    "model.router_renormalize": {"model.router_renormalize": "false"},
-    "model.router_bias": {"model.router_bias": "true", "balance.bias_update_rate": "0.01"},
+    "model.router.score": {"model.router.score": "sigmoid"},
+    "model.router.renormalize": {"model.router.renormalize": "false"},
+    "model.router.bias": {"model.router.bias": "true", "balance.bias_update_rate": "0.01"},
     "model.shared_d_ff": {"model.shared_d_ff": "64"},
     "model.num_dense_layers": {"model.num_dense_layers": "1", "model.dense_d_ff": "64"},
     "model.dense_d_ff": {"model.num_dense_layers": "1", "model.dense_d_ff": "64"},
     "model.vocab_size": {"model.vocab_size": "512"},
     "model.tie_embeddings": {"model.tie_embeddings": "true"},
     "model.max_seq_len": {"model.max_seq_len": "512"},
-    "model.rope_theta": {"model.rope_theta": "500"},
+    "model.rope.theta": {"model.rope.theta": "500"},
     "model.norm_eps": {"model.norm_eps": "0.1"},
     "model.dtype": {"model.dtype": "float32"},
     "layout.dispatch.strategy": {"layout.dispatch.strategy": "ragged"},
@@ -50,7 +50,7 @@ OTHERS = {
     "balance.aux_loss_weight": {"balance.aux_loss_weight": "0.5"},
     "balance.sequence_loss_weight": {"balance.sequence_loss_weight": "0.5"},
     "balance.z_loss_weight": {"balance.z_loss_weight": "0.5"},
-    "balance.bias_update_rate": {"model.router_bias": "true", "balance.bias_update_rate": "0.01"},
+    "balance.bias_update_rate": {"model.router.bias": "true", "balance.bias_update_rate": "0.01"},
     "balance.window": {"balance.window": "16"},
     "balance.headroom": {"balance.headroom": "2"},
     "balance.capacity_factors": {"balance.capacity_factors": "1,2"},
@@ -358,7 +358,8 @@ class TestRecord:
 # The trainer.
 
 OVERRIDES = {
-    "model.num_layers": "2", "model.d_model": "32", "model.head_dim": "8", "model.num_kv_heads": "4",
+    "model.num_layers": "2", "model.d_model": "32",
+    "model.attention.head_dim": "8", "model.attention.num_kv_heads": "4",
     "model.d_ff": "32", "model.num_experts": "4", "layout.seq_len": "32", "layout.batch_size": "4",
     "balance.capacity_factors": "", "steps": "2", "optimizer.warmup_steps": "1", "eval_every": "100",
     "eval_batches": "1", "sample_tokens": "0",
@@ -416,8 +417,8 @@ def test_without_run_json_the_checkpoint_is_the_record(config, workdir):
     record = read_record(workdir)
     assert record.config == config
     assert record.has_checkpoint
-    with pytest.raises(ConfigError, match=r"--config.model.rope_theta: 10000 in the run, 500 asked for"):
-        train(config, workdir, **{"model.rope_theta": "500"})
+    with pytest.raises(ConfigError, match=r"--config.model.rope.theta: 10000 in the run, 500 asked for"):
+        train(config, workdir, **{"model.rope.theta": "500"})
 
 
 def test_a_resume_says_where_it_goes_on_and_what_differs(config, workdir, capsys):

@@ -20,8 +20,8 @@ from moejax.train.reshard import reshard
 OVERRIDES = {
     "model.num_layers": "2",
     "model.d_model": "32",
-    "model.head_dim": "8",
-    "model.num_kv_heads": "4",
+    "model.attention.head_dim": "8",
+    "model.attention.num_kv_heads": "4",
     "model.d_ff": "32",
     "steps": "10",
     "optimizer.warmup_steps": "2",

@@ -73,7 +73,7 @@ def test_one_step_is_optax_on_the_whole_model(case):
     assert float(metrics["learning_rate"]) == pytest.approx(0.1 / 4)
     np.testing.assert_array_equal(metrics["load_LE"], result.load_LE)
     assert float(metrics["dropped_fraction"]) == pytest.approx(result.dropped_L.sum() / result.load_LE.sum())
-    if case.model.router_bias:
+    if case.model.router.bias:
         moe = params["layers"]["moe"]
         load_LE = np.asarray(result.load_LE, np.float64)
         bias_LE = moe["router_bias_E"] + BALANCE.bias_update_rate * np.sign(load_LE.mean(1, keepdims=True) - load_LE)

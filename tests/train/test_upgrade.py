@@ -6,7 +6,16 @@ import json
 
 import pytest
 
-from moejax.config import ConfigError, DataConfig, DispatchConfig, ModelConfig, OptimizerConfig
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    DataConfig,
+    DispatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RopeConfig,
+    RouterConfig,
+)
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.train.config import TrainConfig
@@ -15,10 +24,10 @@ from moejax.train.resume import CHECKPOINTS, read_record
 
 CONFIG = """{
   "model": {
-    "num_layers": 8, "d_model": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "d_ff": 256, "num_experts": 16,
-    "experts_per_token": 2, "router_score": "softmax", "router_renormalize": true, "router_bias": false,
+    "num_layers": 8, "d_model": 128, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "d_ff": 256, "num_experts": 16,
+    "experts_per_token": 2, "router_score": "sigmoid", "router_renormalize": false, "router_bias": true,
     "shared_d_ff": 0, "num_dense_layers": 0, "dense_d_ff": 0, "vocab_size": 256, "tie_embeddings": false,
-    "max_seq_len": 10240, "rope_theta": 10000.0, "norm_eps": 1e-06, "dtype": "bfloat16"
+    "max_seq_len": 10240, "rope_theta": 500.0, "norm_eps": 1e-06, "dtype": "bfloat16"
   },
   "dispatch": {
     "strategy": "ragged", "capacity_factor": 2.0, "expert_axes": ["expert"], "hosts": 2, "chunks": 2,
@@ -78,7 +87,12 @@ BUCKETS = """[
   }
 ]"""
 EXPECTED = TrainConfig(
-    model=ModelConfig(num_layers=8),
+    model=ModelConfig(
+        num_layers=8,
+        attention=AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=16),
+        router=RouterConfig(score="sigmoid", renormalize=False, bias=True),
+        rope=RopeConfig(theta=500.0),
+    ),
     layouts=(
         Layout(
             MeshConfig(expert=4, pipeline=2, hosts=2),
