@@ -19,6 +19,7 @@ import numpy as np
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RouterScore = Literal["softmax", "sigmoid"]
+QkNorm = Literal["none", "head", "projection"]
 Strategy = Literal["capacity", "dropless", "ragged"]
 WireDtype = Literal["compute", "float8"]
 ExpertAxis = Literal["expert", "tensor"]
@@ -153,15 +154,24 @@ def _is(kind: type, value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Causal attention in which groups of query heads share a head of keys and values (arXiv 2305.13245)."""
+    """Causal attention in which groups of query heads share a head of keys and values (arXiv 2305.13245).
+
+    `qk_norm` is an RMSNorm of queries and one of keys, before positions come in: "head" normalizes each head by itself,
+    all with the same scales (Qwen3, arXiv 2505.09388), "projection" all heads as one vector (OLMoE, 2409.02060).
+    """
 
     num_heads: int = 4  # attention heads, of queries
     num_kv_heads: int = 2  # attention heads of keys and values; divides num_heads
     head_dim: int = 32  # width of a head; even
+    qk_norm: QkNorm = "none"  # norms of queries and keys: of each head, or of all heads as one vector
+    bias: bool = False  # add a bias to queries, keys and values
+    output_bias: bool = False  # add a bias to the output projection
+    multiplier: float = 0.0  # of the scores before the softmax; 0: head_dim**-0.5
 
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        check_not_negative(self, "multiplier")
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -172,6 +182,11 @@ class AttentionConfig:
     def heads_dim(self) -> int:
         """Elements of a token's queries, keys, values and results, all heads together."""
         return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+
+    @property
+    def query_scale(self) -> float:
+        """What to multiply queries with for a kernel that multiplies scores with head_dim**-0.5."""
+        return self.multiplier * self.head_dim**0.5 if self.multiplier else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,25 +199,32 @@ class RouterConfig:
 
     With `bias`, a bias for each expert is added to the scores when experts are chosen, and only then: the means of
     loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate` or, at a rate of 0, left as it is.
+
+    `scaling` is a factor on every gate, after renormalizing (DeepSeek-V3's routed scaling factor).
     """
 
     score: RouterScore = "softmax"  # how the router scores experts: against each other, or one by one
     renormalize: bool = True  # divide a token's gates by their sum
     bias: bool = False  # a selection bias per expert, moved by balance.bias_update_rate
+    scaling: float = 1.0  # of every gate
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_positive(self, "scaling")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """The rotary position embedding (arXiv 2104.09864)."""
+    """The rotary position embedding (arXiv 2104.09864), of whole heads or of their leading dims alone."""
 
     theta: float = 10_000.0  # base of the frequencies
+    rotary_dim: int = 0  # leading dims of a head that are rotated, even; 0: all
 
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "theta")
+        check_not_negative(self, "rotary_dim")
+        check(self.rotary_dim % 2 == 0, f"rotary_dim={self.rotary_dim} must be even: RoPE rotates pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +232,10 @@ class ModelConfig:
     """A decoder-only Transformer whose feed-forward layers are mixtures of experts.
 
     Sizes are in elements. `num_layers` counts every layer, the `num_dense_layers` leading ones (plain SwiGLU of width
-    `dense_d_ff`) included. `shared_d_ff` is the width of an expert that every token visits, 0 for none.
+    `dense_d_ff`) included. `shared_d_ff` is the width of an expert that every token visits, 0 for none; with
+    `shared_gate`, its result is weighed by the sigmoid of a product of the token with a vector (Qwen2-MoE, arXiv
+    2407.10671). `embedding_multiplier`, `residual_multiplier`, `logits_divisor` and `attention.multiplier` are those of
+    Granite (arXiv 2408.13359).
     """
 
     num_layers: int = 4  # layers in all, the dense ones included
@@ -222,12 +247,16 @@ class ModelConfig:
     experts_per_token: int = 2  # experts that each token visits
     router: RouterConfig = RouterConfig()  # which experts a token visits, and with what weights
     shared_d_ff: int = 0  # hidden width of an expert that every token visits; 0 for none
+    shared_gate: bool = False  # weigh that expert's result by a gate for each token
     num_dense_layers: int = 0  # leading layers with a plain feed-forward instead of experts
     dense_d_ff: int = 0  # hidden width of those layers
     vocab_size: int = 256  # tokens that the model knows
     tie_embeddings: bool = False  # use the embedding as the output layer, too
     max_seq_len: int = 10_240  # longest sequence, in tokens
     norm_eps: float = 1e-6  # what RMSNorm adds to the mean square
+    embedding_multiplier: float = 1.0  # of the embedded tokens
+    residual_multiplier: float = 1.0  # of what attention and feed-forward add to the residual stream
+    logits_divisor: float = 1.0  # of the logits
     dtype: Dtype = "bfloat16"  # of activations and of the weights' compute copies; masters are always float32
 
     if not TYPE_CHECKING:  # or a type checker would take any name
@@ -247,9 +276,18 @@ class ModelConfig:
         check_types(self)
         check_positive(
             self, "num_layers", "d_model", "d_ff", "num_experts", "experts_per_token", "vocab_size", "max_seq_len",
-            "norm_eps",
+            "norm_eps", "embedding_multiplier", "residual_multiplier", "logits_divisor",
         )  # fmt: skip
         check_not_negative(self, "shared_d_ff", "num_dense_layers", "dense_d_ff")
+        check(
+            self.rope.rotary_dim <= self.attention.head_dim,
+            f"rope.rotary_dim={self.rope.rotary_dim} must be at most attention.head_dim={self.attention.head_dim}",
+        )
+        check(
+            not self.shared_gate or self.shared_d_ff > 0,
+            f"shared_gate=True has no shared expert to weigh with shared_d_ff={self.shared_d_ff}; use "
+            "shared_gate=False, or a shared_d_ff above 0",
+        )
         check(
             self.experts_per_token <= self.num_experts,
             f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}",

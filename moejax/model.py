@@ -8,6 +8,7 @@ autodiff adds their transposes and the sums of gradients (`check_vma=True`). On 
     embed         tokens [n, S] -> [n, s, D]           psum over pipeline, psum_scatter over tensor; v rows per device
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
     layer         attention: [b, s, D] -> [b, S, D] -> [b, s, D]    all_gather before, psum_scatter after, over tensor
+                  norms of queries and keys as one vector           pmean over tensor
                   experts: tokens to them and back     all_to_all over the experts' axes: expert, or expert and tensor
     stage         a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
     hidden        stage 0's results to all stages      psum over pipeline; the router's sums: over batch axes and tensor
@@ -26,6 +27,7 @@ than 1: interleaved pipeline), l layers of a chunk; 1 the dim of stages, of size
 
     sharding.gather    all-gathers weights, which are `unstacked` inside a scan that took off the dims R, 1 and l
     vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
+    scaled             x times a constant of the model's; a factor of 1 adds no operation
     remat.checkpoint   rematerializes by policy; `remat.named` names what a policy may keep
     exchange           how tokens travel to their experts, over `exchange_hosts` hosts in two hops (`moejax.dispatch`)
     LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` over each sequence too
@@ -60,6 +62,7 @@ from moejax.nn.embedding import embed as embed_tokens
 from moejax.nn.feed_forward import swiglu
 from moejax.nn.loss_scale import loss_scale, scale_gradient
 from moejax.nn.norm import rms_norm
+from moejax.nn.scale import scaled
 from moejax.pipeline import run_pipeline
 
 Params = dict[str, Any]  # nested as `moejax.sharding.param_table` is
@@ -68,7 +71,8 @@ Params = dict[str, Any]  # nested as `moejax.sharding.param_table` is
 def embed(params: Params, tokens_nS: jax.Array, m: ModelConfig, table: Params) -> jax.Array:
     """Looks up this device's sequences: [n, s, D], or [q, s, D] if dense layers come next."""
     embedding_vD = sharding.gather(params["embed"], table["embed"])["table_VD"]
-    return embed_tokens(embedding_vD, tokens_nS, jnp.dtype(m.dtype), split_pipeline=m.num_dense_layers > 0)
+    x = embed_tokens(embedding_vD, tokens_nS, jnp.dtype(m.dtype), split_pipeline=m.num_dense_layers > 0)
+    return scaled(x, m.embedding_multiplier)
 
 
 def layer(
@@ -88,11 +92,11 @@ def layer(
     parts, stats = [], []
     for part_bsD, ids_bS in zip(split(x_bsD), split(segment_ids_bS), strict=True):
         part_bsD = exchange.wait_for_previous(part_bsD)
-        part_bsD = part_bsD + attention(p["attention"], part_bsD, ids_bS, m)
+        part_bsD = part_bsD + scaled(attention(p["attention"], part_bsD, ids_bS, m), m.residual_multiplier)
         with jax.named_scope("route"):
             h_bsD = rms_norm(part_bsD, p["moe_norm_D"], m.norm_eps)
         y_bsD, sums, exchange = mixture_of_experts(p["moe"], h_bsD, m, exchange, by_sequence=by_sequence)
-        parts.append(part_bsD + y_bsD)
+        parts.append(part_bsD + scaled(y_bsD, m.residual_multiplier))
         stats.append(sums)
     return jnp.concatenate(parts), jax.tree.map(lambda *sums: sum(sums), *stats)
 
@@ -107,10 +111,10 @@ def dense_layers(
     def dense_layer(x_qsD: jax.Array, p: Params) -> tuple[jax.Array, None]:
         p = sharding.gather(p, table["dense_layers"], unstacked=True)
         x_qsD = remat.named(x_qsD, remat.LAYER_INPUT)
-        x_qsD = x_qsD + attention(p["attention"], x_qsD, segment_ids_qS, m)
+        x_qsD = x_qsD + scaled(attention(p["attention"], x_qsD, segment_ids_qS, m), m.residual_multiplier)
         with jax.named_scope("expert"):
             h_qsD = rms_norm(x_qsD, p["feed_forward_norm_D"], m.norm_eps)
-        return x_qsD + swiglu(p["feed_forward"], h_qsD), None
+        return x_qsD + scaled(swiglu(p["feed_forward"], h_qsD), m.residual_multiplier), None
 
     x_qsD, _ = lax.scan(remat.checkpoint(dense_layer, layout.remat), x_qsD, params["dense_layers"])
     with jax.named_scope("pipeline"):
@@ -156,10 +160,13 @@ def hidden(
 
 
 def output_weights(params: Params, m: ModelConfig, table: Params) -> jax.Array:
-    """Returns this device's columns of the output layer, [D, v]."""
+    """Returns this device's columns of the output layer, [D, v], which give the logits with the model's divisor."""
     if m.tie_embeddings:
-        return sharding.gather(params["embed"], table["embed"])["table_VD"].T
-    return sharding.gather(params["head"]["w_DV"], table["head"]["w_DV"])
+        w_Dv = sharding.gather(params["embed"], table["embed"])["table_VD"].T
+    else:
+        w_Dv = sharding.gather(params["head"]["w_DV"], table["head"]["w_DV"])
+    with jax.named_scope("gather"):
+        return scaled(w_Dv, 1 / m.logits_divisor)
 
 
 def loss(

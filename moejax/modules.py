@@ -50,7 +50,8 @@ class MoELayer(nnx.Module):
     """A mixture-of-experts feed-forward to put into an NNX model: `y_BSD, stats = layer(x_BSD)`.
 
     Parameters are float32, made where they are stored: `w_router_DE`, `experts.w_in_EDGF`, `experts.w_out_EFD` and,
-    with `config.shared_d_ff`, `shared.w_in_DGF` and `shared.w_out_FD` (`moejax.sharding.moe_params` is their table).
+    with `config.shared_d_ff`, `shared.w_in_DGF`, `shared.w_out_FD` and perhaps `shared.w_gate_D`
+    (`moejax.sharding.moe_params` is their table).
     With `config.router.bias` there is also `router_bias_E`, a `SelectionBias`, at first 0: call `update_bias` with the
     loads of each step to move it.
     The residual connection and the norm are yours, and so are the weights of the two losses (`BalanceConfig` has the
@@ -79,8 +80,9 @@ class MoELayer(nnx.Module):
         """Draws the parameters from `rngs.params()`; the same key gives the same ones on every mesh.
 
         Args:
-            config: `d_model`, `d_ff`, `num_experts`, `experts_per_token`, `router`, `shared_d_ff` and `dtype` are used,
-                and `num_layers` to scale the initial output weights as the branches of so deep a residual network.
+            config: `d_model`, `d_ff`, `num_experts`, `experts_per_token`, `router`, `shared_d_ff`, `shared_gate` and
+                `dtype` are used, and `num_layers` to scale the initial output weights as the branches of so deep a
+                residual network.
             mesh: has the axes `expert` and `tensor`; `moejax.build_mesh` makes one.
             dispatch: how tokens reach their experts. With `hierarchical`, each process of JAX is a host.
             rngs: the stream `params`, or the default one.

@@ -13,7 +13,8 @@ from moejax.kernels.manual import vary, varying
 from moejax.kernels.top_k_routing import Routing, RoutingSums, route_tokens
 from moejax.mesh import TENSOR
 from moejax.nn.experts import grouped_experts, split_experts, whole_experts
-from moejax.nn.feed_forward import swiglu
+from moejax.nn.feed_forward import gated_swiglu, swiglu
+from moejax.nn.scale import scaled
 from moejax.nn.weights import compute_copy
 
 
@@ -33,7 +34,8 @@ def mixture_of_experts(
     experts = Experts(p["experts"], whole_experts if TENSOR in exchange.axes else split_experts, grouped_experts)
     y_TD, done, exchange = dispatch(x_TD, Assignments(*routing, count_E.astype(jnp.int32)), experts, exchange)
     if m.shared_d_ff:
-        y_TD = y_TD + swiglu(p["shared"], x_TD)
+        shared_expert = gated_swiglu if m.shared_gate else swiglu
+        y_TD = y_TD + shared_expert(p["shared"], x_TD)
     with jax.named_scope("route"):
         of_sequences = sequence_balance(sums, x_bsD.shape[1]) if by_sequence else jnp.zeros_like(sums.z)
     stats = LayerStats(
@@ -45,7 +47,7 @@ def mixture_of_experts(
 
 def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int) -> tuple[Routing, RoutingSums]:
     """The experts of each token by the model's rule; the tokens are of `num_sequences` sequences, one after another."""
-    return route_tokens(
+    routing, sums = route_tokens(
         x_TD,
         compute_copy(p["w_router_DE"], x_TD, p["w_router_DE"].dtype),
         p["router_bias_E"] if m.router.bias else None,
@@ -54,6 +56,8 @@ def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int
         renormalize=m.router.renormalize,
         num_sequences=num_sequences,
     )
+    with jax.named_scope("route"):
+        return routing._replace(gate_TK=scaled(routing.gate_TK, m.router.scaling)), sums
 
 
 def global_stats(stats: LayerStats, token_axes: tuple[str, ...]) -> LayerStats:

@@ -96,7 +96,10 @@ def _norm(m: ModelConfig, over: Axes) -> Param:
 def _attention(m: ModelConfig, over: Axes) -> dict[str, Param]:
     heads: Axes = (TENSOR,)
     D, N, K, H = m.d_model, m.attention.num_heads, m.attention.num_kv_heads, m.attention.head_dim
-    return {
+    # Vectors of heads are too small to be spread over other devices than their heads are.
+    scale = functools.partial(Param, std=None, decay=False, compute_dtype="float32")
+    bias = functools.partial(Param, std=0.0, decay=False, compute_dtype="model")
+    table = {
         "norm_D": _norm(m, over),
         "w_q_DNH": _dense((D, N, H), D, 0, over, dim1=heads),
         "w_kv_DGKH": _dense((D, 2, K, H), D, 0, over, dim2=heads),
@@ -108,6 +111,15 @@ def _attention(m: ModelConfig, over: Axes) -> dict[str, Param]:
             dim0=heads,
         ),
     }
+    if m.attention.qk_norm == "head":
+        table |= {"norm_q_H": scale((H,), stored=((),)), "norm_k_H": scale((H,), stored=((),))}
+    if m.attention.qk_norm == "projection":
+        table |= {"norm_q_NH": scale((N, H), stored=(heads, ())), "norm_k_KH": scale((K, H), stored=(heads, ()))}
+    if m.attention.bias:
+        table |= {"b_q_NH": bias((N, H), stored=(heads, ())), "b_kv_GKH": bias((2, K, H), stored=((), heads, ()))}
+    if m.attention.output_bias:
+        table["b_o_D"] = bias((D,), stored=(over,), gather=(0, over))
+    return table
 
 
 def _feed_forward(m: ModelConfig, d_ff: int, over: Axes) -> dict[str, Param]:
@@ -138,6 +150,8 @@ def moe_params(m: ModelConfig, dispatch: DispatchConfig) -> dict[str, Any]:
         table["router_bias_E"] = Param((m.num_experts,), 0.0, ((),), decay=False, compute_dtype=None)
     if m.shared_d_ff:
         table["shared"] = _feed_forward(m, m.shared_d_ff, (EXPERT, TENSOR))
+    if m.shared_gate:
+        table["shared"]["w_gate_D"] = _dense((m.d_model,), m.d_model, 0, (EXPERT, TENSOR))
     return table
 
 

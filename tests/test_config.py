@@ -24,8 +24,10 @@ from moejax.mesh import MeshConfig
 from moejax.train.config import TrainConfig
 
 POSITIVE = {
-    ModelConfig: "num_layers d_model d_ff num_experts experts_per_token vocab_size max_seq_len norm_eps",
+    ModelConfig: "num_layers d_model d_ff num_experts experts_per_token vocab_size max_seq_len norm_eps "
+    "embedding_multiplier residual_multiplier logits_divisor",
     AttentionConfig: "num_heads num_kv_heads head_dim",
+    RouterConfig: "scaling",
     RopeConfig: "theta",
     DispatchConfig: "capacity_factor chunks",
     BalanceConfig: "window",
@@ -37,6 +39,8 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     ModelConfig: "shared_d_ff num_dense_layers dense_d_ff",
+    AttentionConfig: "multiplier",
+    RopeConfig: "rotary_dim",
     BalanceConfig: "aux_loss_weight sequence_loss_weight z_loss_weight bias_update_rate max_load_cv "
     "max_dropped_fraction max_idle_experts",
     Layout: "batch_split",
@@ -45,6 +49,7 @@ NOT_NEGATIVE = {
 }
 CHOICES = {
     ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'"},
+    AttentionConfig: {"qk_norm": "'none', 'head', 'projection'"},
     RouterConfig: {"score": "'softmax', 'sigmoid'"},
     DispatchConfig: {"strategy": "'capacity', 'dropless', 'ragged'", "wire_dtype": "'compute', 'float8'"},
     Layout: {
@@ -56,6 +61,18 @@ CHOICES = {
 RELATIONS = [
     (AttentionConfig, {"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
     (AttentionConfig, {"head_dim": 31}, "head_dim=31 must be even: RoPE rotates pairs"),
+    (RopeConfig, {"rotary_dim": 5}, "rotary_dim=5 must be even: RoPE rotates pairs"),
+    (
+        ModelConfig,
+        {"rope": RopeConfig(rotary_dim=64)},
+        "rope.rotary_dim=64 must be at most attention.head_dim=32",
+    ),
+    (
+        ModelConfig,
+        {"shared_gate": True},
+        "shared_gate=True has no shared expert to weigh with shared_d_ff=0; use shared_gate=False, or a shared_d_ff "
+        "above 0",
+    ),
     (
         ModelConfig,
         {"experts_per_token": 5, "num_experts": 4},

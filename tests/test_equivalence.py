@@ -16,7 +16,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from cases import CI_CASES, Case, relative_error, tiered, variant
+from cases import CI_CASES, VARIANT_CASES, Case, relative_error, tiered, variant
 
 from moejax.config import AttentionConfig, ConfigError
 
@@ -75,6 +75,12 @@ def errors(case):
 @pytest.mark.parametrize("case", tiered(CI_CASES), ids=str)
 def test_loss_and_gradients_equal_the_oracle(case, report):
     report[str(case)] = found = errors(case)
+    assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("case", VARIANT_CASES, ids=str)
+def test_variants_equal_the_oracle(case, report):
+    report[f"variants-{case}"] = found = errors(case)
     assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
 
 

@@ -23,7 +23,10 @@ from moejax.program import Program
 from moejax.train.step import make_train_step
 
 B, S, D = 16, 4, 16
-MOE = ModelConfig(d_model=D, d_ff=8, num_experts=16, experts_per_token=2, shared_d_ff=16, dtype="float32")
+MOE = ModelConfig(
+    d_model=D, d_ff=8, num_experts=16, experts_per_token=2, router=RouterConfig(scaling=1.5), shared_d_ff=16,
+    shared_gate=True, dtype="float32",
+)  # fmt: skip
 UNSHARED = ModelConfig(d_model=D, d_ff=8, num_experts=16, experts_per_token=2, dtype="float32")
 ROOM = 8.0  # with 2 of 16 experts a token, room for every token on every expert
 FOLDED = DispatchConfig(capacity_factor=ROOM)

@@ -37,13 +37,17 @@ def test_sizes_are_the_published_ones_on_every_mesh(model, number, sizes):
     assert sum(math.prod(param.shape) for _, param in leaves(table)) == number
 
 
+OF_HEADS = ("norm_q_H", "norm_k_H", "norm_q_NH", "norm_k_KH", "b_q_NH", "b_kv_GKH")
 LAYOUTS = [
     Layout(MeshConfig(4, 2, 2)),
     Layout(MeshConfig(16, 1, 1), pipeline_repeats=2),
     Layout(MeshConfig(2, 2, 4), pipeline_repeats=2, dispatch=SPLIT),
     Layout(MeshConfig(2, 2, 2, replica=2), dispatch=SPLIT),
 ]
-EVERYTHING = dataclasses.replace(MODEL, num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, d_model=64)
+EVERYTHING = dataclasses.replace(
+    MODEL, num_layers=6, num_dense_layers=2, dense_d_ff=24, shared_d_ff=16, d_model=64, shared_gate=True,
+    attention=dataclasses.replace(MODEL.attention, qk_norm="projection", bias=True, output_bias=True),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -56,9 +60,13 @@ def test_what_is_large_is_stored_once_and_norms_at_most_once_a_tensor_group(layo
         parts = math.prod(mesh.shape[axis] for axis in axes)
         assert math.prod(shape.sharding.shard_shape(p.shape)) * parts == math.prod(p.shape), path
         copies = mesh.num_devices // mesh.replica // parts
-        # What no axis splits is small: norms and routers over `tensor`, and outside of the pipeline over its stages.
+        # What no axis splits is small: norms, biases and routers over `tensor`, and outside of the pipeline over its
+        # stages; vectors of heads over `expert`, too.
         limit = mesh.shape["tensor"] * (1 if "layers" in str(path[0]) else mesh.shape["pipeline"])
-        assert copies <= (limit if p.std is None or "router" in str(path[-1]) else mesh.shape["pipeline"]), path
+        if path[-1].key in OF_HEADS:
+            limit *= mesh.shape["expert"]
+        small = p.std is None or p.std == 0 or "router" in path[-1].key
+        assert copies <= (limit if small else mesh.shape["pipeline"]), path
         if p.gather:
             assert p.stored[p.gather[0]] == p.gather[1], path
 
@@ -74,8 +82,12 @@ def test_the_logical_shape_does_not_depend_on_the_mesh(layout):
         assert math.prod(p.shape[:n]) == math.prod(p_alone.shape[:n])
 
 
-MATRIX, NORM, ROUTER, BIAS = (True, "model"), (False, "float32"), (True, "float32"), (False, None)
-ATTENTION = {"norm_D": NORM, "w_q_DNH": MATRIX, "w_kv_DGKH": MATRIX, "w_o_NHD": MATRIX}
+MATRIX, NORM, BIAS = (True, "model"), (False, "float32"), (False, "model")
+ROUTER, SELECTION = (True, "float32"), (False, None)
+ATTENTION = {
+    "norm_D": NORM, "w_q_DNH": MATRIX, "w_kv_DGKH": MATRIX, "w_o_NHD": MATRIX,
+    "norm_q_NH": NORM, "norm_k_KH": NORM, "b_q_NH": BIAS, "b_kv_GKH": BIAS, "b_o_D": BIAS,
+}  # fmt: skip
 FEED_FORWARD = {"w_in_DGF": MATRIX, "w_out_FD": MATRIX}
 USES = {  # whether weight decay pulls it to 0, and the dtype that it is used in
     "embed": {"table_VD": (True, "float32")},
@@ -85,9 +97,9 @@ USES = {  # whether weight decay pulls it to 0, and the dtype that it is used in
         "moe_norm_D": NORM,
         "moe": {
             "w_router_DE": ROUTER,
-            "router_bias_E": BIAS,
+            "router_bias_E": SELECTION,
             "experts": {"w_in_EDGF": MATRIX, "w_out_EFD": MATRIX},
-            "shared": FEED_FORWARD,
+            "shared": FEED_FORWARD | {"w_gate_D": MATRIX},
         },
     },
     "head": {"norm_D": NORM, "w_DV": MATRIX},
@@ -126,7 +138,8 @@ def test_weight_decay_pulls_the_parameters_that_say_so_and_no_others():
 def test_every_parameter_is_used_in_the_dtype_that_it_declares(monkeypatch):
     """Every size differs from every other, so that a shape says whose compute copy it is."""
     model = dataclasses.replace(
-        WITH_BIAS, d_model=34, attention=AttentionConfig(5, 1, 6), d_ff=7, num_experts=9, shared_d_ff=11,
+        WITH_BIAS, d_model=34, d_ff=7, num_experts=9, shared_d_ff=11,
+        attention=dataclasses.replace(WITH_BIAS.attention, num_heads=5, num_kv_heads=1, head_dim=6),
         dense_d_ff=13, vocab_size=257, dtype="bfloat16",
     )  # fmt: skip
     program = Program(model, Layout(batch_size=2), abstract_mesh(MeshConfig()))

@@ -11,6 +11,11 @@ def all_gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array
     return named(lax.all_gather(x, axes, axis=dim, tiled=True), NETWORK)
 
 
+def pmean(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+    """Takes the mean of `x` over the mesh axes."""
+    return named(lax.pmean(x, axes), NETWORK)
+
+
 def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
     """Sums `x` over the mesh axes and keeps this device's part of `dim`."""
     return named(lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True), NETWORK)

@@ -15,6 +15,21 @@ from moejax.remat import MATMUL, named
 def swiglu(p: dict[str, Any], x_TD: jax.Array) -> jax.Array:
     """`(silu(x W_gate) * (x W_up)) W_out` for x [..., D]."""
     with jax.named_scope("expert"):
-        h_TGF = named(jnp.einsum("...d,dgf->...gf", x_TD, compute_copy(p["w_in_DGF"], x_TD)), MATMUL)
-        h_TF = jax.nn.silu(h_TGF[..., 0, :]) * h_TGF[..., 1, :]
-        return jnp.einsum("...f,fd->...d", h_TF, compute_copy(p["w_out_FD"], x_TD))
+        return _output(p, _hidden(p, x_TD))
+
+
+def gated_swiglu(p: dict[str, Any], x_TD: jax.Array) -> jax.Array:
+    """`sigmoid(x w) * swiglu(x)`, where `w` is a vector: a gate for each token."""
+    with jax.named_scope("expert"):
+        gate_T = jax.nn.sigmoid(named(jnp.einsum("...d,d->...", x_TD, compute_copy(p["w_gate_D"], x_TD)), MATMUL))
+        # On hidden rows it is the same as on the result, which the backward pass would have to compute again.
+        return _output(p, _hidden(p, x_TD) * gate_T[..., None])
+
+
+def _hidden(p: dict[str, Any], x_TD: jax.Array) -> jax.Array:
+    h_TGF = named(jnp.einsum("...d,dgf->...gf", x_TD, compute_copy(p["w_in_DGF"], x_TD)), MATMUL)
+    return jax.nn.silu(h_TGF[..., 0, :]) * h_TGF[..., 1, :]
+
+
+def _output(p: dict[str, Any], h_TF: jax.Array) -> jax.Array:
+    return jnp.einsum("...f,fd->...d", h_TF, compute_copy(p["w_out_FD"], h_TF))

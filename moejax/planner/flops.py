@@ -26,7 +26,8 @@ def decode_flops(m: ModelConfig, context: int) -> float:
 def _matmul_params(m: ModelConfig) -> int:
     """Parameters that a token is multiplied with."""
     attention = m.d_model * m.attention.heads_dim
-    moe = 3 * m.d_model * (m.experts_per_token * m.d_ff + m.shared_d_ff) + m.d_model * m.num_experts
+    moe = 3 * m.d_model * (m.experts_per_token * m.d_ff + m.shared_d_ff)
+    moe += m.d_model * (m.num_experts + m.shared_gate)
     dense = 3 * m.d_model * m.dense_d_ff
     return m.num_layers * attention + m.num_moe_layers * moe + m.num_dense_layers * dense + m.d_model * m.vocab_size
 

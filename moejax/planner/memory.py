@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.config import AttentionConfig, ConfigError, ModelConfig
 from moejax.layout import Layout
 from moejax.planner.work import Mode
 
@@ -102,14 +102,17 @@ class Sizes:
         self.A = self.T * t
 
         # Parameters of one layer, as used, on one device.
-        heads = m.attention.heads_dim
-        self.P = m.d_model * (heads // t + 3 * m.shared_d_ff + m.num_experts + 2)
+        heads, vectors = m.attention.heads_dim, 2 + m.attention.output_bias
+        of_heads = _vectors_of_heads(m.attention, t)
+        self.P = m.d_model * (heads // t + 3 * m.shared_d_ff + m.shared_gate + m.num_experts + vectors) + of_heads
         self.W = 3 * m.d_model * m.d_ff * m.num_experts // (over * self.width)
         self.P_stored = (
-            m.d_model * heads / (e * t) + 3 * m.d_model * m.shared_d_ff / (e * t) + m.d_model * (m.num_experts + 2) / e
+            m.d_model * (heads + 3 * m.shared_d_ff + m.shared_gate) / (e * t)
+            + m.d_model * (m.num_experts + vectors) / e
+            + of_heads
         )
-        self.dense_layer = m.d_model * (heads // t + 3 * m.dense_d_ff + 2) if m.num_dense_layers else 0
-        spread = m.d_model * (heads / t + 3 * m.dense_d_ff / t + 2) / (e * p)
+        self.dense_layer = m.d_model * (heads // t + 3 * m.dense_d_ff + vectors) + of_heads if m.num_dense_layers else 0
+        spread = m.d_model * (heads / t + 3 * m.dense_d_ff / t + vectors) / (e * p) + of_heads
         dense_stored = m.num_dense_layers * spread
         self.vocab = m.vocab_size // (p * t)
         tables = 1 if m.tie_embeddings else 2
@@ -143,6 +146,10 @@ class Sizes:
         total = a * m.d_model * (2 + t) * tokens  # input, gathered over `tensor`, scattered after
         if self.policy != "collectives":  # queries, keys, values, results and the softmax's normalizer
             total += tokens * (a * m.attention.heads_dim + _FLOAT32 * m.attention.num_heads)
+        if m.attention.qk_norm == "projection":  # a mean of squares for all queries of a token, and one for its keys
+            total += tokens * t * _FLOAT32 * 2
+        elif m.attention.qk_norm == "head" and self.policy == "none":  # sums of squares of each head
+            total += tokens * _FLOAT32 * (m.attention.num_heads + m.attention.num_kv_heads)
         return total
 
     @property
@@ -155,7 +162,7 @@ class Sizes:
             return total
         part = a * D * (self.X + self.assignments)  # arrived at the experts, come back from them
         if self.policy != "collectives":
-            part += a * 2 * (f * self.X + m.shared_d_ff * self.T)
+            part += a * (2 * f * self.X + (2 * m.shared_d_ff + m.shared_gate) * self.T)
         total += self.parts * part
         if not self.on_tpu and self.parts > 1:  # what ordering tokens wait for
             again = 0 if self.width == 1 else self.sent
@@ -211,6 +218,13 @@ class Sizes:
     def logits(self) -> float:
         """Of one microbatch, float32."""
         return _FLOAT32 * self.sequences * self.layout.seq_len * self.vocab
+
+
+def _vectors_of_heads(attention: AttentionConfig, tensor: int) -> int:
+    """Elements of a device's biases of queries, keys and values, and of the scales of their norms."""
+    queries, keys = attention.num_heads // tensor, attention.num_kv_heads // tensor
+    scales = {"none": 0, "head": 2, "projection": queries + keys}[attention.qk_norm]
+    return (attention.bias * (queries + 2 * keys) + scales) * attention.head_dim
 
 
 def _backward(s: Sizes) -> Memory:

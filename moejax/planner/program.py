@@ -108,12 +108,23 @@ class _Step(Passes):
         yield from self.collective("attention", "all_gather", (TENSOR,), local, times, "network")
         yield from self.matmul("attention", tokens, heads * H, m.d_model, times, "projection")
         yield from self.matmul("attention", tokens, 2 * kv_heads * H, m.d_model, times, "projection")
+        yield from self.qk_norm(b, tokens * (heads + kv_heads) * H, times)
         yield from self.scores(b, heads, times)
         yield from self.matmul("attention", tokens, m.d_model, heads * H, times, "network")
         yield from self.collective("attention", "reduce_scatter", (TENSOR,), local * t, times, "network")
         yield from self.memory_op("attention", b * self.s * m.d_model, times, forward=5, backward=8)  # norm, residual
         rotated = tokens * (heads + kv_heads) * H
         yield from self.memory_op("attention", rotated, times, forward=2, backward=2)
+
+    def qk_norm(self, b: float, elements: float, times: float) -> Iterator[Collective | MemoryOp]:
+        """Norms of queries and keys, `elements` of them; for all heads as one vector, devices add up their squares."""
+        if self.model.attention.qk_norm == "none":
+            return
+        yield from self.memory_op("attention", elements, times, forward=1, backward=2)
+        if self.model.attention.qk_norm == "projection":
+            for _ in ("queries", "keys"):
+                yield from self.no_gradient("attention", "all_reduce", (TENSOR,), 4 * b * self.S, times, "network")
+                yield from self.in_pass("attention", "backward", (TENSOR,), 4 * b * self.S, times)
 
     def scores(self, b: float, heads: int, times: float) -> Iterator[Matmul]:
         """The kernel on padded tokens; causality leaves half of each product of queries by tokens."""
@@ -152,6 +163,8 @@ class _Step(Passes):
         yield from self.mixture(times)
         if self.model.shared_d_ff:
             yield from self.swiglu(self.T, self.model.shared_d_ff, times)
+        if self.model.shared_gate:
+            yield from self.matmul("expert", self.T, 1, self.model.d_model, times, "projection")
 
     def route(self, times: float) -> Iterator[Matmul | MemoryOp]:
         """The router's kernel; its backward pass makes the logits again."""

@@ -46,12 +46,18 @@ def decode_work(model: ModelConfig, layout: Layout) -> Work:
         values = Matmul(phase, "forward", rows, H, context, groups, times, m.dtype, filled=0)
         return [scores, values, MemoryOp(phase, "forward", groups * 2 * context * H * BYTES, times)]
 
+    def qk_norm(times: float) -> Work:
+        if m.attention.qk_norm != "projection":
+            return []
+        return [Collective("attention", "forward", "all_reduce", (TENSOR,), 4 * b, tensor, 2 * times)]  # of squares
+
     def attention(times: float) -> Work:
         context = layout.seq_len + 1
         return [
             MemoryOp("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
             collective("attention", "all_gather", (TENSOR,), T, times),
             matmul("attention", b, (heads + 2 * kv_heads) * H, D, times),
+            *qk_norm(times),
             *cached("attention", b * kv_heads, heads / kv_heads, context, times),
             matmul("attention", b, D, heads * H, times),
             collective("attention", "reduce_scatter", (TENSOR,), T * tensor, times),
@@ -93,6 +99,8 @@ def decode_work(model: ModelConfig, layout: Layout) -> Work:
         ]
     if m.shared_d_ff:
         work += feed_forward(m.shared_d_ff, layers)
+    if m.shared_gate:
+        work.append(matmul("expert", T, 1, D, layers))
     if m.num_dense_layers:
         work += attention(stages * m.num_dense_layers) + feed_forward(m.dense_d_ff, stages * m.num_dense_layers)
     return [item for item in work if not isinstance(item, Collective) or item.num_devices > 1]

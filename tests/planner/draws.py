@@ -1,6 +1,6 @@
 """Layouts drawn at random: every way to cut and place a tiny model's step. Slow ones to trace are drawn less often."""
 
-from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig, RouterConfig
+from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig, RopeConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 
@@ -29,22 +29,38 @@ def _draw(rng):
         hosts=replica * hosts if hosts > 1 else 1,
     )
     repeats, dense = one_of(1, 1, 2), one_of(0, 0, 1, 2)
-    heads = one_of(4, 8)
+    heads, shared_d_ff = one_of(4, 8), one_of(0, 0, 24)
     model = ModelConfig(
         num_layers=dense + repeats * mesh.pipeline * one_of(1, 2),
         d_model=one_of(32, 64),
-        attention=AttentionConfig(num_heads=heads, num_kv_heads=one_of(4, heads), head_dim=one_of(8, 16, 32)),
+        attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=one_of(4, heads),
+            head_dim=one_of(8, 16, 32),
+            qk_norm=one_of("none", "none", "head", "projection"),
+            bias=one_of(False, True),
+            output_bias=one_of(False, True),
+            multiplier=one_of(0.0, 0.0, 0.1),
+        ),
+        rope=RopeConfig(rotary_dim=one_of(0, 0, 4)),
         d_ff=one_of(16, 48),
         num_experts=one_of(8, 16, 32),
         experts_per_token=one_of(1, 2, 3),
         router=RouterConfig(
-            score=one_of("softmax", "sigmoid"), renormalize=one_of(True, False), bias=one_of(True, False)
+            score=one_of("softmax", "sigmoid"),
+            renormalize=one_of(True, False),
+            bias=one_of(True, False),
+            scaling=one_of(1.0, 2.5),
         ),
-        shared_d_ff=one_of(0, 0, 24),
+        shared_d_ff=shared_d_ff,
+        shared_gate=one_of(False, True) if shared_d_ff else False,
         num_dense_layers=dense,
         dense_d_ff=40 if dense else 0,
         vocab_size=one_of(256, 320),
         tie_embeddings=one_of(True, False),
+        embedding_multiplier=one_of(1.0, 12.0),
+        residual_multiplier=one_of(1.0, 0.22),
+        logits_divisor=one_of(1.0, 6.0),
         dtype=one_of("bfloat16", "bfloat16", "float32"),
     )
     layout = Layout(

@@ -72,6 +72,10 @@ MODEL = ModelConfig(
     num_layers=5, d_model=32, attention=AttentionConfig(4, 4, 16), d_ff=16, num_experts=8, shared_d_ff=24,
     num_dense_layers=1, dense_d_ff=40, router=RouterConfig(bias=True),
 )  # fmt: skip
+NORMED = dataclasses.replace(
+    MODEL, attention=dataclasses.replace(MODEL.attention, qk_norm="projection", bias=True, output_bias=True),
+    shared_gate=True, residual_multiplier=0.22, logits_divisor=6.0,
+)  # fmt: skip
 FOUR_AXES = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100", hosts=4)
 LAYOUT = Layout(FOUR_AXES, 32, 16)
 CORNERS = {
@@ -91,7 +95,9 @@ CORNERS = {
         Layout(FOUR_AXES, 32, 32, grad_accumulation_steps=2, remat="minimal", gather="layer"),
     ),
     "one device": (MODEL, Layout(MeshConfig(hardware="tpu_v5p"), 32, 4, remat="minimal")),
-    "prefill": (MODEL, LAYOUT, "prefill"),
+    "variants": (NORMED, LAYOUT.replace(remat="collectives", gather="layer")),
+    "variants again": (NORMED, LAYOUT.replace(remat="full")),
+    "prefill": (NORMED, LAYOUT, "prefill"),
 }
 
 

@@ -28,10 +28,10 @@ def test_the_reference_model_costs_what_the_design_says():
 def test_flops_by_hand():
     m = ModelConfig(
         num_layers=3, num_dense_layers=1, dense_d_ff=7, d_model=8, attention=AttentionConfig(2, 1, 4), d_ff=5,
-        num_experts=4, experts_per_token=2, shared_d_ff=3, vocab_size=11,
+        num_experts=4, experts_per_token=2, shared_d_ff=3, shared_gate=True, vocab_size=11,
     )  # fmt: skip
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8
-    moe = 2 * 3 * 8 * 5 + 3 * 8 * 3 + 8 * 4
+    moe = 2 * 3 * 8 * 5 + 3 * 8 * 3 + 8 + 8 * 4
     params = 3 * attention + 2 * moe + 3 * 8 * 7 + 8 * 11
     seen = (1 + 2 + 3 + 4 + 5) / 5
     assert forward_flops(m, 5) == 2 * params + 3 * 2 * 2 * 8 * seen

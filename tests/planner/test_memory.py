@@ -33,6 +33,10 @@ MESHES = (
 
 
 MODEL = moe_16x10b()
+EVERYTHING = {
+    "attention": AttentionConfig(4, 4, 32, qk_norm="projection", bias=True, output_bias=True),
+    "num_dense_layers": 2, "dense_d_ff": 64, "shared_d_ff": 128, "shared_gate": True,
+}  # fmt: skip
 
 
 @pytest.fixture(params=MESHES, ids=lambda mesh: f"{mesh.expert}x{mesh.pipeline}x{mesh.tensor}_{mesh.hardware}")
@@ -108,10 +112,10 @@ def test_decoding_holds_keys_and_values_of_all_that_was_read(layout):
 
 @pytest.mark.parametrize("sizes", [(4, 2, 2), (2, 2, 4), (16, 1, 1)], ids=str)
 @pytest.mark.parametrize("expert_axes", [("expert",), ("expert", "tensor")], ids=len)
-@pytest.mark.parametrize("changes", [{}, {"num_dense_layers": 2, "dense_d_ff": 64, "shared_d_ff": 128}], ids=len)
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=len)
 def test_what_is_stored_is_counted_exactly(sizes, expert_axes, changes):
     """Parameters and moments against the train state's shards; what is replicated is small."""
-    model = dataclasses.replace(tiny(), num_layers=6, attention=AttentionConfig(4, 4, 32), **changes)
+    model = dataclasses.replace(tiny(), **{"num_layers": 6, "attention": AttentionConfig(4, 4, 32)} | changes)
     layout = Layout(MeshConfig(*sizes), 64, 32).replace(expert_axes=expert_axes)
     shapes = make_train_step(Program(model, layout)).state_shapes
     held = sum(
@@ -122,6 +126,7 @@ def test_what_is_stored_is_counted_exactly(sizes, expert_axes, changes):
     assert found.parameters + found.optimizer == pytest.approx(held, rel=2e-3)
 
 
+NORMED = dataclasses.replace(MODEL.attention, qk_norm="projection", bias=True, output_bias=True)
 COUNTED = {
     "none": {"remat": "none"},
     "minimal_tpu": {"remat": "minimal", "hardware": "tpu_v5p"},
@@ -129,6 +134,8 @@ COUNTED = {
     "minimal_ragged": {"remat": "minimal", "strategy": "ragged"},
     "full_repeats": {"remat": "full", "pipeline_repeats": 2},
     "shared_and_dense": {"remat": "minimal", "shared_d_ff": 2048, "num_dense_layers": 4, "dense_d_ff": 8192},
+    "norms_of_heads": {"remat": "none", "attention": dataclasses.replace(NORMED, qk_norm="head")},
+    "norms_and_a_gate": {"remat": "minimal", "attention": NORMED, "shared_d_ff": 2048, "shared_gate": True},
 }
 
 

@@ -59,6 +59,11 @@ def _rms_norm(x: Any, scale_D: Any, eps: float) -> Any:
     return scale_D * x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
 
 
+def _rms_norm_whole(x_BSNH: Any, scale_NH: Any, eps: float) -> Any:
+    """All heads of a token as one vector."""
+    return _rms_norm(x_BSNH.reshape(*x_BSNH.shape[:2], -1), scale_NH.reshape(-1), eps).reshape(x_BSNH.shape)
+
+
 def _silu(x: Any) -> Any:
     return x / (1 + jnp.exp(-x))
 
@@ -67,26 +72,37 @@ def _swiglu(x: Any, w_gate_DF: Any, w_up_DF: Any, w_down_FD: Any) -> Any:
     return (_silu(x @ w_gate_DF) * (x @ w_up_DF)) @ w_down_FD
 
 
-def _rope(x_BSNH: Any, theta: float) -> Any:
-    """Element i and i + H/2 make a complex number, turned by position * theta^(-2i/H)."""
-    seq_len, half = x_BSNH.shape[1], x_BSNH.shape[3] // 2
+def _rope(x_BSNH: Any, m: ModelConfig) -> Any:
+    """Of R rotated dims, element i and i + R/2 make a complex number, turned by position * theta^(-2i/R)."""
+    seq_len, half = x_BSNH.shape[1], (m.rope.rotary_dim or m.attention.head_dim) // 2
+    theta = m.rope.theta
     turn_SH = np.exp(1j * np.arange(seq_len)[:, None] * theta ** (-np.arange(half)[None] / half))
-    z_BSNH = (x_BSNH[..., :half] + 1j * x_BSNH[..., half:]) * turn_SH[None, :, None]
-    return jnp.concatenate([z_BSNH.real, z_BSNH.imag], axis=-1)
+    z_BSNH = (x_BSNH[..., :half] + 1j * x_BSNH[..., half : 2 * half]) * turn_SH[None, :, None]
+    return jnp.concatenate([z_BSNH.real, z_BSNH.imag, x_BSNH[..., 2 * half :]], axis=-1)
 
 
 def _attention(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
     h_BSD = _rms_norm(x_BSD, p["norm_D"], m.norm_eps)
-    q_BSNH = _rope(jnp.tensordot(h_BSD, p["w_q_DNH"], 1), m.rope.theta)
-    k_BSKH = _rope(jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 0], 1), m.rope.theta)
+    q_BSNH = jnp.tensordot(h_BSD, p["w_q_DNH"], 1)
+    k_BSKH = jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 0], 1)
     v_BSKH = jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 1], 1)
+    if m.attention.bias:
+        q_BSNH, k_BSKH, v_BSKH = q_BSNH + p["b_q_NH"], k_BSKH + p["b_kv_GKH"][0], v_BSKH + p["b_kv_GKH"][1]
+    if m.attention.qk_norm == "head":
+        q_BSNH, k_BSKH = _rms_norm(q_BSNH, p["norm_q_H"], m.norm_eps), _rms_norm(k_BSKH, p["norm_k_H"], m.norm_eps)
+    if m.attention.qk_norm == "projection":
+        q_BSNH = _rms_norm_whole(q_BSNH, p["norm_q_NH"], m.norm_eps)
+        k_BSKH = _rms_norm_whole(k_BSKH, p["norm_k_KH"], m.norm_eps)
+    q_BSNH, k_BSKH = _rope(q_BSNH, m), _rope(k_BSKH, m)
     kv_head_N = np.arange(m.attention.num_heads) // (m.attention.num_heads // m.attention.num_kv_heads)
-    score_BNSS = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSKH[:, :, kv_head_N]) / math.sqrt(m.attention.head_dim)
+    multiplier = m.attention.multiplier or 1 / math.sqrt(m.attention.head_dim)
+    score_BNSS = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSKH[:, :, kv_head_N]) * multiplier
     seen_SS = np.tril(np.ones((x_BSD.shape[1],) * 2, bool))
     seen_BSS = seen_SS[None] & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])
     weight_BNSS = jax.nn.softmax(jnp.where(seen_BSS[:, None], score_BNSS, -jnp.inf), axis=-1)
     o_BSNH = jnp.einsum("bnqk,bknh->bqnh", weight_BNSS, v_BSKH[:, :, kv_head_N])
-    return jnp.tensordot(o_BSNH, p["w_o_NHD"], 2)
+    y_BSD = jnp.tensordot(o_BSNH, p["w_o_NHD"], 2)
+    return y_BSD + p["b_o_D"] if m.attention.output_bias else y_BSD
 
 
 def _kept(gate_TE: Any, tokens_Gn: Any, rows: int) -> Any:
@@ -122,10 +138,12 @@ def mixture(p: Any, h_BSD: Any, m: ModelConfig, rule: CapacityRule | None = None
     if m.router.renormalize:
         gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
     kept_TE = chosen_TE if rows is None else _kept(jax.lax.stop_gradient(gate_TE), tokens_Gn, rows)
-    y_TD = experts(p["experts"], h_TD, jnp.where(kept_TE, gate_TE, 0.0))
+    y_TD = experts(p["experts"], h_TD, m.router.scaling * jnp.where(kept_TE, gate_TE, 0.0))
     if m.shared_d_ff:
         shared = p["shared"]
-        y_TD += _swiglu(h_TD, shared["w_in_DGF"][:, 0], shared["w_in_DGF"][:, 1], shared["w_out_FD"])
+        of_shared_TD = _swiglu(h_TD, shared["w_in_DGF"][:, 0], shared["w_in_DGF"][:, 1], shared["w_out_FD"])
+        gate_T = 1 / (1 + jnp.exp(-h_TD @ shared["w_gate_D"])) if m.shared_gate else jnp.ones(len(h_TD))
+        y_TD += gate_T[:, None] * of_shared_TD
     load_E = chosen_TE.sum(0)
     log_z_T = jnp.log(jnp.exp(logits_TE).sum(-1))
     aux_loss = m.num_experts * jnp.sum(load_E / load_E.sum() * prob_TE.mean(0))
@@ -137,20 +155,20 @@ def mixture(p: Any, h_BSD: Any, m: ModelConfig, rule: CapacityRule | None = None
 
 
 def _dense_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
-    x_BSD += _attention(p["attention"], x_BSD, segment_ids_BS, m)
+    x_BSD += m.residual_multiplier * _attention(p["attention"], x_BSD, segment_ids_BS, m)
     h_BSD = _rms_norm(x_BSD, p["feed_forward_norm_D"], m.norm_eps)
     w_in_DGF, w_out_FD = p["feed_forward"]["w_in_DGF"], p["feed_forward"]["w_out_FD"]
-    return x_BSD + _swiglu(h_BSD, w_in_DGF[:, 0], w_in_DGF[:, 1], w_out_FD)
+    return x_BSD + m.residual_multiplier * _swiglu(h_BSD, w_in_DGF[:, 0], w_in_DGF[:, 1], w_out_FD)
 
 
 def _moe_layer(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig, rule: CapacityRule | None) -> Any:
-    x_BSD += _attention(p["attention"], x_BSD, segment_ids_BS, m)
+    x_BSD += m.residual_multiplier * _attention(p["attention"], x_BSD, segment_ids_BS, m)
     y_BSD, figures = mixture(p["moe"], _rms_norm(x_BSD, p["moe_norm_D"], m.norm_eps), m, rule)
-    return x_BSD + y_BSD, figures
+    return x_BSD + m.residual_multiplier * y_BSD, figures
 
 
 def _logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None) -> tuple[Any, list[Any]]:
-    x_BSD = params["embed"]["table_VD"][batch["tokens"]]
+    x_BSD = m.embedding_multiplier * params["embed"]["table_VD"][batch["tokens"]]
     for i in range(m.num_dense_layers):
         p = jax.tree.map(lambda w, i=i: w[i], params["dense_layers"])
         x_BSD = _dense_layer(p, x_BSD, batch["segment_ids"], m)
@@ -161,7 +179,7 @@ def _logits(params: Any, batch: Any, m: ModelConfig, rule: CapacityRule | None) 
         figures.append(of_layer)
     h_BSD = _rms_norm(x_BSD, params["head"]["norm_D"], m.norm_eps)
     w_DV = params["embed"]["table_VD"].T if m.tie_embeddings else params["head"]["w_DV"]
-    return h_BSD @ w_DV, figures
+    return h_BSD @ w_DV / m.logits_divisor, figures
 
 
 def _loss(params: Any, batch: Any, m: ModelConfig, balance: BalanceConfig, rule: CapacityRule | None) -> Any:

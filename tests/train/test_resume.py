@@ -29,6 +29,16 @@ OTHERS = {
     "model.d_ff": {"model.d_ff": "512"},
     "model.num_experts": {"model.num_experts": "8"},
     "model.experts_per_token": {"model.experts_per_token": "3"},
+    "model.attention.qk_norm": {"model.attention.qk_norm": "head"},
+    "model.attention.bias": {"model.attention.bias": "true"},
+    "model.attention.output_bias": {"model.attention.output_bias": "true"},
+    "model.attention.multiplier": {"model.attention.multiplier": "0.1"},
+    "model.rope.rotary_dim": {"model.rope.rotary_dim": "16"},
+    "model.router.scaling": {"model.router.scaling": "2.5"},
+    "model.shared_gate": {"model.shared_gate": "true", "model.shared_d_ff": "64"},
+    "model.embedding_multiplier": {"model.embedding_multiplier": "12"},
+    "model.residual_multiplier": {"model.residual_multiplier": "0.22"},
+    "model.logits_divisor": {"model.logits_divisor": "6"},
     "model.router.score": {"model.router.score": "sigmoid"},
     "model.router.renormalize": {"model.router.renormalize": "false"},
     "model.router.bias": {"model.router.bias": "true", "balance.bias_update_rate": "0.01"},
@@ -172,7 +182,7 @@ def test_many_differences_are_still_one_line(tmp_path):
     other = asked(**{path: text for overrides in fixed for path, text in overrides.items()})
     message = error_of(check_run, record_of(RUN), other, tmp_path, override=True)
     assert message.count("asked for") == 8
-    assert "; and 8 more; " in message
+    assert "; and 12 more; " in message
     paths = ",".join(f"/a/long/path/{i}" for i in range(100))
     [difference] = compare(RUN, asked(**{"data.paths": paths}))
     assert len(str(difference)) < 130

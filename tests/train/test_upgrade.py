@@ -129,6 +129,14 @@ PLAN = dataclasses.replace(
         ),
     ),
 )
+NEW = [  # what no model of version 0.1 had
+    f"config.model.{field}"
+    for field in (
+        "attention.qk_norm=none", "attention.bias=False", "attention.output_bias=False", "attention.multiplier=0.0",
+        "rope.rotary_dim=0", "router.scaling=1.0", "shared_gate=False", "embedding_multiplier=1.0",
+        "residual_multiplier=1.0", "logits_divisor=1.0",
+    )
+]  # fmt: skip
 CASES = {"one layout": ("[]", EXPECTED), "a plan": (BUCKETS, PLAN)}
 
 
@@ -145,7 +153,8 @@ def test_run_json_is_the_run_that_it_was(buckets, expected, tmp_path):
     append_start(tmp_path, start(buckets))
     record = read_record(tmp_path)
     assert record.config == expected
-    assert (record.data_fingerprint, record.has_checkpoint, record.lines) == ("f00d", False, ())
+    line = f"{tmp_path / RECORD_FILE}: {', '.join(NEW)} taken from the defaults: the record has no such field"
+    assert (record.data_fingerprint, record.has_checkpoint, record.lines) == ("f00d", False, (line,))
 
 
 @pytest.mark.parametrize(("buckets", "expected"), CASES.values(), ids=CASES)
@@ -160,9 +169,8 @@ def test_a_checkpoints_metadata_is_the_run_that_it_was(buckets, expected, tmp_pa
     assert record.config == expected
     assert (record.data_fingerprint, record.has_checkpoint) == ("f00d", True)
     assumed = "replica=1 hardware=cpu host_axis=expert" if buckets == "[]" else ""
-    defaults = ", ".join(f"config.layouts[0].mesh.{field}" for field in assumed.split())
-    line = f"{path}: {defaults} taken from the defaults: the record has no such field"
-    assert record.lines == ((line,) if assumed else ())
+    defaults = ", ".join([*NEW, *(f"config.layouts[0].mesh.{field}" for field in assumed.split())])
+    assert record.lines == (f"{path}: {defaults} taken from the defaults: the record has no such field",)
 
 
 @pytest.mark.parametrize(
