@@ -71,13 +71,11 @@ def mixtral_8x7b() -> ModelConfig:
 
 
 def olmoe_7b() -> ModelConfig:
-    """The shape of OLMoE-1B-7B (arXiv 2409.02060, table 10): 6.9 B parameters, 1.3 B of them active, many small
-    experts. Its norms of queries and keys are left out.
-    """
+    """OLMoE-1B-7B (arXiv 2409.02060, table 10): 6.9 B parameters, 1.3 B of them active, many small experts."""
     return ModelConfig(
         num_layers=16,
         d_model=2048,
-        attention=AttentionConfig(num_heads=16, num_kv_heads=16, head_dim=128),
+        attention=AttentionConfig(num_heads=16, num_kv_heads=16, head_dim=128, qk_norm="projection"),
         d_ff=1024,
         num_experts=64,
         experts_per_token=8,

@@ -12,22 +12,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, QkNorm
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """Softmax attention with grouped keys and values.
 
-    `window` tokens are seen by a query, 0 for all. `qk_norm` normalizes queries and keys: "head" shares a scale of
-    `head_dim` between heads, "full" has one for each element, "" does not. `sinks` adds a learned score a head.
+    `window` tokens are seen by a query, 0 for all. `qk_norm` is that of `moejax.config.AttentionConfig`. `sinks` adds a
+    learned score a head.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     window: int = 0
-    qk_norm: str = ""
+    qk_norm: QkNorm = "none"
     qkv_bias: bool = False
     out_bias: bool = False
     sinks: bool = False
@@ -58,7 +58,7 @@ class Attention:
         return [(d_model, self.q_dim + 2 * self.kv_dim), (self.q_dim, d_model)]
 
     def other_parameters(self, d_model: int) -> int:
-        norms = {"": 0, "head": 2 * self.head_dim, "full": self.q_dim + self.kv_dim}[self.qk_norm]
+        norms = {"none": 0, "head": 2 * self.head_dim, "projection": self.q_dim + self.kv_dim}[self.qk_norm]
         biases = self.qkv_bias * (self.q_dim + 2 * self.kv_dim) + self.out_bias * d_model
         return norms + biases + self.sinks * self.num_heads
 
@@ -158,6 +158,7 @@ class Experts:
     d_ff: int
     gated: bool = True
     shared_d_ff: int = 0
+    shared_gate: bool = False
     latent: int = 0
     bias: bool = False
     router_bias: bool = False
@@ -171,9 +172,9 @@ class Experts:
         return FeedForward(self.d_ff, self.gated, self.bias).parameters(self.width(d_model))
 
     def always_parameters(self, d_model: int) -> int:
-        """Of what every token passes: router, latent projections, shared expert."""
+        """Of what every token passes: router, latent projections, shared expert with its gate."""
         shared = FeedForward(self.shared_d_ff, self.gated).parameters(d_model)
-        return (d_model + self.router_bias) * self.num + 2 * d_model * self.latent + shared
+        return (d_model + self.router_bias) * self.num + d_model * (2 * self.latent + self.shared_gate) + shared
 
 
 Mixer = Attention | LatentAttention | StateSpace
@@ -223,10 +224,13 @@ class Architecture:
     @classmethod
     def from_config(cls, model: ModelConfig, name: str = "") -> Architecture:
         """The same for a model that moejax trains."""
-        attention = Attention(model.attention.num_heads, model.attention.num_kv_heads, model.attention.head_dim)
+        a = model.attention
+        attention = Attention(
+            a.num_heads, a.num_kv_heads, a.head_dim, qk_norm=a.qk_norm, qkv_bias=a.bias, out_bias=a.output_bias
+        )
         experts = Experts(
             model.num_experts, model.experts_per_token, model.d_ff,
-            shared_d_ff=model.shared_d_ff, router_bias=model.router.bias,
+            shared_d_ff=model.shared_d_ff, shared_gate=model.shared_gate, router_bias=model.router.bias,
         )  # fmt: skip
         dense = ((model.num_dense_layers, Layer(attention, FeedForward(model.dense_d_ff))),)
         return cls(

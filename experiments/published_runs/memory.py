@@ -144,7 +144,7 @@ def mixer_bytes(layer: Layer, run: Run) -> float:
         inner = mixer.q_dim + mixer.num_heads * (mixer.score_dim + 2 * mixer.value_dim)
         return ends + latents + 2.0 * inner / run.tp
     assert isinstance(mixer, Attention)
-    twice = 2 if mixer.qk_norm else 1  # what the norm takes and gives
+    twice = 2 if mixer.qk_norm != "none" else 1  # what the norm takes and gives
     return ends + 2.0 * (twice * (mixer.q_dim + mixer.kv_dim) + mixer.kv_dim + mixer.q_dim) / run.tp
 
 

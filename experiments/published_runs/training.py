@@ -150,7 +150,7 @@ class _Builder:
         for pass_, n, k, repeats in products:
             self.work.append(Matmul("attention", pass_, rows, n, k, groups, repeats))
         rope = 4.0 * self.tokens * (mixer.q_dim + mixer.kv_dim) / tp
-        normed = isinstance(mixer, LatentAttention) or bool(mixer.qk_norm)
+        normed = isinstance(mixer, LatentAttention) or mixer.qk_norm != "none"
         self.memory_op("attention", rope * (1 + normed), times, again=again, backward=1.5)
         if run.cp > 1:
             size = 2.0 * self.tokens * mixer.cache_dim / tp
