@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import BALANCE, CI_CASES, MODEL, Case, make_batch, per_device_values, relative_error
+from cases import BALANCE, CI_CASES, MODEL, Case, make_batch, per_device_values, relative_error, variant
 from reference import oracle
 from tiers import full_unless
 
-from moejax.config import OptimizerConfig
+from moejax.config import OptimizerConfig, RouterConfig
 from moejax.train.step import TrainState, make_train_step
 
 STEPS = 20
@@ -89,6 +89,16 @@ def test_no_device_disagrees_after_a_step(case):
     for path, x in jax.tree.leaves_with_path(stepped(case)):
         for values in per_device_values(x):
             assert all(value.tobytes() == values[0].tobytes() for value in values), jax.tree_util.keystr(path)
+
+
+def test_a_bias_without_a_rate_stays_as_it_is():
+    case = Case(1, 1, 1, model=variant(num_layers=1, router=RouterConfig(bias=True)))
+    balance = dataclasses.replace(BALANCE, bias_update_rate=0.0)
+    step = make_train_step(dataclasses.replace(case.program, balance=balance), OPTIMIZER, steps=STEPS)
+    state, _ = step(first_state(case, step), step.put_batch(case.batch))
+    before, after = case.logical_params["layers"]["moe"], case.unplace(state.params)["layers"]["moe"]
+    np.testing.assert_array_equal(after["router_bias_E"], before["router_bias_E"])
+    assert (after["w_router_DE"] != before["w_router_DE"]).any()
 
 
 @pytest.mark.full
