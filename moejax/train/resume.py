@@ -41,7 +41,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("layout.dispatch.strategy", "layout.dispatch.capacity_factor"), "drops"),
     **dict.fromkeys(
         (
-            "seed", "layout.grad_accumulation_steps", "layout.dispatch.wire_dtype",
+            "seed", "init", "layout.grad_accumulation_steps", "layout.dispatch.wire_dtype",
             "model.experts_per_token", "model.router_score", "model.router_renormalize", "model.max_seq_len",
             "model.rope_theta", "model.norm_eps", "model.dtype",
             "balance.aux_loss_weight", "balance.sequence_loss_weight", "balance.z_loss_weight",

@@ -91,6 +91,7 @@ OTHERS = {
     "memory_limit_bytes": {"memory_limit_bytes": "7"},
     "compiler_options": {"compiler_options": "a=b"},
     "seed": {"seed": "7"},
+    "init": {"init": "elsewhere"},
 }
 RUN = TrainConfig()
 LAYOUTS = (Layout(MeshConfig(2), 32, 16), Layout(MeshConfig(1, 2), 64, 8))
