@@ -11,6 +11,8 @@ from moejax.config import ConfigError
 from moejax.data import ByteTokenizer
 from moejax.interop.tensors import find_tensors
 
+pytestmark = pytest.mark.full  # all of them need a run
+
 CONFIG = """
 from moejax.config import DataConfig, ModelConfig
 from moejax.layout import Layout
@@ -40,7 +42,6 @@ def exported(tmp_path_factory):
     return folder
 
 
-@pytest.mark.full
 def test_a_run_begins_with_what_another_left(exported, monkeypatch):
     monkeypatch.chdir(exported)
     begun = ("--init=exported", "--data=text.txt", "--config.layout.seq_len=16", "--config.layout.batch_size=8")

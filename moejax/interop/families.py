@@ -10,11 +10,11 @@ passed over could change every logit.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moejax import strict_json
 from moejax.config import ConfigError, ModelConfig, check
 from moejax.interop.rows import Row
 
@@ -31,7 +31,7 @@ LAYER = "model.layers.{layer}."
 
 def shown(value: Any) -> str:
     """Returns the beginning of a value as config.json has it."""
-    text = json.dumps(value)
+    text = strict_json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 

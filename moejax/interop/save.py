@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moejax import strict_json
 from moejax.config import Dtype, ModelConfig, check, expand
 from moejax.data import Tokenizer
 from moejax.data.separators import ENDOFTEXT
@@ -69,7 +69,7 @@ def save_hf(
         return family.model_type
     partial = new_folder(path)
     config = config_json(program.model, family, dtype)
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (partial / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
     for name, content in (files or {}).items():
         (partial / name).write_bytes(content)
     write_tensors(
@@ -101,7 +101,7 @@ def tokenizer_files(tokenizer: Tokenizer, source: str | Path | None = None) -> d
     }  # fmt: skip
     return {
         "tokenizer.json": tokenizer.to_json().encode(),
-        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        "tokenizer_config.json": (strict_json.dumps(settings, indent=2) + "\n").encode(),
     }
 
 

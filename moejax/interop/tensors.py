@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moejax import strict_json
 from moejax.config import ConfigError, check
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -221,7 +222,7 @@ def write_tensors(
     if len(groups) > 1:
         where = {tensor.name: name for name, group in zip(names, groups, strict=True) for tensor in group}
         index = {"metadata": {"total_size": written}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(strict_json.dumps(index, indent=2) + "\n")
 
 
 def _header(tensors: Iterable[NewTensor]) -> bytes:
@@ -233,7 +234,7 @@ def _header(tensors: Iterable[NewTensor]) -> bytes:
             "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
         }  # fmt: skip
         offset = end
-    text = json.dumps(content).encode()
+    text = strict_json.dumps(content).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors' bytes are aligned
     return struct.pack("<Q", len(text)) + text
 
