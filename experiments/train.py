@@ -3,6 +3,7 @@
     python experiments/train.py
     python experiments/train.py --config=small --data=~/texts --tokenizer=bpe
     python experiments/train.py --config.model.num_layers=8 --mesh=cpu_16_expert --config.layout.batch_size=32
+    python experiments/train.py --init=~/models/mixtral --data=~/texts  # a Hugging Face checkpoint's model and weights
     python experiments/train.py --config=mixed --plan=cpu_16_mixed     # a plan: lengths mixed, each on its own mesh
 
 A run that was stopped goes on, as what it was, when it is started again with its --workdir and nothing else. Flags that

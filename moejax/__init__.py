@@ -28,6 +28,7 @@ from moejax.train.config import TrainConfig
 from moejax.train.step import TrainState, TrainStep, make_train_step
 
 if TYPE_CHECKING:
+    from moejax.interop import load_hf, read_model_config, save_hf
     from moejax.train.checkpoint import Checkpointer, CheckpointError
     from moejax.train.loop import Trainer
     from moejax.train.metrics import MetricsWriter, read_metrics
@@ -66,9 +67,12 @@ __all__ = [
     "compile_only_devices",
     "get_preset",
     "load_data",
+    "load_hf",
     "local_mesh_config",
     "make_train_step",
     "read_metrics",
+    "read_model_config",
+    "save_hf",
     "setup_jax",
     "use_virtual_devices",
 ]
@@ -80,7 +84,10 @@ if not TYPE_CHECKING:  # a type checker must not take any name for one that is h
         "Checkpointer": "moejax.train.checkpoint",
         "MetricsWriter": "moejax.train.metrics",
         "Trainer": "moejax.train.loop",
+        "load_hf": "moejax.interop",
         "read_metrics": "moejax.train.metrics",
+        "read_model_config": "moejax.interop",
+        "save_hf": "moejax.interop",
     }
 
     def __getattr__(name: str) -> Any:

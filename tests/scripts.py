@@ -12,7 +12,10 @@ from unittest import mock
 import jax
 
 from experiments.shared import common, loading
-from moejax import runtime
+from moejax import ModelConfig, runtime
+from moejax.data import ByteTokenizer
+from moejax.interop.families import family_to_write
+from moejax.interop.save import config_json
 from moejax.topology import find_target
 
 EXPERIMENTS = loading.EXPERIMENTS
@@ -63,6 +66,14 @@ def parse_command(name, arguments):
         value = script_flags[flag].value if flag in script_flags else None
         for found in value if isinstance(value, list) else [value] if value else []:
             find(found)
+
+
+def write_model_folder(folder, model=ModelConfig()):  # noqa: B008
+    """Writes what `train.py --init` reads of a Hugging Face checkpoint before it loads weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    family = family_to_write(model)
+    (folder / "config.json").write_text(json.dumps(config_json(model, family, "float32")))
+    (folder / "tokenizer.json").write_text(ByteTokenizer().to_json())
 
 
 def run_script(name, *arguments, status=0):

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from scripts import EXPERIMENTS, SCRIPTS, parse_command, run_script
+from scripts import EXPERIMENTS, SCRIPTS, parse_command, run_script, write_model_folder
 
 from experiments.shared import common
 from moejax.layout import Layout
@@ -29,6 +29,8 @@ SHORT = (  # evaluated and saved less often than there are steps
 @pytest.mark.parametrize(("script", "arguments"), EXAMPLES)
 def test_the_examples_of_help_are_understood(script, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_model_folder(tmp_path / "models" / "mixtral")
     (tmp_path / "experiments" / "results").mkdir(parents=True)  # where some of them write
     write_plan_file("plan.py", (Layout(MeshConfig(16), 64, 32),), "moe_16x10b", "What the example before wrote.")
     parse_command(script, shlex.split(arguments, comments=True))

@@ -39,7 +39,7 @@ def error_of(*arguments):
 def test_defaults():
     config = parse()
     assert config == loading.load_config("quickstart").with_layout(mesh=MeshConfig(expert=4, pipeline=2, tensor=2))
-    assert config.model == dataclasses.replace(tiny(), vocab_size=config.data.tokenizer_vocab_size)
+    assert config.model == dataclasses.replace(tiny(), num_layers=2, vocab_size=config.data.tokenizer_vocab_size)
 
 
 def test_names_and_overrides():
@@ -296,10 +296,10 @@ def test_help_lists_flags_and_fields(flag, capsys):
         parse(flag, "--config.steps=77")
     assert not stop.value.code
     printed = capsys.readouterr().out
-    for part in ("--compilation_cache_dir", "--config.model.num_layers=4", "--config.steps=77", "--mesh.expert=4"):
+    for part in ("--compilation_cache_dir", "--config.model.num_layers=2", "--config.steps=77", "--mesh.expert=4"):
         assert part in printed
     for part in (
-        "num_layers=4 +layers in all",
+        "num_layers=2 +layers in all",
         r"gather=step +when dense [^=]*\(step\s+\|\s+layer\)",
         "Meshes: .*single",
     ):

@@ -33,7 +33,8 @@ LAYERS = (
     {"metrics"},
     {"model", "data"},
     {"program"},
-    {"modules", "train", "planner", "serve", "interop"},
+    {"interop"},
+    {"modules", "train", "planner", "serve"},
     {"profiling"},
 )
 ONLY = {"data": {"cache", "config"}}  # narrower than the layers say

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from scripts import EXPERIMENTS, SCRIPTS, load_script, parse_command
+from scripts import EXPERIMENTS, SCRIPTS, load_script, parse_command, write_model_folder
 
 from experiments.shared import common, loading
 from moejax.layout import Layout
@@ -59,7 +59,7 @@ COMMANDS = sorted({tuple(command) for path in READMES for command in commands(pa
 
 
 def test_there_are_readmes_and_commands():
-    folders = ("balance", "data", "dispatch", "planner", "profiling", "train")
+    folders = ("balance", "data", "dispatch", "interop", "planner", "profiling", "train")
     assert {Path("moejax", folder, "README.md") for folder in folders} < set(READMES)
     assert len(COMMANDS) > 30
 
@@ -69,6 +69,7 @@ def test_a_command_is_understood(command, tmp_path, monkeypatch, pytestconfig):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     write_plan_file("plan.py", (Layout(MeshConfig(16), 64, 32),), "moe_16x10b", "What plan.py wrote.")
+    write_model_folder(tmp_path / "models" / "mixtral")
     check_command(list(command), pytestconfig)
 
 

@@ -3,12 +3,13 @@
 import pytest
 
 
-def full_unless(fast, values):
-    """Returns `values` as parameters of a test, with the mark `full` unless `fast(value)` holds.
+def full_unless(fast, values, slow=lambda value: False):
+    """Returns `values` as parameters of a test: fast those for which `fast(value)` holds, `full` or `slow` the others.
 
     A tuple is one value per argument.
     """
-    return [
-        pytest.param(*value if isinstance(value, tuple) else (value,), marks=() if fast(value) else pytest.mark.full)
-        for value in values
-    ]
+
+    def marks(value):
+        return () if fast(value) else pytest.mark.slow if slow(value) else pytest.mark.full
+
+    return [pytest.param(*value if isinstance(value, tuple) else (value,), marks=marks(value)) for value in values]

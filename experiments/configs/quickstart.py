@@ -1,6 +1,7 @@
-"""The `tiny` model on byte-pair tokens: a first run, about three minutes on two cores.
+"""Two layers of the `tiny` model on byte-pair tokens: a first run, about three minutes on two slow cores.
 
-A token stands for 3 bytes on average, so a step sees three times the text that it would as bytes.
+A token stands for 3 bytes on average, so a step sees three times the text that it would as bytes. In so few steps two
+layers learn as much as four, in half the time.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from moejax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    model = dataclasses.replace(tiny(), vocab_size=2048)
+    model = dataclasses.replace(tiny(), num_layers=2, vocab_size=2048)
     return TrainConfig(
         model=model,
         # Virtual devices share a CPU, where experts that compute empty rows of a buffer cost time: a step takes 1.0 s
@@ -23,8 +24,8 @@ def get_config() -> TrainConfig:
         balance=dataclasses.replace(BalanceConfig.suited_to(model), bias_update_rate=0.03, capacity_factors=()),
         data=DataConfig(tokenizer="bpe", tokenizer_vocab_size=2048),
         optimizer=OptimizerConfig(learning_rate=5e-3),
-        steps=104,
-        eval_every=52,
-        checkpoint=CheckpointConfig(every=104),  # at the end only
+        steps=100,
+        eval_every=50,
+        checkpoint=CheckpointConfig(every=100),  # at the end only
         sample_tokens=64,
     )

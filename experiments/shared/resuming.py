@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from absl import flags
 
 from experiments.shared.common import ConfigFlags
+from moejax.config import BalanceConfig, DataConfig, check, expand
+from moejax.interop import read_model_config
 from moejax.layout import Layout
 from moejax.train.config import TrainConfig
 from moejax.train.resume import read_record
 
 
 class RunFlags(ConfigFlags):
-    """The flags of a script that trains, with --workdir and --override.
+    """The flags of a script that trains, with --workdir, --override and --init.
 
     If --workdir holds a run, its record replaces the defaults of --config and of --mesh or --plan. Flags that are given
     still count; `Trainer` then compares what was asked for with the record.
@@ -26,11 +29,18 @@ class RunFlags(ConfigFlags):
             "Where checkpoints and metrics go; a run that is there goes on. Default: a new folder in runs/.",
             folder=True,
         )
+        flags.DEFINE_string(
+            "init", None,
+            "A Hugging Face checkpoint's folder to begin with: its model, weights and tokenizer, instead of --config.",
+            flag_values=self,
+        )  # fmt: skip
         flags.DEFINE_boolean(
             "override", False, "Resume the run in --workdir even if flags make it another one.", flag_values=self
         )
 
     def _base_config(self, name: str) -> TrainConfig:
+        if self.init is not None:
+            return self._initialized()
         run = self._run("config")
         return super()._base_config(name) if run is None else run
 
@@ -43,7 +53,24 @@ class RunFlags(ConfigFlags):
         return (config.layout.replace(mesh=run.layout.mesh),), ""
 
     def _vocabulary_follows(self, overrides: Mapping[str, str]) -> bool:
-        return self._run("config") is None and super()._vocabulary_follows(overrides)
+        return self.init is None and self._run("config") is None and super()._vocabulary_follows(overrides)
+
+    def _initialized(self) -> TrainConfig:
+        """Returns the configuration of a run that begins with --init, before overrides."""
+        check(not self["config"].present, f"--config={self.config} and --init={self.init} both say the model; give one")
+        model = read_model_config(self.init)
+        folder = expand(self.init, "init")
+        check(
+            self.tokenizer is not None or Path(folder, "tokenizer.json").is_file(),
+            f"--init={self.init} has no tokenizer.json; give its model's tokenizer with --tokenizer",
+        )
+        return TrainConfig(
+            model=model,
+            layouts=(Layout(seq_len=min(Layout().seq_len, model.max_seq_len)),),
+            balance=BalanceConfig.suited_to(model),
+            data=DataConfig(tokenizer=str(folder)),
+            init=str(folder),
+        )
 
     def _run(self, flag: str) -> TrainConfig | None:
         """Returns the run in --workdir; None if there is none, or if `flag`, whose default it replaces, was given."""

@@ -54,6 +54,9 @@ class Tokenizer(Protocol):
     def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """How many UTF-8 bytes of text the integer ids (of any shape) stand for; a separator for 0."""
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, which the `tokenizers` library and transformers read."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes are the ids. Byte 0, which no text file holds, is the separator."""
@@ -77,6 +80,15 @@ class ByteTokenizer:
 
     def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         return int(np.count_nonzero(np.asarray(ids) != self.separator))
+
+    def to_json(self) -> str:
+        _, *characters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=_byte_of)  # no text has byte 0
+        vocabulary = {character: i for i, character in enumerate([ENDOFTEXT, *characters])}
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.add_special_tokens([ENDOFTEXT])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer.to_str()
 
 
 class BpeTokenizer:
@@ -128,6 +140,9 @@ class BpeTokenizer:
     def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         return int(self._bytes_V[np.asarray(ids, np.int64)].sum())
 
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
     def _count_bytes(self) -> np.ndarray:
         """int64[vocab_size]: the UTF-8 bytes that each id stands for."""
         # The decoder tells whether "é" is the byte 0xE9, as byte-level tokenizers write it, or itself.
@@ -158,6 +173,13 @@ class BpeTokenizer:
             f"tokenizer={name!r} gives {self.decode(ids)!r} for {_PROBE!r}; use one that gives every text back: "
             "byte-level BPE, or byte fallback without a normalizer",
         )
+
+
+def _byte_of(character: str) -> int:
+    """Returns the byte that a byte-level tokenizer shows as this character: printable ones as themselves (GPT-2)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return ord(character) if ord(character) < 256 else hidden[ord(character) - 256]
 
 
 def make_tokenizer(

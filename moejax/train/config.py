@@ -54,6 +54,7 @@ class TrainConfig:
     memory_limit_bytes: int = 0  # of a device, which a step is made to fit in; 0: what the device's runtime says
     compiler_options: tuple[str, ...] = ()  # of XLA, name=value, separated by commas
     seed: int = 0  # of the parameters
+    init: str = ""  # a Hugging Face checkpoint's folder, whose weights the run begins with; "" for random ones
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -18,6 +18,7 @@ from moejax.balance import BoundWatch
 from moejax.batch import counted_targets
 from moejax.config import BalanceConfig, ConfigError, check, expand, one_line
 from moejax.data import Data, load_data
+from moejax.interop import load_hf
 from moejax.overrides import from_record
 from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.config import TrainConfig
@@ -197,7 +198,7 @@ class Trainer:
     def _restore_or_init(self, checkpointer: Checkpointer, batches: Any) -> tuple[TrainState, int]:
         metadata = checkpointer.read_metadata()
         if metadata is None:
-            return self.train_step.init(jax.random.key(self.config.seed)), 0
+            return self._init(), 0
         draws = metadata.get("draws", [])
         check(
             draws == self._draws(),
@@ -220,6 +221,13 @@ class Trainer:
         )
         self._progress.say(f"resumed {self.workdir} at step {step}")
         return state, step
+
+    def _init(self) -> TrainState:
+        if not self.config.init:
+            return self.train_step.init(jax.random.key(self.config.seed))
+        loaded = load_hf(self.config.init, self.program, self._progress.update)
+        self._progress.say(f"{self.config.init}: {loaded}")
+        return self.train_step.init_from(loaded.params)
 
     def _changed_windows(self, metadata: dict[str, Any]) -> str:
         """Returns the fields whose change leaves a checkpoint's balancer state without a meaning, "" if none did."""

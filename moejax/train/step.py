@@ -91,8 +91,14 @@ class TrainStep:
         """A fresh state, made where it is stored; the same key gives the same one on every mesh."""
         return run_once(self._init, self.state_shardings, key)
 
+    def init_from(self, params: Params) -> TrainState:
+        """A state that begins with these parameters, which it takes over, as the program stores them."""
+        return run_once(self._init_from, self.state_shardings, params)
+
     def _init(self, key: jax.Array) -> TrainState:
-        params = make_params(self.program.table, key)
+        return self._init_from(make_params(self.program.table, key))
+
+    def _init_from(self, params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), self.program.balancer.init())
 
     def put_batch(self, batch: Any) -> Batch:

@@ -122,7 +122,9 @@ class TestEveryImplementation:
         np.testing.assert_array_equal(before[:, :25], after[:, :25])
         assert (before[:, 25:] != after[:, 25:]).any()
 
-    @pytest.mark.parametrize("attend", full_unless("reference".__eq__, IMPLEMENTATIONS), indirect=True)
+    @pytest.mark.parametrize(
+        "attend", full_unless("reference".__eq__, IMPLEMENTATIONS, slow=["tpu"].__contains__), indirect=True
+    )
     def test_within_shard_map_checkpoint_and_scan(self, attend):
         """Heads over `tensor`, the batch over `expert` and `pipeline`, k and v stored alike on all of `pipeline`."""
         mesh = jax.make_mesh((2, 2, 2), ("expert", "pipeline", "tensor"), axis_types=(AxisType.Auto,) * 3)

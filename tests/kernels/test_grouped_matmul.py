@@ -108,7 +108,9 @@ class TestEveryImplementation:
         got = value_and_gradients(implementation, jnp.where(past, 1e3, x), w, sizes, jnp.where(past, 1e3, dy))
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
-    @pytest.mark.parametrize("implementation", full_unless("cpu".__eq__, BACKENDS), indirect=True)
+    @pytest.mark.parametrize(
+        "implementation", full_unless("cpu".__eq__, BACKENDS, slow=["tpu", "gpu"].__contains__), indirect=True
+    )
     def test_within_shard_map_checkpoint_scan_and_cond(self, implementation):
         """Rows over 16 devices, one matrix for every pair of them, and loops that turn differently on each."""
         mesh = jax.make_mesh((8, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2)

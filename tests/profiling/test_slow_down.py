@@ -65,7 +65,7 @@ def traced(directory) -> tuple[Trace, set[str]]:
     ("phase", "module", "name"),
     [
         ("expert", jax.nn, "silu"),
-        pytest.param("optimizer", moejax.train.step, "clip_by_global_norm", marks=pytest.mark.full),
+        pytest.param("optimizer", moejax.train.step, "clip_by_global_norm", marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_slow_down_shows_in_its_phase_alone(tmp_path, monkeypatch, phase, module, name):

@@ -38,6 +38,7 @@ def make_step(balance=LINEAR, **fields):
     return make_train_step(Program(model, LAYOUT.replace(**fields), balance=balance), OPTIMIZER, steps=9)
 
 
+@pytest.mark.full
 def test_the_last_rung_is_the_same_step():
     first = make_step()
     last = first.with_layout(**vars(list(first.program.layout.smaller(first.program.model))[-1]))

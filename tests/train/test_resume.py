@@ -101,6 +101,7 @@ OTHERS = {
     "memory_limit_bytes": {"memory_limit_bytes": "7"},
     "compiler_options": {"compiler_options": "a=b"},
     "seed": {"seed": "7"},
+    "init": {"init": "elsewhere"},
 }
 RUN = TrainConfig()
 LAYOUTS = (Layout(MeshConfig(2), 32, 16), Layout(MeshConfig(1, 2), 64, 8))
@@ -460,8 +461,8 @@ def test_a_model_that_cannot_go_on_is_refused_before_anything_is_built(config, w
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"balance.window": "2"}, "balance.window=32 became 2"),
-        ({"balance.window": "64"}, "balance.window=32 became 64"),
+        pytest.param({"balance.window": "2"}, "balance.window=32 became 2", marks=pytest.mark.slow),
+        pytest.param({"balance.window": "64"}, "balance.window=32 became 64", marks=pytest.mark.full),
         ({"balance.capacity_factors": "1,2"}, "balance.capacity_factors=() became (1.0, 2.0)"),
     ],
 )

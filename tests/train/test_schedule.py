@@ -75,6 +75,7 @@ def finished(config, tmp_path_factory):
     return workdir, trainer(config, workdir).run()
 
 
+@pytest.mark.full
 def test_a_mixed_run_draws_every_length_and_says_what_ran(config, finished):
     workdir, summary = finished
     recorded = read_metrics(workdir)

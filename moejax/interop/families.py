@@ -1,0 +1,473 @@
+"""Families: the architectures of Hugging Face whose checkpoints moejax reads and writes.
+
+A family is a few functions beside each other: config.json -> `ModelConfig`, back again, and the rows of its tensors
+(`moejax.interop.rows`). `FAMILIES` has them by the `model_type` that config.json says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moejax.config import AttentionConfig, ConfigError, ModelConfig, RouterConfig, check
+from moejax.interop.hf_config import HfConfig, shown
+from moejax.interop.rows import Row
+from moejax.overrides import describe
+
+LAYER = "model.layers.{layer}."
+Fields = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture: its names at Hugging Face, its configuration both ways, and its tensors.
+
+    `ignored` are beginnings of stored names that are left out on purpose: layers that only predict further tokens.
+    """
+
+    model_type: str
+    architecture: str
+    read_config: Callable[[HfConfig], ModelConfig]
+    write_config: Callable[[ModelConfig], Fields]
+    rows: Callable[[ModelConfig], tuple[Row, ...]]
+    ignored: Callable[[ModelConfig], tuple[str, ...]] = lambda m: ()
+
+
+# Rows.
+
+
+def attention_rows(where: str, m: ModelConfig) -> tuple[Row, ...]:
+    """Returns the rows of attention and its norm, in the group `where` of layers."""
+    own, theirs = f"{where}.attention.", LAYER + "self_attn."
+    rows = [
+        Row(own + "norm_D", LAYER + "input_layernorm.weight", "D"),
+        Row(own + "w_q_DNH", theirs + "q_proj.weight", "(N H) D"),
+        Row(own + "w_kv_DGKH", theirs + "k_proj.weight", "(K H) D", part=0),
+        Row(own + "w_kv_DGKH", theirs + "v_proj.weight", "(K H) D", part=1),
+        Row(own + "w_o_NHD", theirs + "o_proj.weight", "D (N H)"),
+    ]
+    if m.attention.bias:
+        rows += [
+            Row(own + "b_q_NH", theirs + "q_proj.bias", "(N H)"),
+            Row(own + "b_kv_GKH", theirs + "k_proj.bias", "(K H)", part=0),
+            Row(own + "b_kv_GKH", theirs + "v_proj.bias", "(K H)", part=1),
+        ]
+    if m.attention.output_bias:
+        rows += [Row(own + "b_o_D", theirs + "o_proj.bias", "D")]
+    if m.attention.qk_norm == "head":
+        rows += [Row(f"{own}norm_{x}_H", f"{theirs}{x}_norm.weight", "H") for x in ("q", "k")]
+    if m.attention.qk_norm == "projection":
+        rows += [
+            Row(own + "norm_q_NH", theirs + "q_norm.weight", "(N H)"),
+            Row(own + "norm_k_KH", theirs + "k_norm.weight", "(K H)"),
+        ]
+    return tuple(rows)
+
+
+def swiglu_rows(own: str, theirs: str) -> tuple[Row, ...]:
+    """Returns the rows of a SwiGLU that every token visits."""
+    return (
+        Row(own + "w_in_DGF", theirs + "gate_proj.weight", "F D", part=0),
+        Row(own + "w_in_DGF", theirs + "up_proj.weight", "F D", part=1),
+        Row(own + "w_out_FD", theirs + "down_proj.weight", "D F"),
+    )
+
+
+def common_rows(m: ModelConfig) -> tuple[Row, ...]:
+    """Returns the rows of all but the router and the experts, as in Llama."""
+    rows = [
+        Row("embed.table_VD", "model.embed_tokens.weight", "V D"),
+        *attention_rows("layers", m),
+        Row("layers.moe_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
+        Row("head.norm_D", "model.norm.weight", "D"),
+    ]
+    if not m.tie_embeddings:
+        rows += [Row("head.w_DV", "lm_head.weight", "V D")]
+    if m.num_dense_layers:
+        rows += [
+            *attention_rows("dense_layers", m),
+            Row("dense_layers.feed_forward_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
+            *swiglu_rows("dense_layers.feed_forward.", LAYER + "mlp."),
+        ]
+    return tuple(rows)
+
+
+def expert_rows(block: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Row, ...]:
+    """Returns the rows of the router and of experts that have a tensor each; `names` are of gate, up and down."""
+    gate, up, down = (f"{LAYER}{block}.experts.{{expert}}.{name}.weight" for name in names)
+    return (
+        Row("layers.moe.w_router_DE", f"{LAYER}{block}.gate.weight", "E D"),
+        Row("layers.moe.experts.w_in_EDGF", gate, "F D", part=0),
+        Row("layers.moe.experts.w_in_EDGF", up, "F D", part=1),
+        Row("layers.moe.experts.w_out_EFD", down, "D F"),
+    )
+
+
+def deepseek_rows(m: ModelConfig) -> tuple[Row, ...]:
+    """Returns all rows, with DeepSeek's names of the router, its selection bias, the experts and the shared expert."""
+    bias = (Row("layers.moe.router_bias_E", LAYER + "mlp.gate.e_score_correction_bias", "E"),)
+    shared = swiglu_rows("layers.moe.shared.", LAYER + "mlp.shared_experts.") if m.shared_d_ff else ()
+    return common_rows(m) + expert_rows("mlp") + bias + shared
+
+
+# Fields of config.json that several families have.
+
+
+def read_common(c: HfConfig, **attention: Any) -> Fields:
+    """Returns the fields of `ModelConfig` that every family says alike; `attention` has others of attention."""
+    c.require("hidden_act", "silu", "experts with SiLU alone")
+    c.require("use_sliding_window", False, "no window of attention")
+    c.skip("max_window_layers")  # says nothing without use_sliding_window
+    width, heads = c.number("hidden_size"), c.number("num_attention_heads")
+    head_dim = c.number("head_dim", default=width // heads)
+    return {
+        "d_model": width,
+        "num_layers": c.number("num_hidden_layers"),
+        "attention": AttentionConfig(heads, c.number("num_key_value_heads"), head_dim, **attention),
+        "rope": c.rope(head_dim),
+        "vocab_size": c.number("vocab_size"),
+        "max_seq_len": c.number("max_position_embeddings"),
+        "norm_eps": float(c.number("rms_norm_eps")),
+        "tie_embeddings": c.flag("tie_word_embeddings", default=False),
+    }
+
+
+def write_common(m: ModelConfig) -> Fields:
+    """Returns the fields of config.json that every family has under the same names."""
+    rotated = (m.rope.rotary_dim or m.attention.head_dim) / m.attention.head_dim
+    return {
+        "hidden_size": m.d_model,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.attention.num_heads,
+        "num_key_value_heads": m.attention.num_kv_heads,
+        "head_dim": m.attention.head_dim,
+        "hidden_act": "silu",
+        "vocab_size": m.vocab_size,
+        "max_position_embeddings": m.max_seq_len,
+        "rms_norm_eps": m.norm_eps,
+        "rope_theta": m.rope.theta,
+        **({"partial_rotary_factor": rotated} if rotated < 1 else {}),
+        "tie_word_embeddings": m.tie_embeddings,
+        "attention_dropout": 0.0,
+    }
+
+
+def _read_every_layer(c: HfConfig) -> None:
+    """Refuses Qwen's patterns of layers without experts."""
+    c.require("decoder_sparse_step", 1, "experts in every layer")
+    c.require("mlp_only_layers", [], "experts in every layer")
+
+
+def _read_deepseek(c: HfConfig, **attention: Any) -> ModelConfig:
+    """Reads what GLM-4.5, dots1 and others have of DeepSeek-V3's router and layers."""
+    c.require("n_group", 1, "no groups of experts")
+    c.require("topk_group", 1, "no groups of experts")
+    c.require("scoring_func", "sigmoid", "a sigmoid here")
+    c.require("moe_layer_freq", 1, "experts in every layer after the dense ones")
+    c.skip("num_nextn_predict_layers")  # those layers are left out
+    dense, width = c.number("first_k_dense_replace", default=0), c.number("moe_intermediate_size")
+    dense_d_ff = c.number("intermediate_size", default=0)
+    return ModelConfig(
+        **read_common(c, **attention),
+        d_ff=width,
+        num_experts=c.number("n_routed_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+        router=RouterConfig("sigmoid", c.flag("norm_topk_prob", False), True, float(c.number("routed_scaling_factor"))),
+        shared_d_ff=c.number("n_shared_experts") * width,
+        num_dense_layers=dense,
+        dense_d_ff=dense_d_ff if dense else 0,
+    )
+
+
+def _write_deepseek(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "attention_bias": m.attention.bias,
+        "moe_intermediate_size": m.d_ff,
+        "n_routed_experts": m.num_experts,
+        "n_shared_experts": m.shared_d_ff // m.d_ff,
+        "num_experts_per_tok": m.experts_per_token,
+        "norm_topk_prob": m.router.renormalize,
+        "routed_scaling_factor": m.router.scaling,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": m.num_dense_layers,
+        "intermediate_size": m.dense_d_ff or m.d_ff,
+    }
+
+
+# The families.
+
+
+def _read_mixtral(c: HfConfig) -> ModelConfig:
+    c.require("sliding_window", None, "no window of attention")
+    c.require("router_jitter_noise", 0.0, "no noise in the router")
+    return ModelConfig(
+        **read_common(c),
+        d_ff=c.number("intermediate_size"),
+        num_experts=c.number("num_local_experts", "num_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+    )
+
+
+def _write_mixtral(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "intermediate_size": m.d_ff,
+        "num_local_experts": m.num_experts,
+        "num_experts_per_tok": m.experts_per_token,
+        "sliding_window": None,
+        "router_jitter_noise": 0.0,
+    }
+
+
+def _read_olmoe(c: HfConfig) -> ModelConfig:
+    c.require("clip_qkv", None, "no clipping of queries, keys and values")
+    bias = c.flag("attention_bias", default=False)
+    return ModelConfig(
+        **read_common(c, qk_norm="projection", bias=bias, output_bias=bias),
+        d_ff=c.number("intermediate_size"),
+        num_experts=c.number("num_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+        router=RouterConfig(renormalize=c.flag("norm_topk_prob", default=False)),
+    )
+
+
+def _write_olmoe(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "intermediate_size": m.d_ff,
+        "num_experts": m.num_experts,
+        "num_experts_per_tok": m.experts_per_token,
+        "norm_topk_prob": m.router.renormalize,
+        "attention_bias": m.attention.bias,
+        "clip_qkv": None,
+    }
+
+
+def _read_qwen3(c: HfConfig) -> ModelConfig:
+    _read_every_layer(c)
+    c.require("sliding_window", None, "no window of attention")
+    c.skip("intermediate_size")  # of dense layers, of which there are none
+    bias = c.flag("attention_bias", default=False)
+    return ModelConfig(
+        **read_common(c, qk_norm="head", bias=bias, output_bias=bias),
+        d_ff=c.number("moe_intermediate_size"),
+        num_experts=c.number("num_local_experts", "num_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+        router=RouterConfig(renormalize=c.flag("norm_topk_prob", default=False)),
+    )
+
+
+def _write_qwen3(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "moe_intermediate_size": m.d_ff,
+        "intermediate_size": m.d_ff,
+        "num_experts": m.num_experts,
+        "num_experts_per_tok": m.experts_per_token,
+        "norm_topk_prob": m.router.renormalize,
+        "attention_bias": m.attention.bias,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def _read_qwen2(c: HfConfig) -> ModelConfig:
+    _read_every_layer(c)
+    c.skip("intermediate_size")  # of dense layers, of which there are none
+    c.skip("sliding_window")  # says nothing without use_sliding_window
+    layers = c.number("num_hidden_layers")
+    c.require("layer_types", ["full_attention"] * layers, "no window of attention")
+    return ModelConfig(
+        **read_common(c, bias=c.flag("qkv_bias", default=True)),
+        d_ff=c.number("moe_intermediate_size"),
+        num_experts=c.number("num_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+        router=RouterConfig(renormalize=c.flag("norm_topk_prob", default=False)),
+        shared_d_ff=c.number("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+
+
+def _write_qwen2(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "moe_intermediate_size": m.d_ff,
+        "intermediate_size": m.d_ff,
+        "shared_expert_intermediate_size": m.shared_d_ff,
+        "num_experts": m.num_experts,
+        "num_experts_per_tok": m.experts_per_token,
+        "norm_topk_prob": m.router.renormalize,
+        "qkv_bias": m.attention.bias,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+    }
+
+
+def _qwen2_rows(m: ModelConfig) -> tuple[Row, ...]:
+    return (
+        *common_rows(m),
+        *expert_rows("mlp"),
+        *swiglu_rows("layers.moe.shared.", LAYER + "mlp.shared_expert."),
+        Row("layers.moe.shared.w_gate_D", LAYER + "mlp.shared_expert_gate.weight", "1 D"),
+    )
+
+
+def _read_glm4(c: HfConfig) -> ModelConfig:
+    qk_norm = "head" if c.flag("use_qk_norm", default=False) else "none"
+    return _read_deepseek(c, qk_norm=qk_norm, bias=c.flag("attention_bias", default=False))
+
+
+def _write_glm4(m: ModelConfig) -> Fields:
+    return _write_deepseek(m) | {"use_qk_norm": m.attention.qk_norm == "head", "num_nextn_predict_layers": 0}
+
+
+def _read_dots1(c: HfConfig) -> ModelConfig:
+    layers = c.number("num_hidden_layers")
+    c.require("layer_types", ["full_attention"] * layers, "no window of attention")
+    c.skip("sliding_window")  # layer_types say where it is used
+    bias = c.flag("attention_bias", default=False)
+    return _read_deepseek(c, qk_norm="head", bias=bias, output_bias=bias)
+
+
+def _write_dots1(m: ModelConfig) -> Fields:
+    return _write_deepseek(m) | {"layer_types": ["full_attention"] * m.num_layers}
+
+
+def _read_minimax_m2(c: HfConfig) -> ModelConfig:
+    c.require("router_jitter_noise", 0.0, "no noise in the router")
+    c.require("use_qk_norm", True, "norms of queries and keys here")
+    c.require("qk_norm_type", "per_layer", "norms over all heads here")
+    c.require("scoring_func", "sigmoid", "a sigmoid here")
+    c.require("use_routing_bias", True, "a selection bias here")
+    return ModelConfig(
+        **read_common(c, qk_norm="projection"),
+        d_ff=c.number("intermediate_size"),
+        num_experts=c.number("num_local_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+        router=RouterConfig("sigmoid", bias=True),
+    )
+
+
+def _write_minimax_m2(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "intermediate_size": m.d_ff,
+        "num_local_experts": m.num_experts,
+        "num_experts_per_tok": m.experts_per_token,
+        "router_jitter_noise": 0.0,
+        "rotary_dim": m.rope.rotary_dim or m.attention.head_dim,
+    }
+
+
+def _minimax_m2_rows(m: ModelConfig) -> tuple[Row, ...]:
+    bias = Row("layers.moe.router_bias_E", LAYER + "block_sparse_moe.e_score_correction_bias", "E")
+    return (*common_rows(m), *expert_rows("block_sparse_moe", ("w1", "w3", "w2")), bias)
+
+
+def _read_granite(c: HfConfig) -> ModelConfig:
+    bias = c.flag("attention_bias", default=False)
+    common = read_common(
+        c, bias=bias, output_bias=bias, multiplier=float(c.number("attention_multiplier", default=1.0))
+    )
+    return ModelConfig(
+        **common,
+        d_ff=c.number("intermediate_size"),
+        num_experts=c.number("num_local_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+        embedding_multiplier=float(c.number("embedding_multiplier", default=1.0)),
+        residual_multiplier=float(c.number("residual_multiplier", default=1.0)),
+        logits_divisor=float(c.number("logits_scaling", default=1.0)),
+    )
+
+
+def _write_granite(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "intermediate_size": m.d_ff,
+        "num_local_experts": m.num_experts,
+        "num_experts_per_tok": m.experts_per_token,
+        "attention_bias": m.attention.bias,
+        "attention_multiplier": m.attention.multiplier or m.attention.head_dim**-0.5,
+        "embedding_multiplier": m.embedding_multiplier,
+        "residual_multiplier": m.residual_multiplier,
+        "logits_scaling": m.logits_divisor,
+    }
+
+
+def _granite_rows(m: ModelConfig) -> tuple[Row, ...]:
+    block = LAYER + "block_sparse_moe."
+    return (
+        *common_rows(m),
+        Row("layers.moe.w_router_DE", block + "router.layer.weight", "E D"),
+        Row("layers.moe.experts.w_in_EDGF", block + "input_linear.weight", "E (G F) D"),
+        Row("layers.moe.experts.w_out_EFD", block + "output_linear.weight", "E D F"),
+    )
+
+
+def _beyond_last_layer(m: ModelConfig) -> tuple[str, ...]:
+    return (f"model.layers.{m.num_layers}.",)
+
+
+# A model is written as the first that expresses it.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral,
+            lambda m: common_rows(m) + expert_rows("block_sparse_moe", ("w1", "w3", "w2")),
+        ),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3, _write_qwen3,
+            lambda m: common_rows(m) + expert_rows("mlp"),
+        ),
+        Family("olmoe", "OlmoeForCausalLM", _read_olmoe, _write_olmoe, lambda m: common_rows(m) + expert_rows("mlp")),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM", _read_qwen2, _write_qwen2, _qwen2_rows),
+        Family("glm4_moe", "Glm4MoeForCausalLM", _read_glm4, _write_glm4, deepseek_rows, _beyond_last_layer),
+        Family("dots1", "Dots1ForCausalLM", _read_dots1, _write_dots1, deepseek_rows),
+        Family("solar_open", "SolarOpenForCausalLM", _read_glm4, _write_deepseek, deepseek_rows),
+        Family("minimax_m2", "MiniMaxM2ForCausalLM", _read_minimax_m2, _write_minimax_m2, _minimax_m2_rows),
+        Family("granitemoe", "GraniteMoeForCausalLM", _read_granite, _write_granite, _granite_rows),
+    )
+}  # fmt: skip
+
+
+def find_family(fields: Mapping[str, Any], source: Path) -> Family:
+    """Returns the family of a config.json with these fields.
+
+    Raises:
+      ConfigError: moejax has no rows for its `model_type`.
+    """
+    model_type = fields.get("model_type")
+    check(
+        isinstance(model_type, str) and model_type in FAMILIES,
+        f"{source} has model_type={shown(model_type)}; moejax reads {', '.join(sorted(FAMILIES))}",
+    )
+    return FAMILIES[str(model_type)]
+
+
+def differences(m: ModelConfig, other: ModelConfig, *, without: frozenset[str]) -> list[str]:
+    """Returns the fields in which two models differ, as "rope.theta=1.0 (not 2.0)" with the value of `m` first."""
+    pairs = zip(describe(m), describe(other), strict=True)
+    return [f"{a.path}={a.text} (not {b.text})" for a, b in pairs if a.text != b.text and a.path not in without]
+
+
+def family_to_write(m: ModelConfig) -> Family:
+    """Returns the first family that expresses the model exactly.
+
+    Raises:
+      ConfigError: none does; the message says what the nearest one lacks.
+    """
+    lacks: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        try:
+            read = family.read_config(HfConfig(family.write_config(m), Path("config.json")))
+        except ConfigError:
+            continue
+        lacks[family.model_type] = differences(m, read, without=frozenset({"dtype"}))
+        if not lacks[family.model_type]:
+            return family
+    nearest = min(lacks, key=lambda name: len(lacks[name]))
+    raise ConfigError(
+        f"none of {', '.join(FAMILIES)} has a model like this, so it cannot be written for transformers; {nearest} "
+        f"lacks {', '.join(lacks[nearest])}"
+    )

@@ -1,0 +1,206 @@
+"""Loads a Hugging Face checkpoint onto a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from moejax.config import ConfigError, ModelConfig, check, expand
+from moejax.interop.families import Family, differences, find_family
+from moejax.interop.hf_config import HfConfig
+from moejax.interop.params import StoredParam, stored_params
+from moejax.interop.tensors import DTYPES, StoredTensor, few, find_tensors, load_json
+from moejax.program import Program
+from moejax.sharding import Param
+
+CONFIG = "config.json"
+OWN = frozenset({"dtype", "max_seq_len"})  # fields that change no parameter: a program may have its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Parameters where they are stored, and what this process read for them."""
+
+    params: Any
+    model_type: str
+    num_tensors: int
+    num_params: int
+    bytes_on_disk: int
+    bytes_read: int
+    ignored: tuple[str, ...]  # stored tensors that were left out on purpose
+
+    def __str__(self) -> str:
+        left_out = f", {len(self.ignored):,} tensors left out ({few(self.ignored)})" if self.ignored else ""
+        return (
+            f"{self.model_type}, {self.num_params:,} parameters from {self.num_tensors:,} tensors, {self.bytes_read:,} "
+            f"bytes read of {self.bytes_on_disk:,}{left_out}"
+        )
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """Returns the model that a checkpoint folder's config.json describes, without reading any tensor.
+
+    Its dtype is bfloat16, as everywhere in moejax, whatever the weights are stored in.
+
+    Raises:
+      ConfigError: moejax doesn't have the architecture, or something in it; the message names the field.
+    """
+    return _read_config(_checked(folder))[1]
+
+
+def load_hf(folder: str | Path, program: Program, report: Callable[[str], None] = lambda line: None) -> Loaded:
+    """Loads a checkpoint's parameters onto the program's mesh, each device's shard from its own slices of the files.
+
+    One shard is in the host's memory at a time, and every process reads only what its devices need. The names and
+    shapes of all tensors are compared with the model's before any of them is read.
+
+    Args:
+      folder: with config.json and the weights as safetensors, in one file or in several with an index.
+      program: of the model that `read_model_config` returns, with any layout, dtype and max_seq_len.
+      report: called with a line for each parameter.
+
+    Raises:
+      ConfigError: the folder has another model, or a tensor that is missing, left over, damaged or not finite.
+    """
+    path = _checked(folder)
+    family, model = _read_config(path)
+    _check_same_model(path, model, program.model)
+    tensors = find_tensors(path)
+    params = stored_params(family, model, program)
+    used, ignored = _check_tensors(path, tensors, params, family.ignored(model))
+    arrays, bytes_read = [], 0
+    for number, param in enumerate(params, 1):
+        report(f"loading parameter {number} of {len(params)}, {param.name}")
+        array, num_bytes = _load_param(param, tensors, NamedSharding(program.mesh, param.param.spec))
+        arrays.append(array)
+        bytes_read += num_bytes
+    treedef = jax.tree.structure(program.table, is_leaf=lambda x: isinstance(x, Param))
+    return Loaded(
+        params=jax.tree.unflatten(treedef, arrays),
+        model_type=family.model_type,
+        num_tensors=len(used),
+        num_params=sum(math.prod(param.param.shape) for param in params),
+        bytes_on_disk=sum(_num_bytes(tensors[name]) for name in used),
+        bytes_read=bytes_read,
+        ignored=ignored,
+    )
+
+
+def _checked(folder: str | Path) -> Path:
+    path = expand(folder, "folder")
+    check(path.is_dir(), f"folder={path} is not a folder; name one with {CONFIG} and .safetensors files")
+    check((path / CONFIG).is_file(), f"folder={path} has no {CONFIG}; name the folder of a Hugging Face checkpoint")
+    return path
+
+
+def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
+    source = folder / CONFIG
+    fields = load_json(source)
+    family = find_family(fields, source)
+    config = HfConfig(fields, source)
+    try:
+        model = family.read_config(config)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(str(source)) else f"{source}: {text}") from None
+    config.finish()
+    return family, model
+
+
+def _check_same_model(folder: Path, stored: ModelConfig, wanted: ModelConfig) -> None:
+    differ = differences(wanted, stored, without=OWN)
+    check(not differ, f"folder={folder} holds another model than the program's: {', '.join(differ)}")
+
+
+def _check_tensors(
+    folder: Path, tensors: Mapping[str, StoredTensor], params: Sequence[StoredParam], prefixes: tuple[str, ...]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Returns the names of the tensors that are used, and those ignored for one of the prefixes; the rest is wrong."""
+    wanted = dict(itertools.chain.from_iterable(param.stored_shapes() for param in params))
+    missing = [name for name in wanted if name not in tensors]
+    check(not missing, f"folder={folder} lacks {len(missing):,} tensors of the model: {few(missing)}")
+    rest = sorted(tensors.keys() - wanted.keys())
+    ignored = tuple(name for name in rest if name.startswith(prefixes))
+    left_over = [name for name in rest if not name.startswith(prefixes)]
+    check(
+        not left_over,
+        f"folder={folder} has {len(left_over):,} tensors that the model has no place for: {few(left_over)}",
+    )
+    for name, shape in wanted.items():
+        found = tensors[name]
+        check(found.shape == shape, f"{found.file} has {name} as {list(found.shape)}; the model needs {list(shape)}")
+        check(
+            found.dtype in DTYPES,
+            f"{found.file} has {name} in {found.dtype}; only {', '.join(DTYPES)} can be read",
+        )
+    return list(wanted), ignored
+
+
+def _num_bytes(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+
+
+def _load_param(
+    stored: StoredParam, tensors: Mapping[str, StoredTensor], sharding: NamedSharding
+) -> tuple[jax.Array, int]:
+    """Returns a parameter in float32 where it is stored, and the bytes read for it; devices alike share a shard."""
+    shape = stored.param.shape
+    shards: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        part = tuple(range(*s.indices(size)) for s, size in zip(index or (), shape, strict=True))
+        shards.setdefault(part, []).append(device)
+    arrays: dict[jax.Device, jax.Array] = {}
+    bytes_read = 0
+    for part, devices in shards.items():
+        shard, num_bytes = _read_shard(stored, tensors, part)
+        arrays |= {device: jax.device_put(shard, device) for device in devices}
+        bytes_read += num_bytes
+    ordered = [arrays[device] for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, ordered), bytes_read
+
+
+def _read_shard(
+    stored: StoredParam, tensors: Mapping[str, StoredTensor], index: tuple[range, ...]
+) -> tuple[np.ndarray, int]:
+    """Returns a slice of the parameter in float32, and the bytes read for it."""
+    num_stack_dims = len(stored.stack)
+    stack_index, layer_index = index[:num_stack_dims], index[num_stack_dims:]
+    layers = [stored.first_layer + _row_major(at, stored.stack) for at in itertools.product(*stack_index)]
+    shard = np.empty((len(layers), *map(len, layer_index)), np.float32)
+    bytes_read = 0
+    for row in stored.rows:
+        at = dict(zip(row.dims, layer_index, strict=True))
+        experts = at["E"] if "{expert}" in row.stored else [0]
+        if row.part is not None and row.part not in at["G"]:
+            continue
+        for (i, layer), expert in itertools.product(enumerate(layers), experts):
+            name = row.stored.format(layer=layer, expert=expert)
+            piece = row.read(tensors[name].open(), stored.layer_shape, at)
+            bytes_read += piece.nbytes
+            check(
+                bool(np.isfinite(piece).all()),
+                f"{tensors[name].file} has a NaN or an infinity in {name}; the checkpoint is damaged",
+            )
+            place: dict[str, int] = {}
+            if row.part is not None:
+                place["G"] = row.part - at["G"].start
+            if "{expert}" in row.stored:
+                place["E"] = expert - at["E"].start
+            shard[(i, *(place.get(dim, slice(None)) for dim in row.dims))] = piece
+    return shard.reshape([len(part) for part in index]), bytes_read
+
+
+def _row_major(at: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+    """Returns the position of an element in a row-major array of these sizes."""
+    position = 0
+    for i, size in zip(at, sizes, strict=True):
+        position = position * size + i
+    return position

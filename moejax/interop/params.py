@@ -1,0 +1,61 @@
+"""A model's parameters beside the rows that say how they are on disk: what loading, writing and checking walk over."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+
+from moejax.config import ModelConfig
+from moejax.interop.families import Family
+from moejax.interop.rows import Row
+from moejax.program import Program
+from moejax.sharding import Param
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParam:
+    """A parameter, its rows, and the number on disk of its first layer."""
+
+    name: str  # "layers.attention.w_q_DNH"
+    param: Param
+    rows: tuple[Row, ...]
+    first_layer: int
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The sizes of the dims that layers are stacked in."""
+        return self.param.shape[: self.param.num_stack_dims]
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        return self.param.shape[self.param.num_stack_dims :]
+
+    @property
+    def layers(self) -> range:
+        """The numbers of its layers on disk, in the order that they are stacked in."""
+        return range(self.first_layer, self.first_layer + math.prod(self.stack))
+
+    def stored_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Returns the name and shape of every tensor on disk."""
+        for row in self.rows:
+            shape = row.stored_shape(self.layer_shape)
+            yield from ((name, shape) for name in row.stored_names(self.layer_shape, self.layers))
+
+
+def stored_params(family: Family, m: ModelConfig, program: Program) -> list[StoredParam]:
+    """Returns the parameters of the program's table, in its order, each with the family's rows for it."""
+    rows: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in family.rows(m):
+        rows[row.param].append(row)
+    leaves = jax.tree_util.tree_flatten_with_path(program.table, is_leaf=lambda x: isinstance(x, Param))[0]
+    table = {jax.tree_util.keystr(path, simple=True, separator="."): param for path, param in leaves}
+    if table.keys() != rows.keys():
+        raise AssertionError(f"{family.model_type}: rows and parameters differ in {table.keys() ^ rows.keys()}")
+    return [
+        StoredParam(name, param, tuple(rows[name]), m.num_dense_layers if name.startswith("layers.") else 0)
+        for name, param in table.items()
+    ]

@@ -1,0 +1,130 @@
+"""Writes parameters as a Hugging Face checkpoint, which transformers, vLLM and others load."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moejax import strict_json
+from moejax.config import Dtype, ModelConfig, check, expand
+from moejax.data import Tokenizer
+from moejax.data.separators import ENDOFTEXT
+from moejax.interop.families import Family, family_to_write
+from moejax.interop.load import CONFIG
+from moejax.interop.params import StoredParam, stored_params
+from moejax.interop.rows import Row
+from moejax.interop.tensors import DTYPES, MAX_FILE, NewTensor, give_name, new_folder, write_tensors
+from moejax.program import Program
+
+# What belongs to a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def save_hf(
+    folder: str | Path,
+    program: Program,
+    params: Any,
+    *,
+    dtype: Dtype = "bfloat16",
+    files: Mapping[str, bytes] | None = None,
+    max_file: int = MAX_FILE,
+    report: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Writes a checkpoint into a new folder, which gets its name when it is whole; returns its `model_type`.
+
+    The architecture is the first of `moejax.interop.FAMILIES` that expresses the model exactly, and config.json is made
+    from the program's model. One layer of one parameter is gathered at a time. In a run of several processes, all call
+    this, and process 0 writes.
+
+    Args:
+      folder: where to; must not be there, or be empty.
+      program: what the parameters belong to.
+      params: global arrays, as the program stores them.
+      dtype: of the stored weights; a selection bias stays float32, as its steps are finer than bfloat16.
+      files: more files of the folder, by name, such as `tokenizer_files` returns.
+      max_file: bytes that a file of tensors may have.
+      report: called with a line as the writing goes on.
+
+    Raises:
+      ConfigError: no architecture expresses the model, or the folder cannot be written.
+    """
+    path = expand(folder, "folder")
+    check(dtype in STORED, f"dtype={dtype!r} must be one of {', '.join(STORED)}")
+    family = family_to_write(program.model)
+    tensors = list(_tensors(family, program, params, DTYPES[STORED[dtype]]))
+    total = sum(tensor.num_bytes for tensor in tensors)
+    if jax.process_index() > 0:
+        for tensor in tensors:
+            tensor.values()  # takes part in the gathering
+        return family.model_type
+    partial = new_folder(path)
+    config = config_json(program.model, family, dtype)
+    (partial / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
+    for name, content in (files or {}).items():
+        (partial / name).write_bytes(content)
+    write_tensors(
+        partial, tensors, max_file=max_file,
+        report=lambda done: report(f"writing weights, {done / 1e9:.1f} of {total / 1e9:.1f} GB"),
+    )  # fmt: skip
+    give_name(partial, path)
+    return family.model_type
+
+
+def config_json(m: ModelConfig, family: Family, dtype: Dtype) -> dict[str, Any]:
+    """Returns the config.json of a model in a family."""
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "torch_dtype": dtype,
+        **family.write_config(m),
+    }
+
+
+def tokenizer_files(tokenizer: Tokenizer, source: str | Path | None = None) -> dict[str, bytes]:
+    """Returns a checkpoint's tokenizer files: those of the folder `source`, byte for byte, or made of `tokenizer`."""
+    if source is not None:
+        path = expand(source, "source")
+        return {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT,
+        "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    return {
+        "tokenizer.json": tokenizer.to_json().encode(),
+        "tokenizer_config.json": (strict_json.dumps(settings, indent=2) + "\n").encode(),
+    }
+
+
+def _tensors(family: Family, program: Program, params: Any, dtype: np.dtype[Any]) -> Iterator[NewTensor]:
+    """Returns every tensor to write, layer by layer of each parameter, so that a layer is gathered once."""
+    leaves = jax.tree.leaves(params)
+    for stored, array in zip(stored_params(family, program.model, program), leaves, strict=True):
+        layer_of = functools.lru_cache(maxsize=1)(functools.partial(_gather_layer, stored, array))
+        kept = np.dtype(np.float32) if stored.param.compute_dtype is None else dtype
+        for i, layer in enumerate(stored.layers):
+            for row in stored.rows:
+                shape = row.stored_shape(stored.layer_shape)
+                names = row.stored_names(stored.layer_shape, range(layer, layer + 1))
+                for expert, name in enumerate(names):
+                    values = functools.partial(_values, row, layer_of, i, expert, kept)
+                    yield NewTensor(name, shape, kept, values)
+
+
+def _values(row: Row, layer_of: Callable[[int], np.ndarray], i: int, expert: int, dtype: np.dtype[Any]) -> np.ndarray:
+    return row.write(layer_of(i), expert).astype(dtype)
+
+
+def _gather_layer(stored: StoredParam, array: jax.Array, i: int) -> np.ndarray:
+    """Returns layer `i` of a parameter, whole, on every process."""
+    layer = array[np.unravel_index(i, stored.stack)] if stored.stack else array
+    return np.asarray(multihost_utils.process_allgather(layer, tiled=True))
