@@ -24,8 +24,8 @@ def get_config() -> TrainConfig:
         balance=dataclasses.replace(BalanceConfig.suited_to(model), bias_update_rate=0.03, capacity_factors=()),
         data=DataConfig(tokenizer="bpe", tokenizer_vocab_size=2048),
         optimizer=OptimizerConfig(learning_rate=5e-3),
-        steps=100,
-        eval_every=50,
-        checkpoint=CheckpointConfig(every=100),  # at the end only
+        steps=110,
+        eval_every=55,
+        checkpoint=CheckpointConfig(every=110),  # at the end only
         sample_tokens=64,
     )
