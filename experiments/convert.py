@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 from absl import flags
 
 from experiments.shared import loading
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, Dtype, check
 from moejax.data import load_data
 from moejax.interop import save_hf, tokenizer_files
-from moejax.interop.save import STORED
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.program import Program
@@ -33,7 +33,7 @@ from moejax.train.workdir import WorkdirLock
 FLAGS = loading.Flags(__doc__)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose model to write.", flag_values=FLAGS)
 _OUT = FLAGS.define_output("out", "The folder to write; it must be new or empty.", folder=True)
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(STORED), "What weights are stored in.", flag_values=FLAGS)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(get_args(Dtype)), "What weights are stored in.", flag_values=FLAGS)
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Loss and every gradient equal the dense oracle's, however the model is spread over the mesh.
 
-A handful of layouts together cover every option; two of them are fast. The grid of the slow tier is every factorization
+A handful of layouts together cover every option; one of them is fast. The grid of the slow tier is every factorization
 of 16 into expert × pipeline × tensor, with folded and split experts, one and two repeats, each rematerialization policy
 and both ways to gather:
 

@@ -301,6 +301,7 @@ def user_loss(model):
     return objective(y, stats, WANTED)
 
 
+@pytest.mark.full
 def test_an_optimizer_lowers_the_loss_of_a_users_model(user_model):
     optimizer = nnx.Optimizer(user_model, optax.adam(1e-2), wrt=nnx.Param)
 

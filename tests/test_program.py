@@ -53,6 +53,7 @@ def test_batches_of_another_shape_are_refused_on_each_device_until_asked_for(nam
     run(name, program.for_batch(batch_size, seq_len), batch)
 
 
+@pytest.mark.full
 def test_a_program_for_another_batch_is_that_of_its_layout_with_the_same_parameters():
     program = CASE.program.with_layout(grad_accumulation_steps=2).for_batch(8, 12)
     assert program == Program(MODEL, LAYOUT.replace(batch_size=8, seq_len=12), CASE.mesh, CASE.balance)

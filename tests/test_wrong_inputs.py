@@ -117,7 +117,7 @@ CASES = [
         "train --profile_steps=1:" + "9" * 20,
         "--profile_steps=1:"
         + "9" * 20
-        + " must be FIRST:END with 1 <= FIRST < END <= 101; 10:13 is steps 10, 11 and 12",
+        + " must be FIRST:END with 1 <= FIRST < END <= 111; 10:13 is steps 10, 11 and 12",
     ),
     # Outputs.
     ("plan --json=no/plan.json", "--json=no/plan.json is in a folder that does not exist; make no first"),

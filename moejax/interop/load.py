@@ -173,7 +173,8 @@ def _read_shard(
     """Returns a slice of the parameter in float32, and the bytes read for it."""
     num_stack_dims = len(stored.stack)
     stack_index, layer_index = index[:num_stack_dims], index[num_stack_dims:]
-    layers = [stored.first_layer + _row_major(at, stored.stack) for at in itertools.product(*stack_index)]
+    in_order = np.reshape(stored.layers, stored.stack)[tuple(slice(part.start, part.stop) for part in stack_index)]
+    layers = in_order.reshape(-1).tolist()
     shard = np.empty((len(layers), *map(len, layer_index)), np.float32)
     bytes_read = 0
     for row in stored.rows:
@@ -196,11 +197,3 @@ def _read_shard(
                 place["E"] = expert - at["E"].start
             shard[(i, *(place.get(dim, slice(None)) for dim in row.dims))] = piece
     return shard.reshape([len(part) for part in index]), bytes_read
-
-
-def _row_major(at: tuple[int, ...], sizes: tuple[int, ...]) -> int:
-    """Returns the position of an element in a row-major array of these sizes."""
-    position = 0
-    for i, size in zip(at, sizes, strict=True):
-        position = position * size + i
-    return position

@@ -15,6 +15,7 @@ whose elements run over N, and over H inside. The tensor here is [heads × head_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -40,10 +41,15 @@ class Row:
         """The parameter's dims, without those of the stack of layers."""
         return self.param.rsplit("_", 1)[1]
 
-    @property
+    @functools.cached_property
     def groups(self) -> list[list[str]]:
         """The dims of the stored tensor, each as the list of dims that it is made of."""
         return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", self.disk)]
+
+    @functools.cached_property
+    def stored_dims(self) -> list[str]:
+        """The dims of the stored tensor with merged ones apart, in their order."""
+        return [dim for group in self.groups for dim in group]
 
     def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Returns the size of each dim, for a parameter whose layers have this shape."""
@@ -73,7 +79,7 @@ class Row:
           at: the range of each dim of the parameter. Dims that the row splits are taken whole.
         """
         sizes = self.sizes(shape)
-        stored = [dim for group in self.groups for dim in group]
+        stored = self.stored_dims
         index = tuple(slice(at[dim].start, at[dim].stop) if dim in at else slice(None) for dim in stored)
         piece = tensor.reshape([sizes[dim] for dim in stored])[index]
         wanted = [dim for whole in self.dims for dim in self._as_stored(whole, stored)]
@@ -94,7 +100,7 @@ class Row:
         if "{expert}" in self.stored:
             at["E"] = expert
         piece = layer[tuple(at.get(dim, slice(None)) for dim in self.dims)]
-        stored = [dim for group in self.groups for dim in group]
+        stored = self.stored_dims
         have = [dim for whole in self.dims for dim in self._as_stored(whole, stored)]
         piece = piece.reshape([sizes[dim] for dim in have])
         piece = piece.transpose([have.index(dim) for dim in stored if dim != "1"])

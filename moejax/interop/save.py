@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -19,7 +20,7 @@ from moejax.interop.families import Family, family_to_write
 from moejax.interop.load import CONFIG
 from moejax.interop.params import StoredParam, stored_params
 from moejax.interop.rows import Row
-from moejax.interop.tensors import DTYPES, MAX_FILE, NewTensor, give_name, new_folder, write_tensors
+from moejax.interop.tensors import MAX_FILE, NewTensor, give_name, new_folder, write_tensors
 from moejax.program import Program
 
 # What belongs to a tokenizer.
@@ -27,7 +28,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def save_hf(
@@ -59,9 +59,9 @@ def save_hf(
       ConfigError: no architecture expresses the model, or the folder cannot be written.
     """
     path = expand(folder, "folder")
-    check(dtype in STORED, f"dtype={dtype!r} must be one of {', '.join(STORED)}")
+    check(dtype in get_args(Dtype), f"dtype={dtype!r} must be one of {', '.join(get_args(Dtype))}")
     family = family_to_write(program.model)
-    tensors = list(_tensors(family, program, params, DTYPES[STORED[dtype]]))
+    tensors = list(_tensors(family, program, params, jnp.dtype(dtype)))
     total = sum(tensor.num_bytes for tensor in tensors)
     if jax.process_index() > 0:
         for tensor in tensors:

@@ -197,10 +197,13 @@ def write_tensors(
     the bytes written so far.
     """
     groups: list[list[NewTensor]] = []
+    size = 0  # of the last group
     for tensor in tensors:
-        if not groups or sum(t.num_bytes for t in groups[-1]) + tensor.num_bytes > max_file:
+        if not groups or size + tensor.num_bytes > max_file:
             groups.append([])
+            size = 0
         groups[-1].append(tensor)
+        size += tensor.num_bytes
     names = (
         [ONE_FILE]
         if len(groups) == 1

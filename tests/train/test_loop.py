@@ -290,6 +290,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(config, tmp_path):
         trainer_on((4, 2, 2), apply_overrides(config, {"model.vocab_size": "128"}), tmp_path)
 
 
+@pytest.mark.full
 def test_divergence_is_reported_not_saved(config, tmp_path):
     wild = apply_overrides(config, {"optimizer.learning_rate": "1e30", "steps": "6"})
     with pytest.raises(FloatingPointError, match="training has diverged"):
@@ -329,6 +330,7 @@ def test_buffers_change_size_without_compiling_again_and_without_changing_the_lo
         assert other["dropped_fraction"] == 0
 
 
+@pytest.mark.full
 def test_a_bound_that_is_left_for_long_is_told_once(config, tmp_path, monkeypatch, caplog):
     balance = dataclasses.replace(config.balance, window=2)
     config = dataclasses.replace(config, balance=balance, steps=9, eval_every=9, sample_tokens=0)
@@ -411,6 +413,7 @@ def test_a_full_disk_costs_lines_and_one_checkpoint_but_not_the_run(config, fini
     assert "Step 6: metrics are written again" in caplog.text
 
 
+@pytest.mark.full
 def test_a_last_state_that_cannot_be_saved_is_an_error_and_the_next_start_goes_on(
     config, finished, tmp_path, fill_disk, disk
 ):

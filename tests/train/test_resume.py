@@ -440,6 +440,7 @@ def test_a_resume_says_where_it_goes_on_and_what_differs(config, workdir, capsys
     assert [start["config"]["steps"] for start in read_starts(workdir)] == [2, 3]
 
 
+@pytest.mark.full
 def test_what_is_allowed_by_override_is_the_run_from_then_on(config, workdir, capsys):
     other = apply_overrides(config, {"steps": "3", "optimizer.learning_rate": "0.5"})
     assert "add --override" in error_of(trainer, other, workdir)
