@@ -20,6 +20,7 @@ import numpy as np
 Dtype = Literal["float32", "bfloat16", "float16"]
 RouterScore = Literal["softmax", "sigmoid"]
 QkNorm = Literal["none", "head", "projection"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 Strategy = Literal["capacity", "dropless", "ragged"]
 WireDtype = Literal["compute", "float8"]
 ExpertAxis = Literal["expert", "tensor"]
@@ -214,15 +215,59 @@ class RouterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """How the frequencies of RoPE are stretched, so that a model reads longer sequences than it first learned from.
+
+    "linear" divides every frequency by `factor`. "llama3" (arXiv 2407.21783) and "yarn" (2309.00071) leave the high
+    frequencies alone, divide the low ones by `factor`, and blend in between. "longrope" (2402.13753) divides each
+    frequency by a number of its own, of which there are two sets. The last two also scale cos and sin.
+    """
+
+    kind: RopeScaling = "none"  # how frequencies are stretched
+    factor: float = 1.0  # how many times longer sequences get
+    original_max_seq_len: int = 0  # the longest sequence before, in tokens; all but linear need it
+    low_freq_factor: float = 1.0  # llama3: a wave that fits less often into that sequence is stretched in full
+    high_freq_factor: float = 4.0  # llama3: a wave that fits more often is left alone
+    beta_fast: float = 32.0  # yarn: a dim that turns more often over that sequence is left alone
+    beta_slow: float = 1.0  # yarn: a dim that turns less often is stretched in full
+    truncate: bool = True  # yarn: round these bounds to whole dims
+    attention_factor: float = 0.0  # yarn, longrope: of cos and sin; 0: by factor, as in their papers
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of frequencies, up to original_max_seq_len
+    long_factors: tuple[float, ...] = ()  # longrope: the same for longer sequences
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+        check_not_negative(self, "original_max_seq_len", "attention_factor")
+        check(self.factor >= 1, f"factor={self.factor} must be at least 1: sequences get longer")
+        check(
+            self.kind in ("none", "linear") or self.original_max_seq_len > 1,
+            f"original_max_seq_len={self.original_max_seq_len} must be more than 1 with kind={self.kind!r}",
+        )
+        check(
+            self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}",
+        )
+        check(
+            self.beta_slow < self.beta_fast,
+            f"beta_slow={self.beta_slow} must be less than beta_fast={self.beta_fast}",
+        )
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            check(all(factor > 0 for factor in factors), f"{name}={factors} must all be more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """The rotary position embedding (arXiv 2104.09864), of whole heads or of their leading dims alone."""
 
     theta: float = 10_000.0  # base of the frequencies
     rotary_dim: int = 0  # leading dims of a head that are rotated, even; 0: all
+    scaling: RopeScalingConfig = RopeScalingConfig()  # for sequences longer than the model first learned from
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(self, "theta")
+        check(self.theta > 1, f"theta={self.theta} must be more than 1")
         check_not_negative(self, "rotary_dim")
         check(self.rotary_dim % 2 == 0, f"rotary_dim={self.rotary_dim} must be even: RoPE rotates pairs")
 
@@ -283,6 +328,14 @@ class ModelConfig:
             self.rope.rotary_dim <= self.attention.head_dim,
             f"rope.rotary_dim={self.rope.rotary_dim} must be at most attention.head_dim={self.attention.head_dim}",
         )
+        scaling, pairs = self.rope.scaling, (self.rope.rotary_dim or self.attention.head_dim) // 2
+        for name in ("short_factors", "long_factors"):
+            given = len(getattr(scaling, name))
+            check(
+                given == (pairs if scaling.kind == "longrope" else 0),
+                f"rope.scaling.{name} has {given} numbers; with kind={scaling.kind!r} it must have "
+                + (f"{pairs}, one for each pair of rotated dims" if scaling.kind == "longrope" else "none"),
+            )
         check(
             not self.shared_gate or self.shared_d_ff > 0,
             f"shared_gate=True has no shared expert to weigh with shared_d_ff={self.shared_d_ff}; use "

@@ -215,7 +215,7 @@ def from_record(kind: type[T], record: Mapping[str, Any], path: str) -> tuple[T,
 
 class _RecordReader:
     def __init__(self) -> None:
-        self.missing: list[str] = []  # "config.steps=300"
+        self.missing: list[str] = []  # "config.steps=300", or a group: "config.model.rope.scaling"
         self.unknown: list[str] = []
 
     def read(self, hint: Any, value: Any, path: str) -> Any:
@@ -248,7 +248,8 @@ class _RecordReader:
                 continue
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             check(default is not dataclasses.MISSING, f"{name} is missing, and has no default")
-            self.missing.append(f"{name}={default}")
+            is_group = dataclasses.is_dataclass(default)
+            self.missing.append(name if is_group else f"{name}={default}")
         try:
             return kind(**values)
         except ConfigError as error:

@@ -14,7 +14,15 @@ from jax.sharding import NamedSharding
 from reference import oracle
 from tiers import full_unless
 
-from moejax.config import AttentionConfig, BalanceConfig, DispatchConfig, ModelConfig, RopeConfig, RouterConfig
+from moejax.config import (
+    AttentionConfig,
+    BalanceConfig,
+    DispatchConfig,
+    ModelConfig,
+    RopeConfig,
+    RopeScalingConfig,
+    RouterConfig,
+)
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.metrics import summarize
@@ -289,11 +297,13 @@ CI_CASES = (
 VARIANTS = variant(
     num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, shared_gate=True, tie_embeddings=True,
     attention=dataclasses.replace(GROUPED, qk_norm="projection", bias=True, output_bias=True, multiplier=0.2),
-    rope=RopeConfig(rotary_dim=4), router=RouterConfig(score="sigmoid", bias=True, scaling=2.5),
+    rope=RopeConfig(rotary_dim=4, scaling=RopeScalingConfig("yarn", 4.0, 512)),
+    router=RouterConfig(score="sigmoid", bias=True, scaling=2.5),
     embedding_multiplier=3.0, residual_multiplier=0.7, logits_divisor=2.0,
 )  # fmt: skip
 OTHER_VARIANTS = variant(
     attention=dataclasses.replace(GROUPED, qk_norm="head", bias=True), router=RouterConfig(scaling=0.5),
+    rope=RopeConfig(scaling=RopeScalingConfig("llama3", 4.0, 16)),
 )  # fmt: skip
 VARIANT_CASES = (
     Case(1, 1, 1, model=VARIANTS, packed=True),

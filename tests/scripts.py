@@ -71,8 +71,8 @@ def parse_command(name, arguments):
 def write_model_folder(folder, model=ModelConfig()):  # noqa: B008
     """Writes what `train.py --init` reads of a Hugging Face checkpoint before it loads weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    family = family_to_write(model)
-    (folder / "config.json").write_text(json.dumps(config_json(model, family, "float32")))
+    family, written = family_to_write(model)
+    (folder / "config.json").write_text(json.dumps(config_json(written, family, "float32")))
     (folder / "tokenizer.json").write_text(ByteTokenizer().to_json())
 
 

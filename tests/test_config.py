@@ -17,6 +17,7 @@ from moejax.config import (
     ModelConfig,
     OptimizerConfig,
     RopeConfig,
+    RopeScalingConfig,
     RouterConfig,
 )
 from moejax.layout import Layout
@@ -28,7 +29,7 @@ POSITIVE = {
     "embedding_multiplier residual_multiplier logits_divisor",
     AttentionConfig: "num_heads num_kv_heads head_dim",
     RouterConfig: "scaling",
-    RopeConfig: "theta",
+    RopeScalingConfig: "low_freq_factor high_freq_factor beta_fast beta_slow",
     DispatchConfig: "capacity_factor chunks",
     BalanceConfig: "window",
     Layout: "seq_len batch_size grad_accumulation_steps num_microbatches pipeline_repeats",
@@ -41,6 +42,7 @@ NOT_NEGATIVE = {
     ModelConfig: "shared_d_ff num_dense_layers dense_d_ff",
     AttentionConfig: "multiplier",
     RopeConfig: "rotary_dim",
+    RopeScalingConfig: "original_max_seq_len attention_factor",
     BalanceConfig: "aux_loss_weight sequence_loss_weight z_loss_weight bias_update_rate max_load_cv "
     "max_dropped_fraction max_idle_experts",
     Layout: "batch_split",
@@ -51,6 +53,7 @@ CHOICES = {
     ModelConfig: {"dtype": "'float32', 'bfloat16', 'float16'"},
     AttentionConfig: {"qk_norm": "'none', 'head', 'projection'"},
     RouterConfig: {"score": "'softmax', 'sigmoid'"},
+    RopeScalingConfig: {"kind": "'none', 'linear', 'llama3', 'yarn', 'longrope'"},
     DispatchConfig: {"strategy": "'capacity', 'dropless', 'ragged'", "wire_dtype": "'compute', 'float8'"},
     Layout: {
         "gather": "'step', 'layer'",
@@ -62,6 +65,23 @@ RELATIONS = [
     (AttentionConfig, {"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
     (AttentionConfig, {"head_dim": 31}, "head_dim=31 must be even: RoPE rotates pairs"),
     (RopeConfig, {"rotary_dim": 5}, "rotary_dim=5 must be even: RoPE rotates pairs"),
+    (RopeConfig, {"theta": 1.0}, "theta=1.0 must be more than 1"),
+    (RopeScalingConfig, {"factor": 0.5}, "factor=0.5 must be at least 1: sequences get longer"),
+    (RopeScalingConfig, {"kind": "yarn"}, "original_max_seq_len=0 must be more than 1 with kind='yarn'"),
+    (RopeScalingConfig, {"low_freq_factor": 4}, "low_freq_factor=4 must be less than high_freq_factor=4.0"),
+    (RopeScalingConfig, {"beta_fast": 1}, "beta_slow=1.0 must be less than beta_fast=1"),
+    (RopeScalingConfig, {"short_factors": (1.0, 0.0)}, "short_factors=(1.0, 0.0) must all be more than 0"),
+    (
+        ModelConfig,
+        {"rope": RopeConfig(scaling=RopeScalingConfig("longrope", 2.0, 64, short_factors=(1.0,) * 16))},
+        "rope.scaling.long_factors has 0 numbers; with kind='longrope' it must have 16, one for each pair of rotated "
+        "dims",
+    ),
+    (
+        ModelConfig,
+        {"rope": RopeConfig(scaling=RopeScalingConfig(short_factors=(1.0,)))},
+        "rope.scaling.short_factors has 1 numbers; with kind='none' it must have none",
+    ),
     (
         ModelConfig,
         {"rope": RopeConfig(rotary_dim=64)},

@@ -13,6 +13,7 @@ from typing import Any
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, RouterConfig, check
 from moejax.interop.hf_config import HfConfig, shown
+from moejax.interop.rope import read_rope, write_rope
 from moejax.interop.rows import Row
 from moejax.overrides import describe
 
@@ -25,6 +26,7 @@ class Family:
     """An architecture: its names at Hugging Face, its configuration both ways, and its tensors.
 
     `ignored` are beginnings of stored names that are left out on purpose: layers that only predict further tokens.
+    `written_as` returns the model that is written in place of another that computes the same.
     """
 
     model_type: str
@@ -33,25 +35,29 @@ class Family:
     write_config: Callable[[ModelConfig], Fields]
     rows: Callable[[ModelConfig], tuple[Row, ...]]
     ignored: Callable[[ModelConfig], tuple[str, ...]] = lambda m: ()
+    written_as: Callable[[ModelConfig], ModelConfig] = lambda m: m
 
 
 # Rows.
 
 
-def attention_rows(where: str, m: ModelConfig) -> tuple[Row, ...]:
-    """Returns the rows of attention and its norm, in the group `where` of layers."""
-    own, theirs = f"{where}.attention.", LAYER + "self_attn."
+def attention_rows(where: str, m: ModelConfig, *, pairs: bool = False) -> tuple[Row, ...]:
+    """Returns the rows of attention and its norm, in the group `where` of layers.
+
+    `pairs` says that the RoPE of the checkpoint rotates neighbors.
+    """
+    own, theirs, head = f"{where}.attention.", LAYER + "self_attn.", "h r" if pairs else "H"
     rows = [
         Row(own + "norm_D", LAYER + "input_layernorm.weight", "D"),
-        Row(own + "w_q_DNH", theirs + "q_proj.weight", "(N H) D"),
-        Row(own + "w_kv_DGKH", theirs + "k_proj.weight", "(K H) D", part=0),
+        Row(own + "w_q_DNH", theirs + "q_proj.weight", f"(N {head}) D"),
+        Row(own + "w_kv_DGKH", theirs + "k_proj.weight", f"(K {head}) D", part=0),
         Row(own + "w_kv_DGKH", theirs + "v_proj.weight", "(K H) D", part=1),
         Row(own + "w_o_NHD", theirs + "o_proj.weight", "D (N H)"),
     ]
     if m.attention.bias:
         rows += [
-            Row(own + "b_q_NH", theirs + "q_proj.bias", "(N H)"),
-            Row(own + "b_kv_GKH", theirs + "k_proj.bias", "(K H)", part=0),
+            Row(own + "b_q_NH", theirs + "q_proj.bias", f"(N {head})"),
+            Row(own + "b_kv_GKH", theirs + "k_proj.bias", f"(K {head})", part=0),
             Row(own + "b_kv_GKH", theirs + "v_proj.bias", "(K H)", part=1),
         ]
     if m.attention.output_bias:
@@ -75,11 +81,11 @@ def swiglu_rows(own: str, theirs: str) -> tuple[Row, ...]:
     )
 
 
-def common_rows(m: ModelConfig) -> tuple[Row, ...]:
-    """Returns the rows of all but the router and the experts, as in Llama."""
+def common_rows(m: ModelConfig, *, pairs: bool = False) -> tuple[Row, ...]:
+    """Returns the rows of all but the router and the experts, as in Llama; `pairs` as for attention."""
     rows = [
         Row("embed.table_VD", "model.embed_tokens.weight", "V D"),
-        *attention_rows("layers", m),
+        *attention_rows("layers", m, pairs=pairs),
         Row("layers.moe_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
         Row("head.norm_D", "model.norm.weight", "D"),
     ]
@@ -87,7 +93,7 @@ def common_rows(m: ModelConfig) -> tuple[Row, ...]:
         rows += [Row("head.w_DV", "lm_head.weight", "V D")]
     if m.num_dense_layers:
         rows += [
-            *attention_rows("dense_layers", m),
+            *attention_rows("dense_layers", m, pairs=pairs),
             Row("dense_layers.feed_forward_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
             *swiglu_rows("dense_layers.feed_forward.", LAYER + "mlp."),
         ]
@@ -115,28 +121,30 @@ def deepseek_rows(m: ModelConfig) -> tuple[Row, ...]:
 # Fields of config.json that several families have.
 
 
-def read_common(c: HfConfig, **attention: Any) -> Fields:
-    """Returns the fields of `ModelConfig` that every family says alike; `attention` has others of attention."""
+def read_common(c: HfConfig, *, rotated: float = 1.0, tied: bool = False, **attention: Any) -> Fields:
+    """Returns the fields of `ModelConfig` that every family says alike; `attention` has others of attention.
+
+    `rotated` and `tied` are the family's defaults: the part of a head that RoPE rotates, and tied embeddings.
+    """
     c.require("hidden_act", "silu", "experts with SiLU alone")
     c.require("use_sliding_window", False, "no window of attention")
     c.skip("max_window_layers")  # says nothing without use_sliding_window
     width, heads = c.number("hidden_size"), c.number("num_attention_heads")
-    head_dim = c.number("head_dim", default=width // heads)
+    head_dim, max_seq_len = c.number("head_dim", default=width // heads), c.number("max_position_embeddings")
     return {
         "d_model": width,
         "num_layers": c.number("num_hidden_layers"),
-        "attention": AttentionConfig(heads, c.number("num_key_value_heads"), head_dim, **attention),
-        "rope": c.rope(head_dim),
+        "attention": AttentionConfig(heads, c.number("num_key_value_heads", default=heads), head_dim, **attention),
+        "rope": read_rope(c, head_dim, max_seq_len, rotated),
         "vocab_size": c.number("vocab_size"),
-        "max_seq_len": c.number("max_position_embeddings"),
+        "max_seq_len": max_seq_len,
         "norm_eps": float(c.number("rms_norm_eps")),
-        "tie_embeddings": c.flag("tie_word_embeddings", default=False),
+        "tie_embeddings": c.flag("tie_word_embeddings", default=tied),
     }
 
 
 def write_common(m: ModelConfig) -> Fields:
     """Returns the fields of config.json that every family has under the same names."""
-    rotated = (m.rope.rotary_dim or m.attention.head_dim) / m.attention.head_dim
     return {
         "hidden_size": m.d_model,
         "num_hidden_layers": m.num_layers,
@@ -147,8 +155,7 @@ def write_common(m: ModelConfig) -> Fields:
         "vocab_size": m.vocab_size,
         "max_position_embeddings": m.max_seq_len,
         "rms_norm_eps": m.norm_eps,
-        "rope_theta": m.rope.theta,
-        **({"partial_rotary_factor": rotated} if rotated < 1 else {}),
+        **write_rope(m.rope, m.attention.head_dim),
         "tie_word_embeddings": m.tie_embeddings,
         "attention_dropout": 0.0,
     }
@@ -160,8 +167,8 @@ def _read_every_layer(c: HfConfig) -> None:
     c.require("mlp_only_layers", [], "experts in every layer")
 
 
-def _read_deepseek(c: HfConfig, **attention: Any) -> ModelConfig:
-    """Reads what GLM-4.5, dots1 and others have of DeepSeek-V3's router and layers."""
+def _read_deepseek(c: HfConfig, *, renormalize: bool, **common: Any) -> ModelConfig:
+    """Reads what GLM-4.5, dots1 and others have of DeepSeek-V3's router and layers; `renormalize` is a default."""
     c.require("n_group", 1, "no groups of experts")
     c.require("topk_group", 1, "no groups of experts")
     c.require("scoring_func", "sigmoid", "a sigmoid here")
@@ -169,12 +176,13 @@ def _read_deepseek(c: HfConfig, **attention: Any) -> ModelConfig:
     c.skip("num_nextn_predict_layers")  # those layers are left out
     dense, width = c.number("first_k_dense_replace", default=0), c.number("moe_intermediate_size")
     dense_d_ff = c.number("intermediate_size", default=0)
+    renormalize, scaling = c.flag("norm_topk_prob", renormalize), float(c.number("routed_scaling_factor", default=1.0))
     return ModelConfig(
-        **read_common(c, **attention),
+        **read_common(c, **common),
         d_ff=width,
         num_experts=c.number("n_routed_experts"),
         experts_per_token=c.number("num_experts_per_tok"),
-        router=RouterConfig("sigmoid", c.flag("norm_topk_prob", False), True, float(c.number("routed_scaling_factor"))),
+        router=RouterConfig("sigmoid", renormalize, bias=True, scaling=scaling),
         shared_d_ff=c.number("n_shared_experts") * width,
         num_dense_layers=dense,
         dense_d_ff=dense_d_ff if dense else 0,
@@ -316,11 +324,22 @@ def _qwen2_rows(m: ModelConfig) -> tuple[Row, ...]:
 
 def _read_glm4(c: HfConfig) -> ModelConfig:
     qk_norm = "head" if c.flag("use_qk_norm", default=False) else "none"
-    return _read_deepseek(c, qk_norm=qk_norm, bias=c.flag("attention_bias", default=False))
+    bias = c.flag("attention_bias", default=False)
+    return _read_deepseek(c, renormalize=True, rotated=0.5, qk_norm=qk_norm, bias=bias)
 
 
 def _write_glm4(m: ModelConfig) -> Fields:
-    return _write_deepseek(m) | {"use_qk_norm": m.attention.qk_norm == "head", "num_nextn_predict_layers": 0}
+    return _write_deepseek(m) | {
+        "use_qk_norm": m.attention.qk_norm == "head",
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": (m.rope.rotary_dim or m.attention.head_dim) / m.attention.head_dim,
+    }
+
+
+def _read_solar(c: HfConfig) -> ModelConfig:
+    c.require("first_k_dense_replace", 0, "experts in every layer here")
+    c.require("use_qk_norm", False, "no norms of queries and keys here")
+    return _read_deepseek(c, renormalize=True, bias=c.flag("attention_bias", default=False))
 
 
 def _read_dots1(c: HfConfig) -> ModelConfig:
@@ -328,7 +347,7 @@ def _read_dots1(c: HfConfig) -> ModelConfig:
     c.require("layer_types", ["full_attention"] * layers, "no window of attention")
     c.skip("sliding_window")  # layer_types say where it is used
     bias = c.flag("attention_bias", default=False)
-    return _read_deepseek(c, qk_norm="head", bias=bias, output_bias=bias)
+    return _read_deepseek(c, renormalize=False, qk_norm="head", bias=bias, output_bias=bias)
 
 
 def _write_dots1(m: ModelConfig) -> Fields:
@@ -404,8 +423,54 @@ def _granite_rows(m: ModelConfig) -> tuple[Row, ...]:
     )
 
 
+def _read_ernie(c: HfConfig) -> ModelConfig:
+    c.require("use_bias", False, "no biases here")
+    c.require("moe_layer_interval", 1, "experts in every layer after the dense ones")
+    c.require("moe_norm_min", 1e-12, "no other bound of the sum of gates")
+    layers, dense = c.number("num_hidden_layers"), c.number("moe_layer_start_index")
+    if c.number("moe_layer_end_index", default=-1) != -1:
+        c.require("moe_layer_end_index", layers - 1, "experts in every layer after the dense ones")
+    width, dense_d_ff = c.number("moe_intermediate_size"), c.number("intermediate_size")
+    return ModelConfig(
+        **read_common(c, tied=True),
+        d_ff=width,
+        num_experts=c.number("moe_num_experts"),
+        experts_per_token=c.number("moe_k"),
+        router=RouterConfig(bias=True),
+        shared_d_ff=c.number("moe_num_shared_experts", default=0) * width,
+        num_dense_layers=dense,
+        dense_d_ff=dense_d_ff if dense else 0,
+    )
+
+
+def _write_ernie(m: ModelConfig) -> Fields:
+    return write_common(m) | {
+        "use_bias": False,
+        "intermediate_size": m.dense_d_ff or m.d_ff,
+        "moe_intermediate_size": m.d_ff,
+        "moe_num_experts": m.num_experts,
+        "moe_k": m.experts_per_token,
+        "moe_num_shared_experts": m.shared_d_ff // m.d_ff,
+        "moe_layer_start_index": m.num_dense_layers,
+        "moe_layer_end_index": m.num_layers - 1,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+    }
+
+
+def _ernie_rows(m: ModelConfig) -> tuple[Row, ...]:
+    bias = Row("layers.moe.router_bias_E", LAYER + "mlp.moe_statics.e_score_correction_bias", "1 E")
+    shared = swiglu_rows("layers.moe.shared.", LAYER + "mlp.shared_experts.") if m.shared_d_ff else ()
+    return (*common_rows(m, pairs=True), *expert_rows("mlp"), bias, *shared)
+
+
 def _beyond_last_layer(m: ModelConfig) -> tuple[str, ...]:
     return (f"model.layers.{m.num_layers}.",)
+
+
+def _with_shared_expert(m: ModelConfig) -> ModelConfig:
+    """Returns the model with a shared expert: if it has none, one of zeros, which adds nothing to any token."""
+    return m if m.shared_d_ff else dataclasses.replace(m, shared_d_ff=m.d_ff)
 
 
 # A model is written as the first that expresses it.
@@ -422,10 +487,14 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("olmoe", "OlmoeForCausalLM", _read_olmoe, _write_olmoe, lambda m: common_rows(m) + expert_rows("mlp")),
         Family("qwen2_moe", "Qwen2MoeForCausalLM", _read_qwen2, _write_qwen2, _qwen2_rows),
-        Family("glm4_moe", "Glm4MoeForCausalLM", _read_glm4, _write_glm4, deepseek_rows, _beyond_last_layer),
+        Family(
+            "glm4_moe", "Glm4MoeForCausalLM", _read_glm4, _write_glm4, deepseek_rows, _beyond_last_layer,
+            _with_shared_expert,
+        ),
         Family("dots1", "Dots1ForCausalLM", _read_dots1, _write_dots1, deepseek_rows),
-        Family("solar_open", "SolarOpenForCausalLM", _read_glm4, _write_deepseek, deepseek_rows),
+        Family("solar_open", "SolarOpenForCausalLM", _read_solar, _write_deepseek, deepseek_rows),
         Family("minimax_m2", "MiniMaxM2ForCausalLM", _read_minimax_m2, _write_minimax_m2, _minimax_m2_rows),
+        Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _read_ernie, _write_ernie, _ernie_rows),
         Family("granitemoe", "GraniteMoeForCausalLM", _read_granite, _write_granite, _granite_rows),
     )
 }  # fmt: skip
@@ -451,8 +520,8 @@ def differences(m: ModelConfig, other: ModelConfig, *, without: frozenset[str]) 
     return [f"{a.path}={a.text} (not {b.text})" for a, b in pairs if a.text != b.text and a.path not in without]
 
 
-def family_to_write(m: ModelConfig) -> Family:
-    """Returns the first family that expresses the model exactly.
+def family_to_write(m: ModelConfig) -> tuple[Family, ModelConfig]:
+    """Returns the first family that expresses the model exactly, and the model as it is written.
 
     Raises:
       ConfigError: none does; the message says what the nearest one lacks.
@@ -460,12 +529,13 @@ def family_to_write(m: ModelConfig) -> Family:
     lacks: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         try:
-            read = family.read_config(HfConfig(family.write_config(m), Path("config.json")))
+            written = family.written_as(m)
+            read = family.read_config(HfConfig(family.write_config(written), Path("config.json")))
         except ConfigError:
             continue
-        lacks[family.model_type] = differences(m, read, without=frozenset({"dtype"}))
+        lacks[family.model_type] = differences(written, read, without=frozenset({"dtype"}))
         if not lacks[family.model_type]:
-            return family
+            return family, written
     nearest = min(lacks, key=lambda name: len(lacks[name]))
     raise ConfigError(
         f"none of {', '.join(FAMILIES)} has a model like this, so it cannot be written for transformers; {nearest} "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from moejax import strict_json
-from moejax.config import RopeConfig, check
+from moejax.config import check
 
 # Fields that say nothing about the mathematics of the model, whatever their values.
 NEUTRAL = frozenset((
@@ -17,6 +17,9 @@ NEUTRAL = frozenset((
     "output_router_logits", "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef", "sep_token_id",
     "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"
 ))  # fmt: skip
+
+# Fields of RoPE that some files have beside `rope_scaling` or `rope_parameters`, and others in them.
+ROPE_FIELDS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def shown(value: Any) -> str:
@@ -68,25 +71,39 @@ class HfConfig:
             f"{self.source} has {name}={shown(found)}, and moejax has {why}; only {shown(value)} can be loaded",
         )
 
-    def rope(self, head_dim: int) -> RopeConfig:
-        """Returns the RoPE, from fields of its own or, since transformers 5, from `rope_parameters`."""
-        self.require("rope_scaling", None, "no scaling of RoPE")
-        parameters = self._take("rope_parameters")
-        if parameters is None:
-            theta, factor = self.number("rope_theta"), self.number("partial_rotary_factor", default=1.0)
-        else:
+    def choice(self, *names: str, of: Collection[str], default: str) -> str:
+        """Returns a field that is one of a few texts."""
+        value = self._take(*names)
+        value = default if value is None else value
+        check(
+            isinstance(value, str) and value in of,
+            f"{self.source} has {names[0]}={shown(value)}, and moejax has only {', '.join(of)}",
+        )
+        return str(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Returns a list of numbers."""
+        values = self._take(name)
+        ok = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        check(ok, f"{self.source} has {name}={shown(values)}; it must be a list of numbers")
+        return tuple(map(float, values))
+
+    def objects(self, *names: str) -> HfConfig:
+        """Returns one configuration of the fields in these objects and, for `ROPE_FIELDS`, outside of them."""
+        groups = [{name: self._take(name) for name in ROPE_FIELDS if name in self.fields}]
+        for name in names:
+            value = self._take(name)
             check(
-                isinstance(parameters, dict),
-                f"{self.source} has rope_parameters={shown(parameters)}; it must be an object",
+                value is None or isinstance(value, dict),
+                f"{self.source} has {name}={shown(value)}; it must be an object",
             )
-            rope = HfConfig(parameters, self.source)
-            rope.require("rope_type", "default", "no scaling of RoPE")
-            theta, factor = rope.number("rope_theta"), rope.number("partial_rotary_factor", default=1.0)
-            for name, value in (("rope_theta", theta), ("partial_rotary_factor", factor)):
-                self.require(name, value, f"one RoPE, whose {name} is {value} in rope_parameters")
-            rope.finish()
-        rotary_dim = self.number("rotary_dim", default=int(head_dim * factor))
-        return RopeConfig(float(theta), 0 if rotary_dim == head_dim else rotary_dim)
+            groups.append(value or {})
+        merged: dict[str, Any] = {}
+        for group in groups:
+            for name, value in group.items():
+                before = merged.setdefault(name, value)
+                check(before == value, f"{self.source} has {name}={shown(before)} and, elsewhere, {shown(value)}")
+        return HfConfig(merged, self.source)
 
     def finish(self) -> None:
         """Raises `ConfigError` for the fields that nothing asked for."""

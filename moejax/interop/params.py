@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -46,13 +47,18 @@ class StoredParam:
             yield from ((name, shape) for name in row.stored_names(self.layer_shape, self.layers))
 
 
+def param_names(table: Any) -> dict[str, Param]:
+    """Returns the parameters of a table by their dotted names, in its order."""
+    leaves = jax.tree_util.tree_flatten_with_path(table, is_leaf=lambda x: isinstance(x, Param))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): param for path, param in leaves}
+
+
 def stored_params(family: Family, m: ModelConfig, program: Program) -> list[StoredParam]:
     """Returns the parameters of the program's table, in its order, each with the family's rows for it."""
     rows: dict[str, list[Row]] = collections.defaultdict(list)
     for row in family.rows(m):
         rows[row.param].append(row)
-    leaves = jax.tree_util.tree_flatten_with_path(program.table, is_leaf=lambda x: isinstance(x, Param))[0]
-    table = {jax.tree_util.keystr(path, simple=True, separator="."): param for path, param in leaves}
+    table = param_names(program.table)
     if table.keys() != rows.keys():
         raise AssertionError(f"{family.model_type}: rows and parameters differ in {table.keys() ^ rows.keys()}")
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from moejax.data import Tokenizer
 from moejax.data.separators import ENDOFTEXT
 from moejax.interop.families import Family, family_to_write
 from moejax.interop.load import CONFIG
-from moejax.interop.params import StoredParam, stored_params
+from moejax.interop.params import StoredParam, param_names, stored_params
 from moejax.interop.rows import Row
 from moejax.interop.tensors import MAX_FILE, NewTensor, give_name, new_folder, write_tensors
 from moejax.program import Program
@@ -43,7 +44,8 @@ def save_hf(
     """Writes a checkpoint into a new folder, which gets its name when it is whole; returns its `model_type`.
 
     The architecture is the first of `moejax.interop.FAMILIES` that expresses the model exactly, and config.json is made
-    from the program's model. One layer of one parameter is gathered at a time. In a run of several processes, all call
+    from the program's model. Where an architecture always has a part that the model lacks, such as a shared expert, its
+    weights are zeros. One layer of one parameter is gathered at a time. In a run of several processes, all call
     this, and process 0 writes.
 
     Args:
@@ -60,15 +62,15 @@ def save_hf(
     """
     path = expand(folder, "folder")
     check(dtype in get_args(Dtype), f"dtype={dtype!r} must be one of {', '.join(get_args(Dtype))}")
-    family = family_to_write(program.model)
-    tensors = list(_tensors(family, program, params, jnp.dtype(dtype)))
+    family, written = family_to_write(program.model)
+    tensors = list(_tensors(family, written, program, params, jnp.dtype(dtype)))
     total = sum(tensor.num_bytes for tensor in tensors)
     if jax.process_index() > 0:
         for tensor in tensors:
             tensor.values()  # takes part in the gathering
         return family.model_type
     partial = new_folder(path)
-    config = config_json(program.model, family, dtype)
+    config = config_json(written, family, dtype)
     (partial / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
     for name, content in (files or {}).items():
         (partial / name).write_bytes(content)
@@ -105,11 +107,14 @@ def tokenizer_files(tokenizer: Tokenizer, source: str | Path | None = None) -> d
     }
 
 
-def _tensors(family: Family, program: Program, params: Any, dtype: np.dtype[Any]) -> Iterator[NewTensor]:
+def _tensors(
+    family: Family, written: ModelConfig, program: Program, params: Any, dtype: np.dtype[Any]
+) -> Iterator[NewTensor]:
     """Returns every tensor to write, layer by layer of each parameter, so that a layer is gathered once."""
-    leaves = jax.tree.leaves(params)
-    for stored, array in zip(stored_params(family, program.model, program), leaves, strict=True):
-        layer_of = functools.lru_cache(maxsize=1)(functools.partial(_gather_layer, stored, array))
+    arrays = dict(zip(param_names(program.table), jax.tree.leaves(params), strict=True))
+    for stored in stored_params(family, written, dataclasses.replace(program, model=written)):
+        gather = functools.partial(_gather_layer, stored, arrays.get(stored.name))
+        layer_of = functools.lru_cache(maxsize=1)(gather)
         kept = np.dtype(np.float32) if stored.param.compute_dtype is None else dtype
         for i, layer in enumerate(stored.layers):
             for row in stored.rows:
@@ -124,7 +129,9 @@ def _values(row: Row, layer_of: Callable[[int], np.ndarray], i: int, expert: int
     return row.write(layer_of(i), expert).astype(dtype)
 
 
-def _gather_layer(stored: StoredParam, array: jax.Array, i: int) -> np.ndarray:
-    """Returns layer `i` of a parameter, whole, on every process."""
+def _gather_layer(stored: StoredParam, array: jax.Array | None, i: int) -> np.ndarray:
+    """Returns layer `i` of a parameter, whole, on every process; zeros where the model has no such parameter."""
+    if array is None:
+        return np.zeros(stored.layer_shape, np.float32)
     layer = array[np.unravel_index(i, stored.stack)] if stored.stack else array
     return np.asarray(multihost_utils.process_allgather(layer, tiled=True))

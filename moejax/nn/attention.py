@@ -29,7 +29,7 @@ def attention(p: dict[str, Any], x_bsD: jax.Array, segment_ids_bS: jax.Array, m:
         kv_bSGkH = named(jnp.einsum("bsd,dgkh->bsgkh", h_bSD, compute_copy(p["w_kv_DGKH"], h_bSD)), MATMUL)
         q_bSnH, kv_bSGkH = _add_bias(q_bSnH, p.get("b_q_NH")), _add_bias(kv_bSGkH, p.get("b_kv_GKH"))
         q_bSnH, k_bSkH = _QK_NORMS[m.attention.qk_norm](p, q_bSnH, kv_bSGkH[:, :, 0], m.norm_eps)
-        cos, sin = rope_table(h_bSD.shape[1], m.rope.rotary_dim or m.attention.head_dim, m.rope.theta)
+        cos, sin = rope_table(h_bSD.shape[1], m.rope.rotary_dim or m.attention.head_dim, m.rope)
         q_bSnH, k_bSkH = apply_rope(q_bSnH, cos, sin), apply_rope(k_bSkH, cos, sin)
         q_bSnH = scaled(q_bSnH, m.attention.query_scale)
         o_bSnH = attention_kernel(q_bSnH, k_bSkH, kv_bSGkH[:, :, 1], segment_ids_bS)

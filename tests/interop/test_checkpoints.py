@@ -146,7 +146,21 @@ CONFIGS = {
     "a field that nobody knows": ({"soft_cap": 30.0}, "may change the model: soft_cap=30.0"),
     "a window": ({"sliding_window": 4096}, "sliding_window=4096, and moejax has no window of attention"),
     "another activation": ({"hidden_act": "gelu"}, 'hidden_act="gelu", and moejax has experts with SiLU alone'),
-    "scaled RoPE": ({"rope_scaling": {"type": "yarn"}}, "and moejax has no scaling of RoPE"),
+    "a scaling of RoPE": ({"rope_scaling": {"type": "ntk"}}, 'has rope_type="ntk", and moejax has only default, lin'),
+    "half a scaling": ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+    "a scaling that is a word": ({"rope_scaling": "yarn"}, 'rope_scaling="yarn"; it must be an object'),
+    "a scaling with a field that nobody knows": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "finetuned": True}},
+        "may change the model: finetuned=true",
+    ),
+    "too few divisors": (
+        {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]}},
+        "rope.scaling.short_factors has 1 numbers; with kind='longrope' it must have 4",
+    ),
+    "divisors that are none": (
+        {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": "1", "long_factor": [1.0]}},
+        'short_factor="1"; it must be a list of numbers',
+    ),
     "a word for a number": ({"hidden_size": "big"}, 'hidden_size="big"; it must be a number'),
     "truth for a number": ({"hidden_size": True}, "hidden_size=true; it must be a number"),
     "a number for truth": ({"tie_word_embeddings": 1}, "tie_word_embeddings=1; it must be true or false"),
@@ -156,7 +170,7 @@ CONFIGS = {
     "two names that differ": ({"num_experts": 4}, "num_local_experts=16 and num_experts=4, which are the same field"),
     "rope twice": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        "rope_theta=10000.0, and moejax has one base of RoPE, which rope_parameters say is 500000.0",
+        "has rope_theta=10000.0 and, elsewhere, 500000.0",
     ),
 }
 
@@ -185,10 +199,23 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 
 
 def test_a_model_that_no_family_expresses_writes_nothing(tmp_path):
-    program = program_of((1, 1, 1), dataclasses.replace(MODEL, router=RouterConfig(score="sigmoid", bias=True)))
-    with pytest.raises(ConfigError, match=r"minimax_m2 lacks .*attention\.qk_norm=none"):
+    router = RouterConfig(score="sigmoid", bias=True, scaling=2.0)
+    program = program_of((1, 1, 1), dataclasses.replace(MODEL, router=router, logits_divisor=2.0))
+    with pytest.raises(ConfigError, match=r"glm4_moe lacks logits_divisor=2\.0 \(not 1\.0\)"):
         save_hf(tmp_path / "out", program, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_the_shared_expert_of_its_family_gets_one_of_zeros(tmp_path):
+    program = program_of((4, 2, 2), dataclasses.replace(MODEL, router=RouterConfig(score="sigmoid", bias=True)))
+    params = params_of(program)
+    assert save_hf(tmp_path / "out", program, params, dtype="float32") == "glm4_moe"
+    model = dataclasses.replace(read_model_config(tmp_path / "out"), dtype="float32")
+    assert model == dataclasses.replace(program.model, shared_d_ff=program.model.d_ff)
+    loaded = load_hf(tmp_path / "out", program_of((2, 1, 2), model)).params
+    shared = loaded["layers"]["moe"].pop("shared")
+    assert {np.abs(w).max() for w in shared.values()} == {0}
+    jax.tree.map(np.testing.assert_array_equal, logical(loaded), logical(params))
 
 
 def test_a_write_that_fails_leaves_nothing_that_looks_whole(stored, tmp_path):

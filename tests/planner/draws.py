@@ -1,6 +1,14 @@
 """Layouts drawn at random: every way to cut and place a tiny model's step. Slow ones to trace are drawn less often."""
 
-from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig, RopeConfig, RouterConfig
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    DispatchConfig,
+    ModelConfig,
+    RopeConfig,
+    RopeScalingConfig,
+    RouterConfig,
+)
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 
@@ -42,7 +50,10 @@ def _draw(rng):
             output_bias=one_of(False, True),
             multiplier=one_of(0.0, 0.0, 0.1),
         ),
-        rope=RopeConfig(rotary_dim=one_of(0, 0, 4)),
+        rope=RopeConfig(
+            rotary_dim=one_of(0, 0, 4),
+            scaling=one_of(RopeScalingConfig(), RopeScalingConfig("yarn", 4.0, 64)),
+        ),
         d_ff=one_of(16, 48),
         num_experts=one_of(8, 16, 32),
         experts_per_token=one_of(1, 2, 3),

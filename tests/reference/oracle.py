@@ -72,11 +72,34 @@ def _swiglu(x: Any, w_gate_DF: Any, w_up_DF: Any, w_down_FD: Any) -> Any:
     return (_silu(x @ w_gate_DF) * (x @ w_up_DF)) @ w_down_FD
 
 
+def _frequency(m: ModelConfig, pair: int, num_pairs: int, seq_len: int) -> float:
+    """Radians per token of one pair: theta^(-2i/R), stretched as the papers say."""
+    s, frequency = m.rope.scaling, m.rope.theta ** (-pair / num_pairs)
+    turns = s.original_max_seq_len * frequency / (2 * math.pi)
+    if s.kind == "linear":
+        return frequency / s.factor
+    if s.kind == "llama3":
+        smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        return frequency * (min(max(smooth, 0), 1) * (1 - 1 / s.factor) + 1 / s.factor)
+    if s.kind == "yarn":
+        assert s.truncate
+        turned = [s.original_max_seq_len / (2 * math.pi * beta) for beta in (s.beta_fast, s.beta_slow)]
+        fast, slow = (num_pairs * math.log(ratio, m.rope.theta) for ratio in turned)
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), 2 * num_pairs - 1)
+        stretched = min(max((pair - low) / (high - low), 0), 1) if high > low else float(pair > low)
+        return (1 - stretched) * frequency + stretched * frequency / s.factor
+    if s.kind == "longrope":
+        return frequency / (s.long_factors if seq_len > s.original_max_seq_len else s.short_factors)[pair]
+    return frequency
+
+
 def _rope(x_BSNH: Any, m: ModelConfig) -> Any:
-    """Of R rotated dims, element i and i + R/2 make a complex number, turned by position * theta^(-2i/R)."""
+    """Of R rotated dims, element i and i + R/2 make a complex number, turned by position * frequency."""
     seq_len, half = x_BSNH.shape[1], (m.rope.rotary_dim or m.attention.head_dim) // 2
-    theta = m.rope.theta
-    turn_SH = np.exp(1j * np.arange(seq_len)[:, None] * theta ** (-np.arange(half)[None] / half))
+    s = m.rope.scaling
+    size = s.attention_factor or {"yarn": 0.1 * math.log(s.factor) + 1}.get(s.kind, 1)
+    frequency_H = np.array([_frequency(m, pair, half, seq_len) for pair in range(half)])
+    turn_SH = size * np.exp(1j * np.arange(seq_len)[:, None] * frequency_H)
     z_BSNH = (x_BSNH[..., :half] + 1j * x_BSNH[..., half : 2 * half]) * turn_SH[None, :, None]
     return jnp.concatenate([z_BSNH.real, z_BSNH.imag, x_BSNH[..., 2 * half :]], axis=-1)
 

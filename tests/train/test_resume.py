@@ -20,6 +20,11 @@ from moejax.train.record import RECORD_FILE, append_start, read_starts
 from moejax.train.resume import CHECKPOINTS, KINDS, Record, check_data, check_run, compare, read_record
 
 # A valid value of each field that is not the default, and of those that must change with it.
+LONGROPE = {
+    "model.rope.scaling.kind": "longrope", "model.rope.scaling.original_max_seq_len": "128",
+    "model.rope.rotary_dim": "8", "model.rope.scaling.short_factors": "1.0,1.5,2.0,2.5",
+    "model.rope.scaling.long_factors": "1.0,2.5,4.0,8.0",
+}  # fmt: skip
 OTHERS = {
     "model.num_layers": {"model.num_layers": "2"},
     "model.d_model": {"model.d_model": "64"},
@@ -34,6 +39,17 @@ OTHERS = {
     "model.attention.output_bias": {"model.attention.output_bias": "true"},
     "model.attention.multiplier": {"model.attention.multiplier": "0.1"},
     "model.rope.rotary_dim": {"model.rope.rotary_dim": "16"},
+    "model.rope.scaling.kind": {"model.rope.scaling.kind": "linear"},
+    "model.rope.scaling.factor": {"model.rope.scaling.factor": "2"},
+    "model.rope.scaling.original_max_seq_len": {"model.rope.scaling.original_max_seq_len": "128"},
+    "model.rope.scaling.low_freq_factor": {"model.rope.scaling.low_freq_factor": "2"},
+    "model.rope.scaling.high_freq_factor": {"model.rope.scaling.high_freq_factor": "8"},
+    "model.rope.scaling.beta_fast": {"model.rope.scaling.beta_fast": "16"},
+    "model.rope.scaling.beta_slow": {"model.rope.scaling.beta_slow": "2"},
+    "model.rope.scaling.truncate": {"model.rope.scaling.truncate": "false"},
+    "model.rope.scaling.attention_factor": {"model.rope.scaling.attention_factor": "1.5"},
+    "model.rope.scaling.short_factors": LONGROPE,
+    "model.rope.scaling.long_factors": LONGROPE,
     "model.router.scaling": {"model.router.scaling": "2.5"},
     "model.shared_gate": {"model.shared_gate": "true", "model.shared_d_ff": "64"},
     "model.embedding_multiplier": {"model.embedding_multiplier": "12"},

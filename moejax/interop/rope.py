@@ -1,0 +1,82 @@
+"""RoPE in a config.json of Hugging Face, which has had two forms.
+
+Until transformers 5, `rope_theta` and `partial_rotary_factor` were fields of the model's, and `rope_scaling` was null
+or an object. Since then one object, `rope_parameters`, has them all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+from moejax.config import RopeConfig, RopeScaling, RopeScalingConfig
+from moejax.interop.hf_config import HfConfig
+
+_NAMES = {"default": "none"}  # kinds that moejax calls something else
+
+
+def read_rope(c: HfConfig, head_dim: int, max_seq_len: int, rotated: float) -> RopeConfig:
+    """Returns the RoPE of a config.json, in either form; `rotated` is the default of `partial_rotary_factor`.
+
+    Raises:
+      ConfigError: moejax doesn't have its kind, or a number is missing.
+    """
+    rope = c.objects("rope_scaling", "rope_parameters")
+    theta = float(rope.number("rope_theta"))
+    share = rope.number("partial_rotary_factor", default=rotated)
+    rotary_dim = c.number("rotary_dim", default=int(head_dim * share))
+    kinds = ["default", *get_args(RopeScaling)[1:]]
+    kind = rope.choice("rope_type", "type", of=kinds, default="default")
+    scaling = _read_scaling(rope, _NAMES.get(kind, kind), max_seq_len)
+    rope.finish()
+    return RopeConfig(theta, 0 if rotary_dim == head_dim else rotary_dim, scaling)
+
+
+def write_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
+    """Returns the fields of config.json in the form that every version of transformers reads."""
+    rotary_dim = rope.rotary_dim or head_dim
+    fields: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": _write_scaling(rope.scaling)}
+    return fields | ({"partial_rotary_factor": rotary_dim / head_dim} if rotary_dim < head_dim else {})
+
+
+def _read_scaling(c: HfConfig, kind: str, max_seq_len: int) -> RopeScalingConfig:
+    if kind == "none":
+        c.skip("original_max_position_embeddings")
+        return RopeScalingConfig()
+    if kind == "linear":
+        c.skip("original_max_position_embeddings")
+        return RopeScalingConfig("linear", float(c.number("factor")))
+    original = c.number("original_max_position_embeddings", default=max_seq_len)
+    factor = float(c.number("factor", default=max_seq_len / original))
+    if kind == "llama3":
+        low, high = float(c.number("low_freq_factor")), float(c.number("high_freq_factor"))
+        return RopeScalingConfig("llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
+    attention_factor = float(c.number("attention_factor", default=0.0))
+    if kind == "longrope":
+        return RopeScalingConfig(
+            "longrope", factor, original, attention_factor=attention_factor,
+            short_factors=c.numbers("short_factor"), long_factors=c.numbers("long_factor"),
+        )  # fmt: skip
+    scale, scale_all = c.number("mscale", default=0), c.number("mscale_all_dim", default=0)
+    if scale and scale_all and not attention_factor:
+        attention_factor = (0.1 * scale * math.log(factor) + 1) / (0.1 * scale_all * math.log(factor) + 1)
+    return RopeScalingConfig(
+        "yarn", factor, original, attention_factor=attention_factor,
+        beta_fast=float(c.number("beta_fast", default=32)), beta_slow=float(c.number("beta_slow", default=1)),
+        truncate=c.flag("truncate", default=True),
+    )  # fmt: skip
+
+
+def _write_scaling(s: RopeScalingConfig) -> dict[str, Any] | None:
+    if s.kind == "none":
+        return None
+    fields: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind != "linear":
+        fields["original_max_position_embeddings"] = s.original_max_seq_len
+    if s.kind == "llama3":
+        fields |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+    if s.kind == "yarn":
+        fields |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
+    if s.kind == "longrope":
+        fields |= {"short_factor": list(s.short_factors), "long_factor": list(s.long_factors)}
+    return fields | ({"attention_factor": s.attention_factor} if s.attention_factor else {})
