@@ -146,6 +146,7 @@ def test_a_plan_of_one_layout_is_a_configuration(tmp_path):
     assert parse("--config=tiny", f"--plan={plan}") == dataclasses.replace(parse("--config=tiny"), layouts=(expected,))
 
 
+@pytest.mark.full
 def test_a_plan_brings_its_model():
     assert parse("--plan=cpu_16_mixed") == parse("--plan=cpu_16_mixed", "--config=mixed")
     assert parse("--plan=cpu_16_mixed", "--tokenizer=bpe").model.vocab_size == 4096

@@ -86,6 +86,7 @@ def test_what_the_compiler_refuses_is_named_before_a_step_is_traced(item, why):
         make_step("xla_disable_hlo_passes=cse", item)
 
 
+@pytest.mark.full
 def test_options_reach_the_step_and_the_sampler(monkeypatch):
     """A wrong one that nobody stopped before is refused by the compiler of each."""
     monkeypatch.setattr(compiler, "check_accepted", lambda mesh, options: None)

@@ -78,6 +78,7 @@ def test_loss_and_gradients_equal_the_oracle(case, report):
     assert {name: error for name, error in found.items() if not error < TOLERANCE} == {}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", VARIANT_CASES, ids=str)
 def test_variants_equal_the_oracle(case, report):
     report[f"variants-{case}"] = found = errors(case)

@@ -63,6 +63,7 @@ def step_and_params():
     return step, CASE.place(CASE.logical_params)
 
 
+@pytest.mark.full
 def test_evaluation_leaves_out_the_same_targets():
     step, params = step_and_params()
     batch = masked(CASE.batch)

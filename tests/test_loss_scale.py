@@ -50,6 +50,7 @@ def test_the_error_does_not_grow_with_the_tokens():
     assert error("float16", MANY) < error("bfloat16", MANY) / 3
 
 
+@pytest.mark.full
 def test_gradients_that_all_tokens_agree_on_do_not_overflow():
     grads = gradients("float16", FEW, same=True)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -317,6 +317,7 @@ def test_an_optimizer_lowers_the_loss_of_a_users_model(user_model):
     assert moment.sharding.is_equivalent_to(user_model.moe.experts.w_in_EDGF.get_value().sharding, moment.ndim)
 
 
+@pytest.mark.full
 def test_a_selection_bias_is_moved_by_the_loads_and_by_nothing_else():
     layer = make_layer(config=dataclasses.replace(MOE, router=RouterConfig(bias=True)))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

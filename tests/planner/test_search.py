@@ -58,6 +58,7 @@ def test_on_a_small_cluster_no_plan_is_faster():
     assert best <= 1.01 * min(times)
 
 
+@pytest.mark.full
 def test_more_memory_is_never_slower():
     times = [
         find_plan(request(10_240, with_memory(REFERENCE, gigabytes * 1e9))).best.time.expected

@@ -20,7 +20,7 @@ from moejax.train.step import make_train_step
 CASE = Case(4, 2, 2, model=dataclasses.replace(MODEL, num_layers=2))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.full)])  # and the tests that use it
 def profiles(tmp_path_factory):
     """The traces of a run of 8 steps, of which 2 and 3 are asked for before, 5 while it runs, 7 and 8 by mistake."""
     workdir = tmp_path_factory.mktemp("run")

@@ -5,6 +5,7 @@ import dataclasses
 import re
 
 import jax
+import pytest
 from cases import MODEL, Case
 
 from moejax.profiling.phases import PHASES, phase_of
@@ -24,6 +25,7 @@ def phases(program):
     return set(filter(None, (phase_of(name) for name in names if ".py" not in name)))
 
 
+@pytest.mark.full
 def test_the_program_is_the_same_without_the_names_of_phases(monkeypatch):
     """What the compiler is given differs in the places that are noted for humans, and in those alone."""
     named = lowered()

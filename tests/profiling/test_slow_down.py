@@ -61,6 +61,7 @@ def traced(directory) -> tuple[Trace, set[str]]:
     return read_trace(directory), planted
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("phase", "module", "name"),
     [

@@ -386,6 +386,7 @@ NAMES += ["[1]", "100%20", "%2F", "~x", "$HOME", "C:", "a.zarr|zip:", "5", ".hid
 NAMES += ["x" * 255, "/".join(["y" * 250] * 14)]  # of 3,700 bytes in all: Orbax's own names must stay short of 4,096
 
 
+@pytest.mark.full
 def test_every_folders_name_saves_and_restores(tmp_path):
     sharding = NamedSharding(make_mesh((2, 1, 1)), PartitionSpec("expert"))
     for number, name in enumerate(NAMES):

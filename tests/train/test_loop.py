@@ -197,6 +197,7 @@ def ctrl_c(monkeypatch, capfd):
     return Interrupted(monkeypatch, capfd)
 
 
+@pytest.mark.full
 def test_ctrl_c_before_the_first_step_ends_at_once(short, ctrl_c, tmp_path):
     ctrl_c.at(loop, "load_data")
     trainer = trainer_on((1, 1, 1), short, tmp_path)
@@ -245,9 +246,10 @@ def test_a_sample_that_fails_costs_a_run_nothing_else(short, tmp_path, monkeypat
     assert caplog.messages == [f"the run has no sample: {one_line(error)}"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "shape",
-    [pytest.param((16, 1, 1), marks=pytest.mark.full), (2, 4, 2), pytest.param((1, 1, 1), marks=pytest.mark.full)],
+    [(16, 1, 1), (2, 4, 2), (1, 1, 1)],
 )
 def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
     workdir, summary = finished
@@ -402,6 +404,7 @@ def fill_disk(disk, monkeypatch):
     return fill
 
 
+@pytest.mark.full
 def test_a_full_disk_costs_lines_and_one_checkpoint_but_not_the_run(config, finished, tmp_path, fill_disk, caplog):
     fill_disk(3, 4, 5)
     assert trainer_on((4, 2, 2), config, tmp_path).run().step == config.steps

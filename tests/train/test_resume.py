@@ -448,6 +448,7 @@ def test_without_run_json_the_checkpoint_is_the_record(config, workdir):
         train(config, workdir, **{"model.rope.theta": "500"})
 
 
+@pytest.mark.full
 def test_a_resume_says_where_it_goes_on_and_what_differs(config, workdir, capsys):
     train(config, workdir, steps="3")
     said = capsys.readouterr().err.splitlines()

@@ -115,6 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(config, finished, tm
     assert lines(tmp_path) == lines(finished[0])
 
 
+@pytest.mark.full
 def test_resuming_with_other_layouts_is_refused(config, finished):
     other = dataclasses.replace(config, layouts=(LAYOUTS[0].replace(batch_size=32), *LAYOUTS[1:]))
     with pytest.raises(ConfigError, match=r"^layouts: 16x32,\S+ in the run, 32x32,\S+ asked for; "):

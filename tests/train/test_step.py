@@ -136,6 +136,7 @@ def test_accumulated_slices_are_the_step_of_the_whole_batch():
     np.testing.assert_allclose(state.balance.rounds_WL[0], rounds_L / dispatches_L, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_evaluation_is_the_loss_of_the_oracle_without_drops():
     case = CI_CASES[1]
     assert case.strategy == "capacity"
