@@ -22,7 +22,8 @@ from absl import flags
 
 from experiments.shared import audit_cases, common, loading, outputs
 from experiments.shared.audit_cases import Audited, Case, Compiled
-from moejax.config import BalanceConfig, check
+from moejax.checks import check
+from moejax.config import BalanceConfig
 from moejax.mesh import build_mesh
 from moejax.planner.memory import Memory, predict_memory
 from moejax.profiling.compiled import against_program, compiled_counts

@@ -19,7 +19,8 @@ import jax
 from absl import flags
 
 from experiments.shared import loading
-from moejax.config import ConfigError, Dtype, check
+from moejax.checks import ConfigError, check
+from moejax.config import Dtype
 from moejax.data import load_data
 from moejax.interop import save_hf, tokenizer_files
 from moejax.layout import Layout

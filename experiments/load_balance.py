@@ -25,7 +25,8 @@ from rich.console import Console
 
 from experiments.shared import common, loading
 from moejax import strict_json
-from moejax.config import BalanceConfig, ConfigError, check
+from moejax.checks import ConfigError, check
+from moejax.config import BalanceConfig
 from moejax.mesh import build_mesh
 from moejax.plots import check_installed, pyplot
 from moejax.train.config import TrainConfig

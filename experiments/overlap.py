@@ -18,7 +18,7 @@ from absl import flags
 
 from experiments.shared import common, loading
 from moejax import hlo
-from moejax.config import make_folder
+from moejax.checks import make_folder
 from moejax.profiling import overlap
 from moejax.topology import compile_only_devices
 from moejax.train.config import TrainConfig

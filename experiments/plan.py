@@ -19,7 +19,8 @@ from absl import flags
 
 from experiments.shared import loading
 from moejax import strict_json
-from moejax.config import MAX_CAPACITY_FACTOR, ConfigError, DispatchConfig, check
+from moejax.checks import ConfigError, check
+from moejax.config import MAX_CAPACITY_FACTOR, DispatchConfig
 from moejax.planner import report
 from moejax.planner.hardware import load_calibration
 from moejax.planner.search import Choice, Request, default_batch_size, find_plan

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.shared import loading, outputs
-from moejax.config import check, expand
+from moejax.checks import check, expand
 from moejax.plots import SUFFIXES
 from moejax.profiling.loads import LoadHistory, figure
 

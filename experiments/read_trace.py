@@ -18,7 +18,7 @@ from absl import flags
 
 from experiments.shared import loading
 from moejax import strict_json
-from moejax.config import check, expand, make_folder
+from moejax.checks import check, expand, make_folder
 from moejax.plots import check_installed
 from moejax.profiling import report, tables, timeline
 from moejax.profiling.capture import TRACES

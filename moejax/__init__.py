@@ -4,16 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moejax.balance import BalanceReport, BalanceState, ExpertLoadBalancer
+from moejax.checks import ConfigError
 from moejax.config import (
     AttentionConfig,
     BalanceConfig,
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     DispatchConfig,
     ModelConfig,
     OptimizerConfig,
     RopeConfig,
+    RopeScalingConfig,
     RouterConfig,
 )
 from moejax.data import load_data
@@ -56,6 +57,7 @@ __all__ = [
     "OptimizerConfig",
     "Program",
     "RopeConfig",
+    "RopeScalingConfig",
     "RouterConfig",
     "TrainConfig",
     "TrainState",

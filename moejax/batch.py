@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moejax.config import ModelConfig, check
+from moejax.checks import check
+from moejax.config import ModelConfig
 from moejax.layout import Layout
 from moejax.nn.embedding import IGNORED, check_ids, out_of_range
 

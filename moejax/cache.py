@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from moejax.config import expand
+from moejax.checks import expand
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:

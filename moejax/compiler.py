@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.config import ConfigError, one_line
+from moejax.checks import ConfigError, one_line
 
 Platform = Literal["cpu", "gpu", "tpu"]
 DEFAULT = "default"  # the value that takes an option away

@@ -19,16 +19,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
+from moejax.checks import ConfigError, check, check_not_negative, check_positive, check_types
 from moejax.compiler import Platform
-from moejax.config import (
-    ConfigError,
-    DispatchConfig,
-    ModelConfig,
-    check,
-    check_not_negative,
-    check_positive,
-    check_types,
-)
+from moejax.config import DispatchConfig, ModelConfig
 from moejax.mesh import EXPERT, PIPELINE, TENSOR, MeshConfig
 
 Gather = Literal["step", "layer"]

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
+from moejax.checks import ConfigError, check, check_types, one_line
 from moejax.compiler import Platform
-from moejax.config import ConfigError, check, check_types, one_line
 
 REPLICA: Final = "replica"
 EXPERT: Final = "expert"

@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import balance, sharding
 from moejax.batch import Batch, check_batch
-from moejax.config import BalanceConfig, DispatchConfig, ModelConfig, check
+from moejax.checks import check
+from moejax.config import BalanceConfig, DispatchConfig, ModelConfig
 from moejax.dispatch import Exchange
 from moejax.kernels.manual import varying
 from moejax.layout import check_divides, check_experts, check_hops

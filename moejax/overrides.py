@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moejax.config import MOVED_FIELDS, ConfigError, ModelConfig, check, one_line
+from moejax.checks import ConfigError, check, one_line
+from moejax.config import MOVED_FIELDS, ModelConfig
 from moejax.strict_json import NOT_FINITE
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from moejax.config import check
+from moejax.checks import check
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

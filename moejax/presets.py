@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig, RouterConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
 
 
 def tiny() -> ModelConfig:

@@ -19,7 +19,8 @@ from moejax import compiler, sharding
 from moejax import model as per_device
 from moejax.balance import ExpertLoadBalancer
 from moejax.batch import BATCH_ARRAYS, Batch, Totals, count_totals
-from moejax.config import BalanceConfig, ModelConfig, check
+from moejax.checks import check
+from moejax.config import BalanceConfig, ModelConfig
 from moejax.layout import VOCAB_AXES, Layout
 from moejax.mesh import PIPELINE, TENSOR, build_mesh, platform
 from moejax.metrics import LossMetrics

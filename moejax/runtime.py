@@ -12,8 +12,8 @@ import sys
 import jax
 
 from moejax.cache import cache_folder
+from moejax.checks import ConfigError, check, expand
 from moejax.compiler import PROCESS, Platform
-from moejax.config import ConfigError, check, expand
 from moejax.mesh import MeshConfig
 
 _MIN_COMPILE_SECONDS = 0.2  # programs that compile faster are not kept

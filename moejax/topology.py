@@ -19,7 +19,7 @@ import os
 import jax
 from jax.experimental import topologies
 
-from moejax.config import ConfigError, check
+from moejax.checks import ConfigError, check
 
 # GpuTargetConfigProtos as text: what XLA would ask the driver about one A100 or H100 SXM.
 A100_64GB = """

@@ -12,8 +12,9 @@ import pytest
 from scripts import SCRIPTS, load_script, run_script
 
 from experiments.shared import common, loading
+from moejax.checks import ConfigError
 from moejax.compiler import PROGRAM
-from moejax.config import MOVED_FIELDS, ConfigError
+from moejax.config import MOVED_FIELDS
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.overrides import describe

@@ -13,8 +13,8 @@ import pytest
 from cases import MODEL
 
 from moejax import compiler
+from moejax.checks import ConfigError
 from moejax.compiler import ONCE, PROCESS, PROGRAM, check_accepted, in_force, program_options
-from moejax.config import ConfigError
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, abstract_mesh, build_mesh
 from moejax.overrides import apply_overrides

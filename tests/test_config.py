@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from moejax import config as config_module
+from moejax.checks import ConfigError
 from moejax.config import (
     AttentionConfig,
     BalanceConfig,
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     DispatchConfig,
     ModelConfig,

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from scripts import parse_command, run_script
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.data import ByteTokenizer
 from moejax.interop.tensors import find_tensors
 

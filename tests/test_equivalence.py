@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from cases import CI_CASES, VARIANT_CASES, Case, relative_error, tiered, variant
 
-from moejax.config import AttentionConfig, ConfigError
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig
 
 TOLERANCE = 1e-5  # of a parameter's largest gradient; float32 against float64
 

@@ -11,7 +11,7 @@ from flax import nnx
 from reference import oracle
 
 from moejax.batch import counted_targets
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.modules import Transformer
 from moejax.train.sample import generate
 from moejax.train.step import make_train_step

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, DispatchConfig, ModelConfig
 from moejax.layout import Layout, check_layouts
 from moejax.mesh import MeshConfig
 

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError, DispatchConfig, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import DispatchConfig, ModelConfig
 from moejax.layout import check_experts
 from moejax.mesh import (
     EXPERT,

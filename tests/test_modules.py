@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from reference import oracle
 
 from moejax import modules
-from moejax.config import AttentionConfig, ConfigError, DispatchConfig, ModelConfig, OptimizerConfig, RouterConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, DispatchConfig, ModelConfig, OptimizerConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh, count_hosts
 from moejax.modules import MoELayer, MoEStats, Transformer

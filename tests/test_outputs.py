@@ -8,7 +8,7 @@ import pytest
 from scripts import run_script
 
 from experiments.shared import common, loading
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.train.plan_file import load_plan_model
 
 FLAGS = loading.Flags("Writes.")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax import strict_json
-from moejax.config import BalanceConfig, ConfigError, DataConfig, DispatchConfig, ModelConfig, check
+from moejax.checks import ConfigError, check
+from moejax.config import BalanceConfig, DataConfig, DispatchConfig, ModelConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.overrides import apply_overrides, describe, from_record, load_config_file, split_overrides

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moejax.balance.placement import place_experts
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 
 
 @st.composite

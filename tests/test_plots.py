@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from scripts import run_script
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.plots import pyplot
 
 MISSING = "needs matplotlib, which is not installed; pip install 'moejax[plots]'"

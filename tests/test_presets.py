@@ -1,7 +1,8 @@
 import jax.numpy as jnp
 import pytest
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import ModelConfig
 from moejax.presets import PRESETS, get_preset, mixtral_8x7b, moe_16x10b, tiny
 
 

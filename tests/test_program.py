@@ -9,7 +9,8 @@ from cases import MODEL, Case, make_batch, relative_error
 from jax.sharding import PartitionSpec as P
 
 from moejax.batch import BATCH_ARRAYS
-from moejax.config import BalanceConfig, ConfigError
+from moejax.checks import ConfigError
+from moejax.config import BalanceConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, abstract_mesh, build_mesh
 from moejax.program import Program

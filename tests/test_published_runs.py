@@ -12,7 +12,7 @@ from experiments.published_runs.models import architectures, find_architecture, 
 from experiments.published_runs.runs import number, parse_cluster, parse_device, parse_run
 from experiments.published_runs.serving import predict_serving
 from experiments.published_runs.training import distinct, predict_training, training_step, training_work
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.planner.work import Matmul
 from moejax.presets import PRESETS, mixtral_8x7b, olmoe_7b
 

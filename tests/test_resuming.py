@@ -6,7 +6,7 @@ import pytest
 
 from experiments import train
 from experiments.shared import loading, resuming
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.overrides import apply_overrides

@@ -11,8 +11,8 @@ import jax
 import pytest
 
 from moejax import runtime
+from moejax.checks import ConfigError
 from moejax.compiler import PROCESS
-from moejax.config import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.runtime import keep_freed_memory, set_process_options, setup_jax, use_virtual_devices
 

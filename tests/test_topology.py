@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.topology import TARGETS, compile_only_devices
 
 ROOT = Path(__file__).parents[1]

@@ -36,7 +36,8 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.shared import loading
 from moejax import runtime
-from moejax.config import ConfigError, DispatchConfig, ModelConfig, check
+from moejax.checks import ConfigError, check
+from moejax.config import DispatchConfig, ModelConfig
 from moejax.dispatch import Assignments, Exchange, Experts, dispatch
 from moejax.mesh import build_mesh, local_mesh_config
 from moejax.moe import mixture_of_experts, route

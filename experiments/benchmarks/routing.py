@@ -33,7 +33,7 @@ from absl import flags
 from jax import lax
 
 from experiments.shared import loading
-from moejax.config import check
+from moejax.checks import check
 from moejax.kernels.top_k_routing import routing_implementation, top_k_routing
 
 FLAGS = loading.Flags(__doc__)

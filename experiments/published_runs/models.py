@@ -22,7 +22,7 @@ from experiments.published_runs.architecture import (
     Layer,
     StateSpace,
 )
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 
 
 def _gqa(

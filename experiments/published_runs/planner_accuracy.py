@@ -25,7 +25,7 @@ from experiments.published_runs.runs import Run, number, parse_run
 from experiments.published_runs.serving import predict_serving
 from experiments.published_runs.training import predict_training
 from experiments.shared import loading
-from moejax.config import ConfigError, check, expand
+from moejax.checks import ConfigError, check, expand
 
 FLAGS = loading.Flags(__doc__)
 _RUNS = flags.DEFINE_string(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from experiments.published_runs.architecture import Architecture
 from experiments.published_runs.models import find_architecture
-from moejax.config import ConfigError, check
+from moejax.checks import ConfigError, check
 from moejax.planner.hardware import Cluster, Constant, Device, get_device
 
 Recompute = Literal["none", "selective", "half", "minimal", "custom", "full"]

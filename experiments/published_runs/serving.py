@@ -15,7 +15,7 @@ from collections.abc import Callable
 from experiments.published_runs.architecture import Attention, Experts, FeedForward, LatentAttention, Layer, StateSpace
 from experiments.published_runs.runs import Run
 from experiments.published_runs.training import spans
-from moejax.config import check
+from moejax.checks import check
 from moejax.planner.costs import Assumptions
 from moejax.planner.hardware import Constant
 from moejax.planner.time import predict_time

@@ -42,8 +42,9 @@ from experiments.shared.loading import (
     unknown,
 )
 from moejax import runtime
+from moejax.checks import ConfigError, check
 from moejax.compiler import in_force
-from moejax.config import MOVED_FIELDS, ConfigError, check
+from moejax.config import MOVED_FIELDS
 from moejax.data import tokenizer_vocab_size
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig

@@ -37,7 +37,8 @@ from absl import flags
 from experiments.published_runs.models import find_architecture, what_is_missing
 from experiments.shared.outputs import OutputParser, identity
 from moejax import strict_json
-from moejax.config import BalanceConfig, ConfigError, ModelConfig, check, expand, one_line
+from moejax.checks import ConfigError, check, expand, one_line
+from moejax.config import BalanceConfig, ModelConfig
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, is_flag, load_config_file
 from moejax.planner.hardware import Cluster

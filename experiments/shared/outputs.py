@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from moejax import plots
-from moejax.config import ConfigError, check, expand
+from moejax.checks import ConfigError, check, expand
 from moejax.train.workdir import check_folder, leads_nowhere
 
 

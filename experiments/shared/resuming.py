@@ -8,7 +8,8 @@ from pathlib import Path
 from absl import flags
 
 from experiments.shared.common import ConfigFlags
-from moejax.config import BalanceConfig, DataConfig, check, expand
+from moejax.checks import check, expand
+from moejax.config import BalanceConfig, DataConfig
 from moejax.interop import read_model_config
 from moejax.layout import Layout
 from moejax.train.config import TrainConfig

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moejax.config import check
+from moejax.checks import check
 
 _STARTS = 10  # of the search for a placement no worse than experts in a row; small cases need two at most
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from moejax.config import DataConfig, check
+from moejax.checks import check
+from moejax.config import DataConfig
 from moejax.data.corpora import Document
 from moejax.data.encoded import Encoded, encode_documents
 from moejax.data.loader import Rows, make_generator, shuffled_batches, start

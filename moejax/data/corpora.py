@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from moejax.config import check
+from moejax.checks import check
 from moejax.data.finding import Finder, Found, identify
 from moejax.data.formats import NotTextError, read_text
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from moejax.config import ConfigError, check, expand
+from moejax.checks import ConfigError, check, expand
 
 _RUN = "work directory of a run"
 _DATASET = "Hugging Face dataset folder"

@@ -18,7 +18,8 @@ import grain
 import numpy as np
 from grain.experimental import WindowShuffleMapDataset
 
-from moejax.config import DataConfig, check
+from moejax.checks import check
+from moejax.config import DataConfig
 from moejax.data.corpora import Document
 from moejax.data.encoded import Encoded, encode_documents
 from moejax.data.pieces import Report

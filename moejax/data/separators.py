@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from moejax.config import ConfigError, check
+from moejax.checks import ConfigError, check
 
 ENDOFTEXT = "<|endoftext|>"  # both the first and the last token of a text in GPT-2's family
 

@@ -16,7 +16,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.cache import cache_folder, write_atomically
-from moejax.config import ConfigError, DataConfig, check, expand, one_line
+from moejax.checks import ConfigError, check, expand, one_line
+from moejax.config import DataConfig
 from moejax.data.corpora import Document, hash_documents
 from moejax.data.pieces import Report, Reporter, cut
 from moejax.data.separators import ENDOFTEXT, find_separator

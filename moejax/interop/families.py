@@ -11,14 +11,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig, RouterConfig, check
+from moejax.checks import ConfigError, check
+from moejax.config import ModelConfig, RouterConfig
+from moejax.interop.common import (
+    LAYER,
+    Fields,
+    common_rows,
+    deepseek_rows,
+    expert_rows,
+    read_common,
+    read_deepseek,
+    read_every_layer,
+    swiglu_rows,
+    write_common,
+    write_deepseek,
+)
 from moejax.interop.hf_config import HfConfig, shown
-from moejax.interop.rope import read_rope, write_rope
 from moejax.interop.rows import Row
 from moejax.overrides import describe
-
-LAYER = "model.layers.{layer}."
-Fields = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,176 +46,6 @@ class Family:
     rows: Callable[[ModelConfig], tuple[Row, ...]]
     ignored: Callable[[ModelConfig], tuple[str, ...]] = lambda m: ()
     written_as: Callable[[ModelConfig], ModelConfig] = lambda m: m
-
-
-# Rows.
-
-
-def attention_rows(where: str, m: ModelConfig, *, pairs: bool = False) -> tuple[Row, ...]:
-    """Returns the rows of attention and its norm, in the group `where` of layers.
-
-    `pairs` says that the RoPE of the checkpoint rotates neighbors.
-    """
-    own, theirs, head = f"{where}.attention.", LAYER + "self_attn.", "h r" if pairs else "H"
-    rows = [
-        Row(own + "norm_D", LAYER + "input_layernorm.weight", "D"),
-        Row(own + "w_q_DNH", theirs + "q_proj.weight", f"(N {head}) D"),
-        Row(own + "w_kv_DGKH", theirs + "k_proj.weight", f"(K {head}) D", part=0),
-        Row(own + "w_kv_DGKH", theirs + "v_proj.weight", "(K H) D", part=1),
-        Row(own + "w_o_NHD", theirs + "o_proj.weight", "D (N H)"),
-    ]
-    if m.attention.bias:
-        rows += [
-            Row(own + "b_q_NH", theirs + "q_proj.bias", f"(N {head})"),
-            Row(own + "b_kv_GKH", theirs + "k_proj.bias", f"(K {head})", part=0),
-            Row(own + "b_kv_GKH", theirs + "v_proj.bias", "(K H)", part=1),
-        ]
-    if m.attention.output_bias:
-        rows += [Row(own + "b_o_D", theirs + "o_proj.bias", "D")]
-    if m.attention.qk_norm == "head":
-        rows += [Row(f"{own}norm_{x}_H", f"{theirs}{x}_norm.weight", "H") for x in ("q", "k")]
-    if m.attention.qk_norm == "projection":
-        rows += [
-            Row(own + "norm_q_NH", theirs + "q_norm.weight", "(N H)"),
-            Row(own + "norm_k_KH", theirs + "k_norm.weight", "(K H)"),
-        ]
-    return tuple(rows)
-
-
-def swiglu_rows(own: str, theirs: str) -> tuple[Row, ...]:
-    """Returns the rows of a SwiGLU that every token visits."""
-    return (
-        Row(own + "w_in_DGF", theirs + "gate_proj.weight", "F D", part=0),
-        Row(own + "w_in_DGF", theirs + "up_proj.weight", "F D", part=1),
-        Row(own + "w_out_FD", theirs + "down_proj.weight", "D F"),
-    )
-
-
-def common_rows(m: ModelConfig, *, pairs: bool = False) -> tuple[Row, ...]:
-    """Returns the rows of all but the router and the experts, as in Llama; `pairs` as for attention."""
-    rows = [
-        Row("embed.table_VD", "model.embed_tokens.weight", "V D"),
-        *attention_rows("layers", m, pairs=pairs),
-        Row("layers.moe_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
-        Row("head.norm_D", "model.norm.weight", "D"),
-    ]
-    if not m.tie_embeddings:
-        rows += [Row("head.w_DV", "lm_head.weight", "V D")]
-    if m.num_dense_layers:
-        rows += [
-            *attention_rows("dense_layers", m, pairs=pairs),
-            Row("dense_layers.feed_forward_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
-            *swiglu_rows("dense_layers.feed_forward.", LAYER + "mlp."),
-        ]
-    return tuple(rows)
-
-
-def expert_rows(block: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Row, ...]:
-    """Returns the rows of the router and of experts that have a tensor each; `names` are of gate, up and down."""
-    gate, up, down = (f"{LAYER}{block}.experts.{{expert}}.{name}.weight" for name in names)
-    return (
-        Row("layers.moe.w_router_DE", f"{LAYER}{block}.gate.weight", "E D"),
-        Row("layers.moe.experts.w_in_EDGF", gate, "F D", part=0),
-        Row("layers.moe.experts.w_in_EDGF", up, "F D", part=1),
-        Row("layers.moe.experts.w_out_EFD", down, "D F"),
-    )
-
-
-def deepseek_rows(m: ModelConfig) -> tuple[Row, ...]:
-    """Returns all rows, with DeepSeek's names of the router, its selection bias, the experts and the shared expert."""
-    bias = (Row("layers.moe.router_bias_E", LAYER + "mlp.gate.e_score_correction_bias", "E"),)
-    shared = swiglu_rows("layers.moe.shared.", LAYER + "mlp.shared_experts.") if m.shared_d_ff else ()
-    return common_rows(m) + expert_rows("mlp") + bias + shared
-
-
-# Fields of config.json that several families have.
-
-
-def read_common(c: HfConfig, *, rotated: float = 1.0, tied: bool = False, **attention: Any) -> Fields:
-    """Returns the fields of `ModelConfig` that every family says alike; `attention` has others of attention.
-
-    `rotated` and `tied` are the family's defaults: the part of a head that RoPE rotates, and tied embeddings.
-    """
-    c.require("hidden_act", "silu", "experts with SiLU alone")
-    c.require("use_sliding_window", False, "no window of attention")
-    c.skip("max_window_layers")  # says nothing without use_sliding_window
-    width, heads = c.number("hidden_size"), c.number("num_attention_heads")
-    head_dim, max_seq_len = c.number("head_dim", default=width // heads), c.number("max_position_embeddings")
-    return {
-        "d_model": width,
-        "num_layers": c.number("num_hidden_layers"),
-        "attention": AttentionConfig(heads, c.number("num_key_value_heads", default=heads), head_dim, **attention),
-        "rope": read_rope(c, head_dim, max_seq_len, rotated),
-        "vocab_size": c.number("vocab_size"),
-        "max_seq_len": max_seq_len,
-        "norm_eps": float(c.number("rms_norm_eps")),
-        "tie_embeddings": c.flag("tie_word_embeddings", default=tied),
-    }
-
-
-def write_common(m: ModelConfig) -> Fields:
-    """Returns the fields of config.json that every family has under the same names."""
-    return {
-        "hidden_size": m.d_model,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.attention.num_heads,
-        "num_key_value_heads": m.attention.num_kv_heads,
-        "head_dim": m.attention.head_dim,
-        "hidden_act": "silu",
-        "vocab_size": m.vocab_size,
-        "max_position_embeddings": m.max_seq_len,
-        "rms_norm_eps": m.norm_eps,
-        **write_rope(m.rope, m.attention.head_dim),
-        "tie_word_embeddings": m.tie_embeddings,
-        "attention_dropout": 0.0,
-    }
-
-
-def _read_every_layer(c: HfConfig) -> None:
-    """Refuses Qwen's patterns of layers without experts."""
-    c.require("decoder_sparse_step", 1, "experts in every layer")
-    c.require("mlp_only_layers", [], "experts in every layer")
-
-
-def _read_deepseek(c: HfConfig, *, renormalize: bool, **common: Any) -> ModelConfig:
-    """Reads what GLM-4.5, dots1 and others have of DeepSeek-V3's router and layers; `renormalize` is a default."""
-    c.require("n_group", 1, "no groups of experts")
-    c.require("topk_group", 1, "no groups of experts")
-    c.require("scoring_func", "sigmoid", "a sigmoid here")
-    c.require("moe_layer_freq", 1, "experts in every layer after the dense ones")
-    c.skip("num_nextn_predict_layers")  # those layers are left out
-    dense, width = c.number("first_k_dense_replace", default=0), c.number("moe_intermediate_size")
-    dense_d_ff = c.number("intermediate_size", default=0)
-    renormalize, scaling = c.flag("norm_topk_prob", renormalize), float(c.number("routed_scaling_factor", default=1.0))
-    return ModelConfig(
-        **read_common(c, **common),
-        d_ff=width,
-        num_experts=c.number("n_routed_experts"),
-        experts_per_token=c.number("num_experts_per_tok"),
-        router=RouterConfig("sigmoid", renormalize, bias=True, scaling=scaling),
-        shared_d_ff=c.number("n_shared_experts") * width,
-        num_dense_layers=dense,
-        dense_d_ff=dense_d_ff if dense else 0,
-    )
-
-
-def _write_deepseek(m: ModelConfig) -> Fields:
-    return write_common(m) | {
-        "attention_bias": m.attention.bias,
-        "moe_intermediate_size": m.d_ff,
-        "n_routed_experts": m.num_experts,
-        "n_shared_experts": m.shared_d_ff // m.d_ff,
-        "num_experts_per_tok": m.experts_per_token,
-        "norm_topk_prob": m.router.renormalize,
-        "routed_scaling_factor": m.router.scaling,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": m.num_dense_layers,
-        "intermediate_size": m.dense_d_ff or m.d_ff,
-    }
-
-
-# The families.
 
 
 def _read_mixtral(c: HfConfig) -> ModelConfig:
@@ -253,7 +93,7 @@ def _write_olmoe(m: ModelConfig) -> Fields:
 
 
 def _read_qwen3(c: HfConfig) -> ModelConfig:
-    _read_every_layer(c)
+    read_every_layer(c)
     c.require("sliding_window", None, "no window of attention")
     c.skip("intermediate_size")  # of dense layers, of which there are none
     bias = c.flag("attention_bias", default=False)
@@ -282,7 +122,7 @@ def _write_qwen3(m: ModelConfig) -> Fields:
 
 
 def _read_qwen2(c: HfConfig) -> ModelConfig:
-    _read_every_layer(c)
+    read_every_layer(c)
     c.skip("intermediate_size")  # of dense layers, of which there are none
     c.skip("sliding_window")  # says nothing without use_sliding_window
     layers = c.number("num_hidden_layers")
@@ -325,11 +165,11 @@ def _qwen2_rows(m: ModelConfig) -> tuple[Row, ...]:
 def _read_glm4(c: HfConfig) -> ModelConfig:
     qk_norm = "head" if c.flag("use_qk_norm", default=False) else "none"
     bias = c.flag("attention_bias", default=False)
-    return _read_deepseek(c, renormalize=True, rotated=0.5, qk_norm=qk_norm, bias=bias)
+    return read_deepseek(c, renormalize=True, rotated=0.5, qk_norm=qk_norm, bias=bias)
 
 
 def _write_glm4(m: ModelConfig) -> Fields:
-    return _write_deepseek(m) | {
+    return write_deepseek(m) | {
         "use_qk_norm": m.attention.qk_norm == "head",
         "num_nextn_predict_layers": 0,
         "partial_rotary_factor": (m.rope.rotary_dim or m.attention.head_dim) / m.attention.head_dim,
@@ -339,7 +179,7 @@ def _write_glm4(m: ModelConfig) -> Fields:
 def _read_solar(c: HfConfig) -> ModelConfig:
     c.require("first_k_dense_replace", 0, "experts in every layer here")
     c.require("use_qk_norm", False, "no norms of queries and keys here")
-    return _read_deepseek(c, renormalize=True, bias=c.flag("attention_bias", default=False))
+    return read_deepseek(c, renormalize=True, bias=c.flag("attention_bias", default=False))
 
 
 def _read_dots1(c: HfConfig) -> ModelConfig:
@@ -347,11 +187,11 @@ def _read_dots1(c: HfConfig) -> ModelConfig:
     c.require("layer_types", ["full_attention"] * layers, "no window of attention")
     c.skip("sliding_window")  # layer_types say where it is used
     bias = c.flag("attention_bias", default=False)
-    return _read_deepseek(c, renormalize=False, qk_norm="head", bias=bias, output_bias=bias)
+    return read_deepseek(c, renormalize=False, qk_norm="head", bias=bias, output_bias=bias)
 
 
 def _write_dots1(m: ModelConfig) -> Fields:
-    return _write_deepseek(m) | {"layer_types": ["full_attention"] * m.num_layers}
+    return write_deepseek(m) | {"layer_types": ["full_attention"] * m.num_layers}
 
 
 def _read_minimax_m2(c: HfConfig) -> ModelConfig:
@@ -492,7 +332,7 @@ FAMILIES: dict[str, Family] = {
             _with_shared_expert,
         ),
         Family("dots1", "Dots1ForCausalLM", _read_dots1, _write_dots1, deepseek_rows),
-        Family("solar_open", "SolarOpenForCausalLM", _read_solar, _write_deepseek, deepseek_rows),
+        Family("solar_open", "SolarOpenForCausalLM", _read_solar, write_deepseek, deepseek_rows),
         Family("minimax_m2", "MiniMaxM2ForCausalLM", _read_minimax_m2, _write_minimax_m2, _minimax_m2_rows),
         Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _read_ernie, _write_ernie, _ernie_rows),
         Family("granitemoe", "GraniteMoeForCausalLM", _read_granite, _write_granite, _granite_rows),

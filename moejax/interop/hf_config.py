@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax import strict_json
-from moejax.config import check
+from moejax.checks import check
 
 # Fields that say nothing about the mathematics of the model, whatever their values.
 NEUTRAL = frozenset((

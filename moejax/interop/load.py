@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from moejax.config import ConfigError, ModelConfig, check, expand
+from moejax.checks import ConfigError, check, expand
+from moejax.config import ModelConfig
 from moejax.interop.families import Family, differences, find_family
 from moejax.interop.hf_config import HfConfig
 from moejax.interop.params import StoredParam, stored_params

@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moejax import strict_json
-from moejax.config import Dtype, ModelConfig, check, expand
+from moejax.checks import check, expand
+from moejax.config import Dtype, ModelConfig
 from moejax.data import Tokenizer
 from moejax.data.separators import ENDOFTEXT
 from moejax.interop.families import Family, family_to_write

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from moejax import strict_json
-from moejax.config import ConfigError, check
+from moejax.checks import ConfigError, check
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moejax.config import check
+from moejax.checks import check
 from moejax.layout import VOCAB_AXES
 from moejax.mesh import PIPELINE, TENSOR
 from moejax.nn.collectives import psum_scatter

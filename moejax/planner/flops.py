@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from moejax.config import ModelConfig, check
+from moejax.checks import check
+from moejax.config import ModelConfig
 from moejax.planner.hardware import Cluster
 from moejax.planner.units import quantity, rounded
 

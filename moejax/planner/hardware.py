@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moejax.config import ConfigError, check, check_types, expand
+from moejax.checks import ConfigError, check, check_types, expand
 from moejax.mesh import MeshConfig, hardware_of_kind
 
 Kind = Literal["datasheet", "published", "calibrated", "assumed"]

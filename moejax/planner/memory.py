@@ -24,7 +24,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, ModelConfig
 from moejax.layout import Layout
 from moejax.planner.work import Mode
 

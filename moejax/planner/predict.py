@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import ModelConfig
 from moejax.layout import DoesNotFitError, Layout
 from moejax.planner.costs import Assumptions
 from moejax.planner.flops import decode_flops, forward_flops

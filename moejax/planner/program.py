@@ -22,8 +22,9 @@ from typing import Any
 
 from moejax import sharding
 from moejax.balance import LayerStats
+from moejax.checks import check
 from moejax.compiler import Platform
-from moejax.config import BalanceConfig, ModelConfig, check
+from moejax.config import BalanceConfig, ModelConfig
 from moejax.dispatch.exchange import SENDERS
 from moejax.kernels.attention import cost
 from moejax.kernels.grouped_matmul.cost import padded_rows

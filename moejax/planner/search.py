@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, cast, get_args
 
-from moejax.config import ConfigError, DispatchConfig, ExpertAxis, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import DispatchConfig, ExpertAxis, ModelConfig
 from moejax.layout import REMAT_LADDER, DoesNotFitError, Layout
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, Hardware, HostAxis, MeshConfig
 from moejax.planner.costs import Assumptions

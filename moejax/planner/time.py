@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from moejax.config import check
+from moejax.checks import check
 from moejax.mesh import MeshConfig
 from moejax.planner.costs import Assumptions, collective_seconds, matmul_seconds, rates
 from moejax.planner.hardware import Cluster

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moejax import hlo, strict_json
-from moejax.config import check, make_folder
+from moejax.checks import check, make_folder
 from moejax.mesh import PIPELINE
 from moejax.profiling.phases import ops
 from moejax.profiling.trace import FACTS, STEP, trace_files

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from moejax.balance import load_cv_floor
-from moejax.config import BalanceConfig, ModelConfig, check
+from moejax.checks import check
+from moejax.config import BalanceConfig, ModelConfig
 from moejax.overrides import from_record
 from moejax.plots import pyplot
 from moejax.train.metrics import LOADS_FILE, METRICS_FILE, read_loads, read_metrics

@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moejax.config import ModelConfig, check
+from moejax.checks import check
+from moejax.config import ModelConfig
 from moejax.layout import Layout
 from moejax.overrides import from_record
 from moejax.planner.costs import Assumptions

@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import sharding
-from moejax.config import BalanceConfig, ModelConfig, check
+from moejax.checks import check
+from moejax.config import BalanceConfig, ModelConfig
 from moejax.layout import VOCAB_AXES, Layout
 from moejax.mesh import abstract_mesh
 from moejax.planner.jaxpr import Counts, count, device_program

@@ -40,7 +40,7 @@ from typing import Any
 import jax
 
 from moejax import hlo
-from moejax.config import ConfigError, check, expand
+from moejax.checks import ConfigError, check, expand
 from moejax.profiling.phases import Op, op_from_event, ops
 
 FACTS = "capture.json"

@@ -38,7 +38,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from moejax import strict_json
-from moejax.config import make_folder
+from moejax.checks import make_folder
 from moejax.sharding import NUM_STACK_DIMS
 from moejax.train.checksums import abridged, find_damage, write_checksums
 from moejax.train.orbax_workarounds import drop_repeated_errors, full_disk_error, readable_path, reason

@@ -9,17 +9,8 @@ from typing import Any
 
 import jax
 
-from moejax.config import (
-    BalanceConfig,
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    check,
-    check_not_negative,
-    check_positive,
-    check_types,
-)
+from moejax.checks import check, check_not_negative, check_positive, check_types
+from moejax.config import BalanceConfig, CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig
 from moejax.layout import Layout, check_layouts
 from moejax.mesh import build_mesh
 from moejax.program import Program

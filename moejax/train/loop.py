@@ -16,7 +16,8 @@ import jax
 
 from moejax.balance import BoundWatch
 from moejax.batch import counted_targets
-from moejax.config import BalanceConfig, ConfigError, check, expand, one_line
+from moejax.checks import ConfigError, check, expand, one_line
+from moejax.config import BalanceConfig
 from moejax.data import Data, load_data
 from moejax.interop import load_hf
 from moejax.overrides import from_record

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from moejax import strict_json
-from moejax.config import ConfigError, check
+from moejax.checks import ConfigError, check
 from moejax.train.files import AppendOnlyFile
 from moejax.train.load_image import load_image
 from moejax.train.tensorboard import EventFile

@@ -8,7 +8,8 @@ import optax
 from jax import lax
 
 from moejax import sharding
-from moejax.config import OptimizerConfig, check
+from moejax.checks import check
+from moejax.config import OptimizerConfig
 from moejax.kernels.manual import varying
 
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from moejax.config import check
+from moejax.checks import check
 
 # Orbax looks for the arrays of all processes with a glob pattern that holds the whole path. With a "[" in a folder's
 # name it finds none, and calls the checkpoint whole without them; "*" and "?" match the folders of other runs too.

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moejax.config import check
+from moejax.checks import check
 from moejax.layout import Layout, check_layouts
 from moejax.overrides import call_in_file
 

@@ -21,8 +21,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from moejax import strict_json
+from moejax.checks import ConfigError, check
 from moejax.compiler import program_options
-from moejax.config import ConfigError, check
 from moejax.mesh import platform
 from moejax.train.config import TrainConfig
 from moejax.train.files import read_json, replace_text

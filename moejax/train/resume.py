@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moejax.config import ConfigError, check
+from moejax.checks import ConfigError, check
 from moejax.overrides import from_record
 from moejax.train.checkpoint import METADATA, list_steps
 from moejax.train.config import TrainConfig

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.config import check
+from moejax.checks import check
 from moejax.data import Tokenizer
 from moejax.layout import VOCAB_AXES
 from moejax.nn.embedding import check_ids

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import jax
 
 from moejax import strict_json
-from moejax.config import ConfigError, check, expand, make_folder
+from moejax.checks import ConfigError, check, expand, make_folder
 
 if sys.platform != "win32":
     import fcntl

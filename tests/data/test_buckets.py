@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import FIELDS, assert_batches_equal, take
 
-from moejax.config import ConfigError, DataConfig
+from moejax.checks import ConfigError
+from moejax.config import DataConfig
 from moejax.data import BucketShape, ByteTokenizer, Document, make_bucketed_loader, make_loader
 from moejax.data.buckets import Draws, sort_by_length
 from moejax.data.loader import Rows, encode_documents

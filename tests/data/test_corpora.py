@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.data import Document, load_corpus, split_documents
 from moejax.data.corpora import hash_documents
 

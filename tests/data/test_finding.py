@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from moejax.config import ConfigError, DataConfig
+from moejax.checks import ConfigError
+from moejax.config import DataConfig
 from moejax.data import load_corpus
 from moejax.overrides import apply_overrides
 

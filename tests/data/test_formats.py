@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.data import load_corpus
 from moejax.data.formats import NotTextError, read_text
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.config import ConfigError, DataConfig
+from moejax.checks import ConfigError
+from moejax.config import DataConfig
 from moejax.data import ByteTokenizer, Document, load_data, make_loader
 from moejax.data.loader import Rows, encode_documents
 

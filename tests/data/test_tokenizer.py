@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from moejax.config import ConfigError, DataConfig
+from moejax.checks import ConfigError
+from moejax.config import DataConfig
 from moejax.data import BpeTokenizer, ByteTokenizer, Document, load_data, make_tokenizer, tokenizer_vocab_size
 from moejax.data import tokenizer as tokenizer_module
 from moejax.data.loader import encode_documents

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moejax import Layout, MeshConfig, Program, build_mesh
-from moejax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig, RouterConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, ModelConfig, RopeConfig, RouterConfig
 from moejax.interop import load_hf, read_model_config, save_hf
 from moejax.interop.tensors import NewTensor, find_tensors, write_tensors
 from moejax.sharding import init_params

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.interop.tensors import INDEX, ONE_FILE, NewTensor, find_tensors, give_name, new_folder, write_tensors
 
 ARRAYS = {

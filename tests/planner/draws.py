@@ -1,14 +1,7 @@
 """Layouts drawn at random: every way to cut and place a tiny model's step. Slow ones to trace are drawn less often."""
 
-from moejax.config import (
-    AttentionConfig,
-    ConfigError,
-    DispatchConfig,
-    ModelConfig,
-    RopeConfig,
-    RopeScalingConfig,
-    RouterConfig,
-)
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, DispatchConfig, ModelConfig, RopeConfig, RopeScalingConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 

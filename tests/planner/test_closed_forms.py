@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from draws import draw_step
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig, RouterConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, ModelConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.program import param_bytes, work

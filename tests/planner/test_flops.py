@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, ModelConfig
 from moejax.planner.flops import ceilings, decode_flops, forward_flops
 from moejax.planner.hardware import Cluster, get_device
 from moejax.presets import moe_16x10b

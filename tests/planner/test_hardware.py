@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.planner.hardware import DEVICES, Cluster, Constant, get_device, load_calibration
 

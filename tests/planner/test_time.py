@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.mesh import MeshConfig
 from moejax.planner.costs import (
     Assumptions,

@@ -8,7 +8,8 @@ import jax
 import pytest
 from cases import MODEL, Case
 
-from moejax.config import ConfigError, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import ModelConfig
 from moejax.layout import Layout
 from moejax.overrides import from_record
 from moejax.profiling import capture, report, tables, timeline

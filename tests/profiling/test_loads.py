@@ -10,7 +10,8 @@ from pictures import check_labels
 from scripts import run_script
 
 from moejax.balance import load_cv_floor
-from moejax.config import BalanceConfig, ConfigError, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import BalanceConfig, ModelConfig
 from moejax.plots import pyplot
 from moejax.profiling.loads import LoadHistory, figure
 from moejax.train.config import TrainConfig

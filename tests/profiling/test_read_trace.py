@@ -7,7 +7,7 @@ import pytest
 from scripts import run_script
 
 from moejax import hlo
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.profiling.phases import Op, ops, phase_of
 from moejax.profiling.trace import FACTS, Marker, read_trace
 

@@ -4,7 +4,8 @@ import functools
 
 import pytest
 
-from moejax.config import AttentionConfig, ConfigError, ModelConfig
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, ModelConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.jaxpr import OTHER

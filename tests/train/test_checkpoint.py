@@ -24,7 +24,7 @@ import pytest
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.train import checkpoint, orbax_workarounds
 from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.orbax_workarounds import reason

@@ -25,7 +25,7 @@ from scripts import run_script
 from experiments.shared import loading
 from moejax.balance import Figure
 from moejax.batch import counted_targets
-from moejax.config import ConfigError, one_line
+from moejax.checks import ConfigError, one_line
 from moejax.data import ByteTokenizer, load_corpus
 from moejax.mesh import MeshConfig
 from moejax.overrides import apply_overrides

@@ -12,7 +12,8 @@ import pytest
 from cases import BALANCE, MODEL, make_batch
 
 from experiments.shared import loading
-from moejax.config import BalanceConfig, ConfigError, OptimizerConfig, RouterConfig
+from moejax.checks import ConfigError
+from moejax.config import BalanceConfig, OptimizerConfig, RouterConfig
 from moejax.layout import DoesNotFitError, Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.overrides import apply_overrides

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.plots import pyplot
 from moejax.train.load_image import encode_png, load_image
 from moejax.train.metrics import MetricsWriter, read_loads, read_metrics

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError, OptimizerConfig
+from moejax.checks import ConfigError
+from moejax.config import OptimizerConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.presets import tiny

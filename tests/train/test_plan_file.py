@@ -3,7 +3,8 @@
 import pytest
 
 from experiments.shared import loading
-from moejax.config import ConfigError, DispatchConfig
+from moejax.checks import ConfigError
+from moejax.config import DispatchConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.train.plan_file import load_layouts, load_plan_model, write_plan_file

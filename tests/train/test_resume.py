@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from moejax.config import ConfigError, DataConfig
+from moejax.checks import ConfigError
+from moejax.config import DataConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.overrides import apply_overrides, describe

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.shared import loading
-from moejax.config import ConfigError, DispatchConfig
+from moejax.checks import ConfigError
+from moejax.config import DispatchConfig
 from moejax.data import load_corpus, make_loader
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig

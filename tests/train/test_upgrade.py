@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from moejax.checks import ConfigError
 from moejax.config import (
     AttentionConfig,
-    ConfigError,
     DataConfig,
     DispatchConfig,
     ModelConfig,

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from moejax.config import ConfigError
+from moejax.checks import ConfigError
 from moejax.train import workdir as workdir_module
 from moejax.train.workdir import LOCK_FILE, STALE_SECONDS, WorkdirLock, check_folder
 

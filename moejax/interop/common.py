@@ -1,0 +1,178 @@
+"""What several families have in common: rows of tensors, and fields of config.json both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moejax.config import AttentionConfig, ModelConfig, RouterConfig
+from moejax.interop.hf_config import HfConfig
+from moejax.interop.rope import read_rope, write_rope
+from moejax.interop.rows import Row
+
+LAYER = "model.layers.{layer}."
+Fields = dict[str, Any]
+
+
+def attention_rows(where: str, m: ModelConfig, *, pairs: bool = False) -> tuple[Row, ...]:
+    """Returns the rows of attention and its norm, in the group `where` of layers.
+
+    `pairs` says that the RoPE of the checkpoint rotates neighbors.
+    """
+    own, theirs, head = f"{where}.attention.", LAYER + "self_attn.", "h r" if pairs else "H"
+    rows = [
+        Row(own + "norm_D", LAYER + "input_layernorm.weight", "D"),
+        Row(own + "w_q_DNH", theirs + "q_proj.weight", f"(N {head}) D"),
+        Row(own + "w_kv_DGKH", theirs + "k_proj.weight", f"(K {head}) D", part=0),
+        Row(own + "w_kv_DGKH", theirs + "v_proj.weight", "(K H) D", part=1),
+        Row(own + "w_o_NHD", theirs + "o_proj.weight", "D (N H)"),
+    ]
+    if m.attention.bias:
+        rows += [
+            Row(own + "b_q_NH", theirs + "q_proj.bias", f"(N {head})"),
+            Row(own + "b_kv_GKH", theirs + "k_proj.bias", f"(K {head})", part=0),
+            Row(own + "b_kv_GKH", theirs + "v_proj.bias", "(K H)", part=1),
+        ]
+    if m.attention.output_bias:
+        rows += [Row(own + "b_o_D", theirs + "o_proj.bias", "D")]
+    if m.attention.qk_norm == "head":
+        rows += [Row(f"{own}norm_{x}_H", f"{theirs}{x}_norm.weight", "H") for x in ("q", "k")]
+    if m.attention.qk_norm == "projection":
+        rows += [
+            Row(own + "norm_q_NH", theirs + "q_norm.weight", "(N H)"),
+            Row(own + "norm_k_KH", theirs + "k_norm.weight", "(K H)"),
+        ]
+    return tuple(rows)
+
+
+def swiglu_rows(own: str, theirs: str) -> tuple[Row, ...]:
+    """Returns the rows of a SwiGLU that every token visits."""
+    return (
+        Row(own + "w_in_DGF", theirs + "gate_proj.weight", "F D", part=0),
+        Row(own + "w_in_DGF", theirs + "up_proj.weight", "F D", part=1),
+        Row(own + "w_out_FD", theirs + "down_proj.weight", "D F"),
+    )
+
+
+def common_rows(m: ModelConfig, *, pairs: bool = False) -> tuple[Row, ...]:
+    """Returns the rows of all but the router and the experts, as in Llama; `pairs` as for attention."""
+    rows = [
+        Row("embed.table_VD", "model.embed_tokens.weight", "V D"),
+        *attention_rows("layers", m, pairs=pairs),
+        Row("layers.moe_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
+        Row("head.norm_D", "model.norm.weight", "D"),
+    ]
+    if not m.tie_embeddings:
+        rows += [Row("head.w_DV", "lm_head.weight", "V D")]
+    if m.num_dense_layers:
+        rows += [
+            *attention_rows("dense_layers", m, pairs=pairs),
+            Row("dense_layers.feed_forward_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
+            *swiglu_rows("dense_layers.feed_forward.", LAYER + "mlp."),
+        ]
+    return tuple(rows)
+
+
+def expert_rows(block: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Row, ...]:
+    """Returns the rows of the router and of experts that have a tensor each; `names` are of gate, up and down."""
+    gate, up, down = (f"{LAYER}{block}.experts.{{expert}}.{name}.weight" for name in names)
+    return (
+        Row("layers.moe.w_router_DE", f"{LAYER}{block}.gate.weight", "E D"),
+        Row("layers.moe.experts.w_in_EDGF", gate, "F D", part=0),
+        Row("layers.moe.experts.w_in_EDGF", up, "F D", part=1),
+        Row("layers.moe.experts.w_out_EFD", down, "D F"),
+    )
+
+
+def deepseek_rows(m: ModelConfig) -> tuple[Row, ...]:
+    """Returns all rows, with DeepSeek's names of the router, its selection bias, the experts and the shared expert."""
+    bias = (Row("layers.moe.router_bias_E", LAYER + "mlp.gate.e_score_correction_bias", "E"),)
+    shared = swiglu_rows("layers.moe.shared.", LAYER + "mlp.shared_experts.") if m.shared_d_ff else ()
+    return common_rows(m) + expert_rows("mlp") + bias + shared
+
+
+# Fields of config.json.
+
+
+def read_common(c: HfConfig, *, rotated: float = 1.0, tied: bool = False, **attention: Any) -> Fields:
+    """Returns the fields of `ModelConfig` that every family says alike; `attention` has others of attention.
+
+    `rotated` and `tied` are the family's defaults: the part of a head that RoPE rotates, and tied embeddings.
+    """
+    c.require("hidden_act", "silu", "experts with SiLU alone")
+    c.require("use_sliding_window", False, "no window of attention")
+    c.skip("max_window_layers")  # says nothing without use_sliding_window
+    width, heads = c.number("hidden_size"), c.number("num_attention_heads")
+    head_dim, max_seq_len = c.number("head_dim", default=width // heads), c.number("max_position_embeddings")
+    return {
+        "d_model": width,
+        "num_layers": c.number("num_hidden_layers"),
+        "attention": AttentionConfig(heads, c.number("num_key_value_heads", default=heads), head_dim, **attention),
+        "rope": read_rope(c, head_dim, max_seq_len, rotated),
+        "vocab_size": c.number("vocab_size"),
+        "max_seq_len": max_seq_len,
+        "norm_eps": float(c.number("rms_norm_eps")),
+        "tie_embeddings": c.flag("tie_word_embeddings", default=tied),
+    }
+
+
+def write_common(m: ModelConfig) -> Fields:
+    """Returns the fields of config.json that every family has under the same names."""
+    return {
+        "hidden_size": m.d_model,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.attention.num_heads,
+        "num_key_value_heads": m.attention.num_kv_heads,
+        "head_dim": m.attention.head_dim,
+        "hidden_act": "silu",
+        "vocab_size": m.vocab_size,
+        "max_position_embeddings": m.max_seq_len,
+        "rms_norm_eps": m.norm_eps,
+        **write_rope(m.rope, m.attention.head_dim),
+        "tie_word_embeddings": m.tie_embeddings,
+        "attention_dropout": 0.0,
+    }
+
+
+def read_every_layer(c: HfConfig) -> None:
+    """Refuses Qwen's patterns of layers without experts."""
+    c.require("decoder_sparse_step", 1, "experts in every layer")
+    c.require("mlp_only_layers", [], "experts in every layer")
+
+
+def read_deepseek(c: HfConfig, *, renormalize: bool, **common: Any) -> ModelConfig:
+    """Reads what GLM-4.5, dots1 and others have of DeepSeek-V3's router and layers; `renormalize` is a default."""
+    c.require("n_group", 1, "no groups of experts")
+    c.require("topk_group", 1, "no groups of experts")
+    c.require("scoring_func", "sigmoid", "a sigmoid here")
+    c.require("moe_layer_freq", 1, "experts in every layer after the dense ones")
+    c.skip("num_nextn_predict_layers")  # those layers are left out
+    dense, width = c.number("first_k_dense_replace", default=0), c.number("moe_intermediate_size")
+    dense_d_ff = c.number("intermediate_size", default=0)
+    renormalize, scaling = c.flag("norm_topk_prob", renormalize), float(c.number("routed_scaling_factor", default=1.0))
+    return ModelConfig(
+        **read_common(c, **common),
+        d_ff=width,
+        num_experts=c.number("n_routed_experts"),
+        experts_per_token=c.number("num_experts_per_tok"),
+        router=RouterConfig("sigmoid", renormalize, bias=True, scaling=scaling),
+        shared_d_ff=c.number("n_shared_experts") * width,
+        num_dense_layers=dense,
+        dense_d_ff=dense_d_ff if dense else 0,
+    )
+
+
+def write_deepseek(m: ModelConfig) -> Fields:
+    """Writes what `read_deepseek` reads."""
+    return write_common(m) | {
+        "attention_bias": m.attention.bias,
+        "moe_intermediate_size": m.d_ff,
+        "n_routed_experts": m.num_experts,
+        "n_shared_experts": m.shared_d_ff // m.d_ff,
+        "num_experts_per_tok": m.experts_per_token,
+        "norm_topk_prob": m.router.renormalize,
+        "routed_scaling_factor": m.router.scaling,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": m.num_dense_layers,
+        "intermediate_size": m.dense_d_ff or m.d_ff,
+    }
