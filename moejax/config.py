@@ -22,6 +22,7 @@ WireDtype = Literal["compute", "float8"]
 ExpertAxis = Literal["expert", "tensor"]
 
 MAX_CAPACITY_FACTOR = 1e6
+VOCAB_UNIT, VOCAB_PADDING = 16, 128  # a vocabulary that is no multiple of the first is padded to one of the second
 _MOVED = {  # names of version 0.1
     "ParallelConfig": "is moejax.layout.Layout now, which also has the mesh, the batch's shape and the dispatch",
     "TrainConfig": "is in moejax.train.config now",
@@ -251,6 +252,17 @@ class ModelConfig:
             (self.num_dense_layers > 0) == (self.dense_d_ff > 0),
             f"dense_d_ff={self.dense_d_ff} must be positive exactly when num_dense_layers={self.num_dense_layers} is",
         )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding, so that meshes can divide them.
+
+        It is `vocab_size`, or the next multiple of 128 where that is no multiple of 16. It doesn't depend on the mesh,
+        so a checkpoint of one mesh fits every other. Rows past `vocab_size` are zeros and no token's.
+        """
+        if self.vocab_size % VOCAB_UNIT == 0:
+            return self.vocab_size
+        return math.ceil(self.vocab_size / VOCAB_PADDING) * VOCAB_PADDING
 
     @property
     def num_moe_layers(self) -> int:

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 from moejax.checks import ConfigError, check, check_not_negative, check_positive, check_types
 from moejax.compiler import Platform
-from moejax.config import DispatchConfig, ModelConfig
+from moejax.config import VOCAB_UNIT, DispatchConfig, ModelConfig
 from moejax.mesh import EXPERT, PIPELINE, TENSOR, MeshConfig
 
 Gather = Literal["step", "layer"]
@@ -183,7 +183,13 @@ class Layout:
         check_divides("attention.num_kv_heads", m.attention.num_kv_heads, "tensor", mesh.tensor)
         if m.num_dense_layers:
             check_divides("d_model", m.d_model, "expert × pipeline × tensor", mesh.expert * mesh.pipeline * mesh.tensor)
-        check_divides("vocab_size", m.vocab_size, "pipeline × tensor", mesh.pipeline * mesh.tensor)
+        vocab_parts = mesh.pipeline * mesh.tensor
+        check(
+            m.padded_vocab_size % vocab_parts == 0,
+            f"vocab_size={m.vocab_size} has {m.padded_vocab_size} rows with padding, which must be a multiple of "
+            f"pipeline × tensor = {vocab_parts}; use another mesh, or a multiple of "
+            f"{math.lcm(VOCAB_UNIT, vocab_parts)}",
+        )
         layers = "num_layers" if not m.num_dense_layers else "num_layers - num_dense_layers"
         check_divides(layers, m.num_moe_layers, "pipeline × pipeline_repeats", mesh.pipeline * self.pipeline_repeats)
         check(

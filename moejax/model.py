@@ -22,8 +22,9 @@ Arguments: `m` has the model's sizes; `layout` is the parallel layout, with ever
 device's float32 shards; `table` has a `moejax.sharding.Param` for each, which says the axes to gather it over.
 
 Dimensions end a name: x_bsD is [b, s, D]. Names of parameters have those of the global array. S tokens of a sequence,
-s = S / tensor; D width of the model; V vocabulary, v = V / (pipeline × tensor); R chunks of layers on each stage (more
-than 1: interleaved pipeline), l layers of a chunk; 1 the dim of stages, of size 1 here; E experts; q = n / pipeline.
+s = S / tensor; D width of the model; V vocabulary with its padding, v = V / (pipeline × tensor); R chunks of layers on
+each stage (more than 1: interleaved pipeline), l layers of a chunk; 1 the dim of stages, of size 1 here; E experts;
+q = n / pipeline.
 
     sharding.gather    all-gathers weights, which are `unstacked` inside a scan that took off the dims R, 1 and l
     vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
@@ -71,7 +72,8 @@ Params = dict[str, Any]  # nested as `moejax.sharding.param_table` is
 def embed(params: Params, tokens_nS: jax.Array, m: ModelConfig, table: Params) -> jax.Array:
     """Looks up this device's sequences: [n, s, D], or [q, s, D] if dense layers come next."""
     embedding_vD = sharding.gather(params["embed"], table["embed"])["table_VD"]
-    x = embed_tokens(embedding_vD, tokens_nS, jnp.dtype(m.dtype), split_pipeline=m.num_dense_layers > 0)
+    split = m.num_dense_layers > 0
+    x = embed_tokens(embedding_vD, tokens_nS, jnp.dtype(m.dtype), vocab_size=m.vocab_size, split_pipeline=split)
     return scaled(x, m.embedding_multiplier)
 
 
@@ -192,8 +194,8 @@ def loss(
         """Adds the cross-entropy of one microbatch."""
         h_bsD, targets_bS = xs
         with jax.named_scope("logits"):
-            logits_bSv = logits(all_gather(h_bsD, TENSOR, dim=1), w_Dv)
-        return total + cross_entropy(logits_bSv, targets_bS), None
+            logits_bSv = logits(all_gather(h_bsD, TENSOR, dim=1), w_Dv, m.vocab_size)
+        return total + cross_entropy(logits_bSv, targets_bS, m.vocab_size), None
 
     zero = vary(jnp.zeros((), jnp.float32), layout.mesh.batch_axes)
     total, _ = lax.scan(remat.checkpoint(microbatch_loss, layout.remat), zero, (h_MbsD, targets_MbS))

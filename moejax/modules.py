@@ -253,7 +253,7 @@ class Transformer(nnx.Module):
         program = self._program_for(tokens_BS)
         check_ids("tokens_BS", tokens_BS, program.model.vocab_size)
         segment_ids_BS = jnp.ones_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
-        return _global_logits(program)(self.params, tokens_BS, segment_ids_BS)
+        return _global_logits(program)(self.params, tokens_BS, segment_ids_BS)[..., : program.model.vocab_size]
 
     def loss(self, batch: Batch) -> tuple[jax.Array, EvalMetrics]:
         """Returns the loss of {"tokens", "targets", "segment_ids"}, int32 [B, S], and the metrics of

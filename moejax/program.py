@@ -175,15 +175,16 @@ class Program:
     def logits(self, params: Params, tokens_nS: jax.Array, segment_ids_nS: jax.Array) -> jax.Array:
         """Logits of the token after every position of this device's sequences: its columns, float32 [n, S, v].
 
-        Over the mesh they lie as `logits_spec` says.
+        Over the mesh they lie as `logits_spec` says. Columns that pad the vocabulary are -inf.
         """
-        return logits(self._whole_hidden(params, tokens_nS, segment_ids_nS), self._output_weights(params))
+        h_nSD = self._whole_hidden(params, tokens_nS, segment_ids_nS)
+        return logits(h_nSD, self._output_weights(params), self.model.vocab_size)
 
     def next_token_logits(self, params: Params, tokens_nS: jax.Array, position: jax.Array) -> jax.Array:
         """Logits of the token after `position` in each of this device's sequences: its columns [n, v]."""
         h_nSD = self._whole_hidden(params, tokens_nS, jnp.ones_like(tokens_nS))
         h_nD = lax.dynamic_index_in_dim(h_nSD, position, axis=1, keepdims=False)
-        return logits(h_nD, self._output_weights(params))
+        return logits(h_nD, self._output_weights(params), self.model.vocab_size)
 
     def _hidden(self, params: Params, tokens_nS: jax.Array, segment_ids_nS: jax.Array) -> tuple[jax.Array, Any]:
         self._check_shape(tokens_nS)

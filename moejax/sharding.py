@@ -49,6 +49,7 @@ class Param:
     `std` None means ones, 0 zeros. `gather` is the dim to gather before use and the mesh axes to gather it over, or
     None for what is used as stored. `decay` says whether weight decay pulls it to 0. `compute_dtype` is the dtype of
     its compute copy, where "model" is `ModelConfig.dtype`, or None for what is used without a copy and a gradient.
+    `padding` is the number of zeros at the end of a dim, as pairs for `jnp.pad`, or () for none.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +57,7 @@ class Param:
     stored: tuple[Axes, ...]
     gather: tuple[int, Axes] | None = None
     num_stack_dims: int = 0
+    padding: tuple[tuple[int, int], ...] = ()
     decay: bool = dataclasses.field(kw_only=True)
     compute_dtype: ComputeDtype | None = dataclasses.field(kw_only=True)
 
@@ -69,13 +71,20 @@ class Param:
             self, shape=sizes + self.shape, stored=stored + self.stored, gather=gather, num_stack_dims=len(sizes)
         )
 
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """The shape of one layer, without padding."""
+        shape = self.shape[self.num_stack_dims :]
+        padding = self.padding or ((0, 0),) * len(shape)
+        return tuple(size - more for size, (_, more) in zip(shape, padding, strict=True))
+
     def init(self, key: jax.Array) -> jax.Array:
         """float32 values that depend on the logical shape only, not on how the layers are stacked."""
         if self.std is None:
             return jnp.ones(self.shape, jnp.float32)
         num_layers = math.prod(self.shape[: self.num_stack_dims])
-        logical = (num_layers, *self.shape[self.num_stack_dims :])
-        return (self.std * jax.random.normal(key, logical)).reshape(self.shape)
+        values = self.std * jax.random.normal(key, (num_layers, *self.layer_shape))
+        return (jnp.pad(values, ((0, 0), *self.padding)) if self.padding else values).reshape(self.shape)
 
 
 def _dense(
@@ -163,9 +172,10 @@ def param_table(m: ModelConfig, layout: Layout) -> dict[str, Any]:
         "moe_norm_D": _norm(m, (EXPERT,)),
         "moe": moe_params(m, layout.dispatch),
     }
+    rows, more = m.padded_vocab_size, m.padded_vocab_size - m.vocab_size
     embedding = Param(  # its rows are looked up in float32; as a tied output layer it is used in the model's dtype
-        (m.vocab_size, m.d_model), EMBEDDING_STD, (VOCAB_AXES, (EXPERT,)), (1, (EXPERT,)),
-        decay=True, compute_dtype="float32",
+        (rows, m.d_model), EMBEDDING_STD, (VOCAB_AXES, (EXPERT,)), (1, (EXPERT,)),
+        padding=((0, more), (0, 0)) if more else (), decay=True, compute_dtype="float32",
     )  # fmt: skip
     table: dict[str, Any] = {
         "embed": {"table_VD": embedding},
@@ -173,7 +183,8 @@ def param_table(m: ModelConfig, layout: Layout) -> dict[str, Any]:
         "head": {"norm_D": _norm(m, (EXPERT,))},
     }
     if not m.tie_embeddings:
-        table["head"]["w_DV"] = _dense((m.d_model, m.vocab_size), m.d_model, 0, (EXPERT,), dim1=VOCAB_AXES)
+        output = _dense((m.d_model, rows), m.d_model, 0, (EXPERT,), dim1=VOCAB_AXES)
+        table["head"]["w_DV"] = dataclasses.replace(output, padding=((0, 0), (0, more)) if more else ())
     if m.num_dense_layers:
         # They run before the pipeline, data-parallel over its axis, so that no stage carries them alone.
         dense = {

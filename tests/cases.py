@@ -116,15 +116,13 @@ class Case:
     def place(self, logical: Any) -> Any:
         """Logical parameters as the program stores them."""
         return jax.tree.map(
-            lambda p, w: jax.device_put(np.reshape(w, p.shape), NamedSharding(self.mesh, p.spec)),
+            lambda p, w: jax.device_put(_pad(p, w).reshape(p.shape), NamedSharding(self.mesh, p.spec)),
             self.program.table, logical, is_leaf=_is_param,
         )  # fmt: skip
 
     def unplace(self, stored: Any) -> Any:
         """Stored parameters or their gradients as logical arrays."""
-        return jax.tree.map(
-            lambda p, w: np.asarray(w).reshape(_logical_shape(p)), self.program.table, stored, is_leaf=_is_param
-        )
+        return jax.tree.map(_unplace, self.program.table, stored, is_leaf=_is_param)
 
     @functools.cached_property
     def logical_params(self) -> Any:
@@ -213,7 +211,20 @@ def _is_param(x: object) -> bool:
 
 
 def _logical_shape(p: Param) -> tuple[int, ...]:
-    return (-1, *p.shape[p.num_stack_dims :]) if p.num_stack_dims else p.shape
+    return (-1, *p.layer_shape) if p.num_stack_dims else p.layer_shape
+
+
+def _pad(p: Param, logical: Any) -> np.ndarray:
+    return np.pad(logical, p.padding) if p.padding else np.asarray(logical)
+
+
+def _unplace(p: Param, stored: Any) -> np.ndarray:
+    """One stored array as a logical one; what pads it has to be 0."""
+    if not p.padding:
+        return np.asarray(stored).reshape(_logical_shape(p))
+    kept = np.asarray(stored)[tuple(map(slice, p.layer_shape))]
+    np.testing.assert_array_equal(np.pad(kept, p.padding), stored)
+    return kept
 
 
 def make_params(table: Any) -> Any:
@@ -221,7 +232,8 @@ def make_params(table: Any) -> Any:
 
     def make(path: Any, p: Param) -> np.ndarray:
         rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        normal = rng.standard_normal(p.shape, np.float32).reshape(_logical_shape(p))
+        stacked = (*p.shape[: p.num_stack_dims], *p.layer_shape)
+        normal = rng.standard_normal(stacked, np.float32).reshape(_logical_shape(p))
         return 1 + np.float32(0.1) * normal if p.std is None else np.float32(max(p.std, 0.1)) * normal
 
     return jax.tree.map_with_path(make, table, is_leaf=_is_param)
@@ -299,11 +311,11 @@ VARIANTS = variant(
     attention=dataclasses.replace(GROUPED, qk_norm="projection", bias=True, output_bias=True, multiplier=0.2),
     rope=RopeConfig(rotary_dim=4, scaling=RopeScalingConfig("yarn", 4.0, 512)),
     router=RouterConfig(score="sigmoid", bias=True, scaling=2.5),
-    embedding_multiplier=3.0, residual_multiplier=0.7, logits_divisor=2.0,
+    embedding_multiplier=3.0, residual_multiplier=0.7, logits_divisor=2.0, vocab_size=251,
 )  # fmt: skip
 OTHER_VARIANTS = variant(
     attention=dataclasses.replace(GROUPED, qk_norm="head", bias=True), router=RouterConfig(scaling=0.5),
-    rope=RopeConfig(scaling=RopeScalingConfig("llama3", 4.0, 16)),
+    rope=RopeConfig(scaling=RopeScalingConfig("llama3", 4.0, 16)), vocab_size=49,
 )  # fmt: skip
 VARIANT_CASES = (
     Case(1, 1, 1, model=VARIANTS, packed=True),

@@ -180,8 +180,9 @@ WRONG = [
         (4, 2, 1), model={"d_model": 36, "num_layers": 5, "num_dense_layers": 1, "dense_d_ff": 8},
     ),
     wrong(
-        "vocab_size=250 must be a multiple of pipeline × tensor = 4; try vocab_size=252, or pipeline × tensor = 1 or 2",
-        (1, 2, 2), model={"vocab_size": 250},
+        "vocab_size=250 has 256 rows with padding, which must be a multiple of pipeline × tensor = 6; use another "
+        "mesh, or a multiple of 48",
+        (1, 3, 2), model={"vocab_size": 250},
     ),
     wrong(
         "num_layers=4 must be a multiple of pipeline × pipeline_repeats = 8; try num_layers=8, or "

@@ -88,7 +88,7 @@ def load_hf(folder: str | Path, program: Program, report: Callable[[str], None] 
         params=jax.tree.unflatten(treedef, arrays),
         model_type=family.model_type,
         num_tensors=len(used),
-        num_params=sum(math.prod(param.param.shape) for param in params),
+        num_params=sum(len(param.layers) * math.prod(param.layer_shape) for param in params),
         bytes_on_disk=sum(_num_bytes(tensors[name]) for name in used),
         bytes_read=bytes_read,
         ignored=ignored,
@@ -176,7 +176,12 @@ def _read_shard(
     stack_index, layer_index = index[:num_stack_dims], index[num_stack_dims:]
     in_order = np.reshape(stored.layers, stored.stack)[tuple(slice(part.start, part.stop) for part in stack_index)]
     layers = in_order.reshape(-1).tolist()
-    shard = np.empty((len(layers), *map(len, layer_index)), np.float32)
+    shard = np.zeros((len(layers), *map(len, layer_index)), np.float32)
+    layer_index = tuple(  # without the padding
+        range(part.start, max(part.start, min(part.stop, size)))
+        for part, size in zip(layer_index, stored.layer_shape, strict=True)
+    )
+    filled = shard[(slice(None), *(slice(0, len(part)) for part in layer_index))]
     bytes_read = 0
     for row in stored.rows:
         at = dict(zip(row.dims, layer_index, strict=True))
@@ -196,5 +201,5 @@ def _read_shard(
                 place["G"] = row.part - at["G"].start
             if "{expert}" in row.stored:
                 place["E"] = expert - at["E"].start
-            shard[(i, *(place.get(dim, slice(None)) for dim in row.dims))] = piece
+            filled[(i, *(place.get(dim, slice(None)) for dim in row.dims))] = piece
     return shard.reshape([len(part) for part in index]), bytes_read

@@ -33,7 +33,7 @@ class StoredParam:
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        return self.param.shape[self.param.num_stack_dims :]
+        return self.param.layer_shape
 
     @property
     def layers(self) -> range:

@@ -135,4 +135,5 @@ def _gather_layer(stored: StoredParam, array: jax.Array | None, i: int) -> np.nd
     if array is None:
         return np.zeros(stored.layer_shape, np.float32)
     layer = array[np.unravel_index(i, stored.stack)] if stored.stack else array
-    return np.asarray(multihost_utils.process_allgather(layer, tiled=True))
+    whole = np.asarray(multihost_utils.process_allgather(layer, tiled=True))
+    return whole[tuple(map(slice, stored.layer_shape))]  # without padding

@@ -50,7 +50,9 @@ def _local(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(row, 0, num_rows - 1), (row >= 0) & (row < num_rows)
 
 
-def embed(table_vD: jax.Array, tokens_bS: jax.Array, dtype: jnp.dtype, *, split_pipeline: bool) -> jax.Array:
+def embed(
+    table_vD: jax.Array, tokens_bS: jax.Array, dtype: jnp.dtype, *, vocab_size: int, split_pipeline: bool
+) -> jax.Array:
     """Embeds tokens [b, S]; returns [b, s, D] on every stage, or [b / stages, s, D] if `split_pipeline`.
 
     An id that is not in the vocabulary has NaN for its embedding, as in `jnp.take`.
@@ -58,7 +60,7 @@ def embed(table_vD: jax.Array, tokens_bS: jax.Array, dtype: jnp.dtype, *, split_
     with jax.named_scope("embed"):
         num_rows = table_vD.shape[0]
         row_bS, here_bS = _local(tokens_bS, num_rows)
-        unknown_bS = out_of_range(tokens_bS, num_rows * lax.axis_size(VOCAB_AXES))
+        unknown_bS = out_of_range(tokens_bS, vocab_size)
         elsewhere_bS = jnp.where(unknown_bS, jnp.nan, jnp.zeros((), table_vD.dtype))
         rows_bSD = compute_copy(table_vD, row_bS, table_vD.dtype)[row_bS]
         x_bSD = jnp.where(here_bS[..., None], rows_bSD, elsewhere_bS[..., None]).astype(dtype)
@@ -66,14 +68,19 @@ def embed(table_vD: jax.Array, tokens_bS: jax.Array, dtype: jnp.dtype, *, split_
         return psum_scatter(x_bsD, PIPELINE, dim=0) if split_pipeline else lax.psum(x_bsD, PIPELINE)
 
 
-def logits(h_bSD: jax.Array, w_Dv: jax.Array) -> jax.Array:
-    """This device's columns of the logits, float32 [b, S, v]."""
+def logits(h_bSD: jax.Array, w_Dv: jax.Array, vocab_size: int) -> jax.Array:
+    """This device's columns of the logits, float32 [b, S, v]; -inf in those that pad the vocabulary."""
     with jax.named_scope("logits"):
         contract = (((h_bSD.ndim - 1,), (0,)), ((), ()))
-        return lax.dot_general(h_bSD, compute_copy(w_Dv, h_bSD), contract, preferred_element_type=jnp.float32)
+        y_bSv = lax.dot_general(h_bSD, compute_copy(w_Dv, h_bSD), contract, preferred_element_type=jnp.float32)
+        num_columns = w_Dv.shape[-1]
+        if num_columns * lax.axis_size(VOCAB_AXES) == vocab_size:
+            return y_bSv
+        id_v = lax.axis_index(VOCAB_AXES) * num_columns + jnp.arange(num_columns)
+        return jnp.where(id_v < vocab_size, y_bSv, -jnp.inf)
 
 
-def cross_entropy(logits_bSv: jax.Array, targets_bS: jax.Array) -> jax.Array:
+def cross_entropy(logits_bSv: jax.Array, targets_bS: jax.Array, vocab_size: int) -> jax.Array:
     """Sums the negative log-likelihoods in nats over [b, S]; the softmax runs over the sharded vocabulary.
 
     Targets of `IGNORED` add nothing. Any other target that is not in the vocabulary makes the sum NaN.
@@ -85,5 +92,5 @@ def cross_entropy(logits_bSv: jax.Array, targets_bS: jax.Array) -> jax.Array:
         picked_bS = jnp.take_along_axis(logits_bSv, column_bS[..., None], axis=-1)[..., 0]
         target_bS = lax.psum(jnp.where(here_bS, picked_bS, 0.0), VOCAB_AXES)
         nats_bS = jnp.log(normalizer_bS) + max_bS - target_bS
-        unknown_bS = out_of_range(targets_bS, logits_bSv.shape[-1] * lax.axis_size(VOCAB_AXES))
+        unknown_bS = out_of_range(targets_bS, vocab_size)
         return jnp.sum(jnp.where(targets_bS == IGNORED, 0.0, jnp.where(unknown_bS, jnp.nan, nats_bS)))

@@ -115,7 +115,7 @@ class Sizes:
         self.dense_layer = m.d_model * (heads // t + 3 * m.dense_d_ff + vectors) + of_heads if m.num_dense_layers else 0
         spread = m.d_model * (heads / t + 3 * m.dense_d_ff / t + vectors) / (e * p) + of_heads
         dense_stored = m.num_dense_layers * spread
-        self.vocab = m.vocab_size // (p * t)
+        self.vocab = m.padded_vocab_size // (p * t)
         tables = 1 if m.tie_embeddings else 2
         self.table = self.vocab * m.d_model
         self.stored = self.layers * (self.P_stored + self.W) + dense_stored + (tables * self.table + m.d_model) / e

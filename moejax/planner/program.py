@@ -332,7 +332,7 @@ class _Step(Passes):
     @property
     def vocabulary(self) -> int:
         """Columns of the output table on this device."""
-        return self.model.vocab_size // (self.size[PIPELINE] * self.size[TENSOR])
+        return self.model.padded_vocab_size // (self.size[PIPELINE] * self.size[TENSOR])
 
     def loss(self) -> Iterator[Collective | MemoryOp]:
         """The softmax over columns of all devices, and means over all tokens."""

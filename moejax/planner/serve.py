@@ -85,7 +85,7 @@ def decode_work(model: ModelConfig, layout: Layout) -> Work:
         collective("combine", "all_to_all", d.expert_axes, sent, layers, layout.exchange_hosts),
         MemoryOp("combine", "forward", 2 * sent * D * BYTES, layers),
         collective("pipeline", "ppermute", (PIPELINE,), T, stages),
-        matmul("logits", b, m.vocab_size / (stages * tensor), D, stages),
+        matmul("logits", b, m.padded_vocab_size / (stages * tensor), D, stages),
         collective("logits", "all_gather", (TENSOR,), T, stages),
         Collective(
             "loss", "forward", "all_reduce", VOCAB_AXES, b * 8, stages * tensor, stages

@@ -67,6 +67,21 @@ def copy(stored, tmp_path):
     return change
 
 
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 4, 2)], ids=str)
+def test_a_vocabulary_that_no_mesh_divides_is_padded_here_and_cut_there(axes, tmp_path):
+    model = dataclasses.replace(MODEL, vocab_size=51)
+    program = program_of(axes, model)
+    params = params_of(program)
+    assert params["embed"]["table_VD"].shape == (128, 32)
+    assert not np.asarray(params["embed"]["table_VD"])[51:].any()
+    save_hf(tmp_path / "out", program, params, dtype="float32")
+    assert find_tensors(tmp_path / "out")["lm_head.weight"].shape == (51, 32)
+    assert read_model_config(tmp_path / "out").vocab_size == 51
+    loaded = load_hf(tmp_path / "out", program_of((4, 2, 2), model))
+    assert loaded.num_params * 4 == loaded.bytes_read == loaded.bytes_on_disk
+    jax.tree.map(np.testing.assert_array_equal, logical(loaded.params), logical(params))
+
+
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 @pytest.mark.parametrize("expert_axes", [("expert",), ("expert", "tensor")], ids=["split", "folded"])
 def test_it_comes_back_on_any_mesh_and_reads_each_byte_once(stored, axes, expert_axes):

@@ -60,7 +60,7 @@ def _draw(rng):
         shared_gate=one_of(False, True) if shared_d_ff else False,
         num_dense_layers=dense,
         dense_d_ff=40 if dense else 0,
-        vocab_size=one_of(256, 320),
+        vocab_size=one_of(256, 320, 251),
         tie_embeddings=one_of(True, False),
         embedding_multiplier=one_of(1.0, 12.0),
         residual_multiplier=one_of(1.0, 0.22),
