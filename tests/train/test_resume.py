@@ -23,8 +23,8 @@ from moejax.train.resume import CHECKPOINTS, KINDS, Record, check_data, check_ru
 # A valid value of each field that is not the default, and of those that must change with it.
 LONGROPE = {
     "model.rope.scaling.kind": "longrope", "model.rope.scaling.original_max_seq_len": "128",
-    "model.rope.rotary_dim": "8", "model.rope.scaling.short_factors": "1.0,1.5,2.0,2.5",
-    "model.rope.scaling.long_factors": "1.0,2.5,4.0,8.0",
+    "model.rope.rotary_dim": "8", "model.rope.scaling.short_factors": "1,1.5,2,2.5",
+    "model.rope.scaling.long_factors": "1,2.5,4,8",
 }  # fmt: skip
 OTHERS = {
     "model.num_layers": {"model.num_layers": "2"},
