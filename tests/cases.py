@@ -325,8 +325,8 @@ VARIANT_CASES = (
 
 
 def tiered(cases: Iterable[Case]) -> list[Any]:
-    """Returns cases as a test's parameters: one of 16 devices, on every axis, is in the fast tier."""
-    return full_unless(CI_CASES[2].__eq__, cases)
+    """Returns cases as a test's parameters: one of 16 devices, on every axis, is in the fast tier, two in the slow."""
+    return full_unless(CI_CASES[2].__eq__, cases, slow=(CI_CASES[0], CI_CASES[6]).__contains__)
 
 
 def per_device_values(x: jax.Array) -> list[list[np.ndarray]]:

@@ -44,7 +44,7 @@ def error(dtype, num_tokens):
     return (sum(wrong for wrong, _ in squares) / sum(whole for _, whole in squares)) ** 0.5
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_error_does_not_grow_with_the_tokens():
     assert error("float16", MANY) < 1.5 * error("float16", FEW)
     assert error("float16", MANY) < error("bfloat16", MANY) / 3

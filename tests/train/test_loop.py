@@ -246,10 +246,13 @@ def test_a_sample_that_fails_costs_a_run_nothing_else(short, tmp_path, monkeypat
     assert caplog.messages == [f"the run has no sample: {one_line(error)}"]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "shape",
-    [(16, 1, 1), (2, 4, 2), (1, 1, 1)],
+    [
+        pytest.param((2, 4, 2), marks=pytest.mark.full),
+        pytest.param((16, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 1, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_restored_on_another_mesh_evaluates_the_same(config, finished, shape):
     workdir, summary = finished
@@ -332,7 +335,7 @@ def test_buffers_change_size_without_compiling_again_and_without_changing_the_lo
         assert other["dropped_fraction"] == 0
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_bound_that_is_left_for_long_is_told_once(config, tmp_path, monkeypatch, caplog):
     balance = dataclasses.replace(config.balance, window=2)
     config = dataclasses.replace(config, balance=balance, steps=9, eval_every=9, sample_tokens=0)
