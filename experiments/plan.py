@@ -29,7 +29,11 @@ from moejax.train.plan_file import write_plan_file
 
 FLAGS = loading.Flags(__doc__)
 _MODEL = flags.DEFINE_string(
-    "model", "moe_16x10b", "A preset, a name in experiments/configs, or a Python file.", flag_values=FLAGS
+    "model",
+    "moe_16x10b",
+    "A preset, a name in experiments/configs, a Python file, or the folder of a Hugging Face "
+    "checkpoint, of which only config.json is read.",
+    flag_values=FLAGS,
 )
 _CLUSTER = flags.DEFINE_string(
     "cluster", "a100_64gb_2x8", "A name in mesh_configs, or a Python file with get_cluster().", flag_values=FLAGS
@@ -126,8 +130,8 @@ def write_plan(path: Path, choices: dict[int, Choice]) -> None:
     """Writes the layouts as a plan file, and prints the command that follows it."""
     layouts = tuple(choice.best.layout for choice in choices.values())
     model, cluster = _MODEL.value, _CLUSTER.value
-    if model.endswith(".py"):  # found from any folder
-        model = str(loading.find(model, loading.CONFIGS).resolve())
+    if model not in loading.config_names():  # a file or a folder, which is then found from any other
+        model = str((loading.find(model, loading.CONFIGS) or Path(model).expanduser()).resolve())
     write_plan_file(path, layouts, model, f"{_plain_stem(model)} on {_plain_stem(cluster)}, training")
     print(f"wrote {path}; run it with {loading.command('train', f'--plan={path}')}", file=sys.stderr)
 

@@ -66,7 +66,11 @@ class ConfigFlags(Flags):
         super().__init__(usage)
         self.__dict__["_first"] = first or {}
         for name, default, meaning in (
-            ("config", config, "What to train: one of the configs below, or a Python file with get_config()."),
+            (
+                "config", config,
+                "What to train: one of the configs below, a Python file with get_config(), or a folder with a Hugging "
+                "Face config.json, whose model starts at random.",
+            ),
             ("mesh", "cpu_16", "What to run on: one of the meshes below, or a Python file with get_config()."),
             (
                 "plan", None,

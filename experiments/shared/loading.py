@@ -39,6 +39,7 @@ from experiments.shared.outputs import OutputParser, identity
 from moejax import strict_json
 from moejax.checks import ConfigError, check, expand, one_line
 from moejax.config import BalanceConfig, ModelConfig
+from moejax.interop import read_model_config
 from moejax.mesh import MeshConfig
 from moejax.overrides import call_in_file, is_flag, load_config_file
 from moejax.planner.hardware import Cluster
@@ -273,14 +274,23 @@ def load_cluster(name: str) -> Cluster:
 
 
 def load_config(name: str, flag: str = "config") -> TrainConfig:
-    """Returns the configuration of a file or of a name in experiments/configs, or a preset's model with defaults."""
+    """Returns the configuration of a file or of a name in experiments/configs, or a model with defaults for the rest.
+
+    The model is a preset, or that of config.json in the folder of a Hugging Face checkpoint. No weights are read.
+    """
     path = find(name, CONFIGS)
     if path is not None:
         return load_config_file(path, TrainConfig)
     if name in PRESETS:
         model = PRESETS[name]()
-        return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
-    raise ConfigError(unknown(flag, name, config_names(), _why_not(name)))
+    elif os.path.isdir(expand(name, f"--{flag}")):
+        try:
+            model = read_model_config(name)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("folder=", f"--{flag}=", 1)) from None
+    else:
+        raise ConfigError(unknown(flag, name, config_names(), _why_not(name)))
+    return TrainConfig(model=model, balance=BalanceConfig.suited_to(model))
 
 
 def _why_not(name: str) -> str:

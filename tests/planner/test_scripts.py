@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
-from scripts import run_script
+from scripts import run_script, write_model_folder
 
+from experiments.shared.loading import load_model
 from moejax.planner.hardware import get_device, load_calibration
+from moejax.presets import get_preset
 from moejax.train.plan_file import load_layouts, load_plan_model
 
 
@@ -56,6 +58,20 @@ def test_a_cluster_of_ones_own(tmp_path):
     figures = run_script("plan", f"--cluster={path}", "--seq_len=1024", "--mode=decode").figures
     assert figures["choices"]["1024"]["layout"]["mesh"]["hardware"] == "custom"
     assert figures["choices"]["1024"]["peak_bytes"] < 40e9
+
+
+def test_a_model_is_the_folder_of_a_hugging_face_checkpoint(tmp_path, monkeypatch):
+    model = dataclasses.replace(get_preset("olmoe_7b"), vocab_size=50_303)
+    write_model_folder(tmp_path / "olmoe", model)
+    monkeypatch.chdir(tmp_path)
+    arguments = "--model=olmoe", "--cluster=h100_2x8", "--seq_len=4096", "--batch_size=64"
+    done = run_script("plan", *arguments, "--out=plan.py")
+    assert done.figures["choices"]["4096"]["peak_bytes"] < 80e9
+    assert load_plan_model("plan.py") == str(tmp_path / "olmoe")
+    assert dataclasses.replace(load_model(str(tmp_path / "olmoe")), dtype=model.dtype) == model
+    (tmp_path / "empty").mkdir()
+    error = run_script("plan", "--model=empty", status=2).error
+    assert "--model=empty has no config.json; name the folder of a Hugging Face checkpoint" in error
 
 
 @pytest.mark.full
