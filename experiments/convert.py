@@ -12,17 +12,18 @@ The other way needs no conversion: `python experiments/train.py --init=DIR` begi
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+import time
 from typing import get_args
 
 import jax
 from absl import flags
 
 from experiments.shared import loading
-from moejax.checks import ConfigError, check
+from moejax.checks import ConfigError, check, expand
 from moejax.config import Dtype
 from moejax.data import load_data
 from moejax.interop import save_hf, tokenizer_files
+from moejax.interop.tensors import check_new
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
 from moejax.program import Program
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> None:
     FLAGS.parse(argv)
     check(_WORKDIR.value is not None, "--workdir is missing; name the folder of a run")
     check(_OUT.value is not None, "--out is missing; name the folder to write")
-    workdir = Path(_WORKDIR.value).expanduser()
+    check_new(expand(_OUT.value, "--out"))
+    workdir = expand(_WORKDIR.value, "--workdir")
     record = read_record(workdir)
     if record is None or not record.has_checkpoint:
         raise ConfigError(f"--workdir={workdir} has no run with a checkpoint; train one with experiments/train.py")
@@ -59,10 +61,21 @@ def main(argv: list[str]) -> None:
     state, step, _ = restored
     architecture = save_hf(
         _OUT.value, program, state["params"], dtype=_DTYPE.value, files=tokenizer_files(tokenizer, source),
-        report=lambda line: print(line, file=sys.stderr),
+        report=_report,
     )  # fmt: skip
     print(f"step {step} of {workdir} is in {_OUT.value}, a {architecture} model in {_DTYPE.value}")
     loading.print_json({"step": step, "model_type": architecture, "out": str(_OUT.value)})
+
+
+_reported = 0.0
+
+
+def _report(line: str) -> None:
+    """Shows how far the writing is, every few seconds."""
+    global _reported
+    if time.monotonic() - _reported > 5:
+        print(line, file=sys.stderr, flush=True)
+        _reported = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -70,5 +70,5 @@ def test_what_cannot_be_converted_gets_one_line(exported, tmp_path, monkeypatch)
     assert run_script("convert", "--out=x", status=2).error == "--workdir is missing; name the folder of a run"
     assert "has no run with a checkpoint" in run_script("convert", f"--workdir={tmp_path}", "--out=x", status=2).error
     monkeypatch.chdir(exported)
-    again = run_script("convert", "--workdir=run", "--out=exported", status=2)
-    assert "is there and not empty; name a new folder" in again.error
+    again = run_script("convert", "--workdir=no run at all", "--out=exported", status=2)
+    assert "is there and not empty; name a new folder" in again.error  # before anything is read

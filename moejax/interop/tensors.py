@@ -242,16 +242,21 @@ def _header(tensors: Iterable[NewTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def check_new(folder: Path) -> None:
+    """Raises `ConfigError` for a folder with something in it, and for a file."""
+    check(
+        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+        f"{folder} is there and not empty; name a new folder",
+    )
+
+
 def new_folder(folder: Path) -> Path:
     """Makes the folder that a checkpoint is written into before it gets the name `folder`; see `give_name`.
 
     Raises:
       ConfigError: `folder` exists and is not empty, or nothing can be written beside it.
     """
-    check(
-        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-        f"{folder} is there and not empty; name a new folder",
-    )
+    check_new(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
