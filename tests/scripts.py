@@ -68,6 +68,9 @@ def parse_command(name, arguments):
             find(found)
 
 
+DENSE = ModelConfig(num_experts=1, experts_per_token=1)
+
+
 def write_model_folder(folder, model=ModelConfig()):  # noqa: B008
     """Writes what `train.py --init` reads of a Hugging Face checkpoint before it loads weights."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from scripts import parse_command, run_script
+from scripts import DENSE, load_script, parse_command, run_script, write_model_folder
 
 from moejax.checks import ConfigError
 from moejax.data import ByteTokenizer
@@ -64,6 +64,18 @@ def test_a_checkpoint_without_a_tokenizer_needs_one(exported, tmp_path):
         parse_command("train", [f"--init={tmp_path}"])
     with pytest.raises(ConfigError, match="both say the model; give one"):
         parse_command("train", [f"--init={tmp_path}", "--config=tiny"])
+
+
+def test_a_dense_checkpoint_begins_a_run_as_a_mixture_of_experts(tmp_path):
+    write_model_folder(tmp_path, DENSE)
+    text = "num_experts=16,experts_per_token=4,granularity=2"
+    config = load_script("train").FLAGS.parse_config(["train", f"--init={tmp_path}", f"--upcycle={text}"])
+    assert (config.model.num_experts, config.model.experts_per_token, config.model.d_ff) == (16, 4, DENSE.d_ff // 2)
+    assert (config.init, config.upcycle) == (str(tmp_path), text)
+    with pytest.raises(ConfigError, match="has no weights to begin with; give a dense checkpoint with --init"):
+        parse_command("train", [f"--upcycle={text}"])
+    with pytest.raises(ConfigError, match="experts_per_token=3 must be a multiple of granularity=2"):
+        parse_command("train", [f"--init={tmp_path}", "--upcycle=experts_per_token=3,granularity=2"])
 
 
 def test_what_cannot_be_converted_gets_one_line(exported, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from scripts import EXPERIMENTS, SCRIPTS, load_script, parse_command, write_model_folder
+from scripts import DENSE, EXPERIMENTS, SCRIPTS, load_script, parse_command, write_model_folder
 
 from experiments.shared import common, loading
 from moejax.layout import Layout
@@ -70,6 +70,7 @@ def test_a_command_is_understood(command, tmp_path, monkeypatch, pytestconfig):
     monkeypatch.chdir(tmp_path)
     write_plan_file("plan.py", (Layout(MeshConfig(16), 64, 32),), "moe_16x10b", "What plan.py wrote.")
     write_model_folder(tmp_path / "models" / "mixtral")
+    write_model_folder(tmp_path / "models" / "llama", DENSE)
     check_command(list(command), pytestconfig)
 
 

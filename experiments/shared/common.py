@@ -68,8 +68,7 @@ class ConfigFlags(Flags):
         for name, default, meaning in (
             (
                 "config", config,
-                "What to train: one of the configs below, a Python file with get_config(), or a folder with a Hugging "
-                "Face config.json, whose model starts at random.",
+                "What to train: a config below, a Python file with get_config(), or a Hugging Face folder.",
             ),
             ("mesh", "cpu_16", "What to run on: one of the meshes below, or a Python file with get_config()."),
             (

@@ -10,14 +10,14 @@ from absl import flags
 from experiments.shared.common import ConfigFlags
 from moejax.checks import check, expand
 from moejax.config import BalanceConfig, DataConfig
-from moejax.interop import read_model_config
+from moejax.interop import Upcycling, read_model_config
 from moejax.layout import Layout
 from moejax.train.config import TrainConfig
 from moejax.train.resume import read_record
 
 
 class RunFlags(ConfigFlags):
-    """The flags of a script that trains, with --workdir, --override and --init.
+    """The flags of a script that trains, with --workdir, --override, --init and --upcycle.
 
     If --workdir holds a run, its record replaces the defaults of --config and of --mesh or --plan. Flags that are given
     still count; `Trainer` then compares what was asked for with the record.
@@ -35,11 +35,21 @@ class RunFlags(ConfigFlags):
             "A Hugging Face checkpoint's folder to begin with: its model, weights and tokenizer, instead of --config.",
             flag_values=self,
         )  # fmt: skip
+        flags.DEFINE_string(
+            "upcycle", None,
+            "Make experts of the feed-forwards of a dense --init: num_experts=8,experts_per_token=2, and with "
+            "granularity=2 experts of half the width.",
+            flag_values=self,
+        )  # fmt: skip
         flags.DEFINE_boolean(
             "override", False, "Resume the run in --workdir even if flags make it another one.", flag_values=self
         )
 
     def _base_config(self, name: str) -> TrainConfig:
+        check(
+            self.upcycle is None or self.init is not None,
+            f"--upcycle={self.upcycle} has no weights to begin with; give a dense checkpoint with --init",
+        )
         if self.init is not None:
             return self._initialized()
         run = self._run("config")
@@ -60,6 +70,8 @@ class RunFlags(ConfigFlags):
         """Returns the configuration of a run that begins with --init, before overrides."""
         check(not self["config"].present, f"--config={self.config} and --init={self.init} both say the model; give one")
         model = read_model_config(self.init)
+        if self.upcycle is not None:
+            model = Upcycling.parse(self.upcycle).model(model)
         folder = expand(self.init, "init")
         check(
             self.tokenizer is not None or Path(folder, "tokenizer.json").is_file(),
@@ -71,6 +83,7 @@ class RunFlags(ConfigFlags):
             balance=BalanceConfig.suited_to(model),
             data=DataConfig(tokenizer=str(folder)),
             init=str(folder),
+            upcycle=self.upcycle or "",
         )
 
     def _run(self, flag: str) -> TrainConfig | None:

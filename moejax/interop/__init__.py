@@ -12,5 +12,16 @@ from moejax.interop.families import FAMILIES, Family
 from moejax.interop.load import Loaded, load_hf, read_model_config
 from moejax.interop.rows import Row
 from moejax.interop.save import save_hf, tokenizer_files
+from moejax.interop.upcycle import Upcycling
 
-__all__ = ["FAMILIES", "Family", "Loaded", "Row", "load_hf", "read_model_config", "save_hf", "tokenizer_files"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Loaded",
+    "Row",
+    "Upcycling",
+    "load_hf",
+    "read_model_config",
+    "save_hf",
+    "tokenizer_files",
+]

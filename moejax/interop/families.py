@@ -36,6 +36,7 @@ class Family:
     """An architecture: its names at Hugging Face, its configuration both ways, and its tensors.
 
     `ignored` are beginnings of stored names that are left out on purpose: layers that only predict further tokens.
+    `made` are parameters that no tensor has.
     `written_as` returns the model that is written in place of another that computes the same.
     """
 
@@ -46,6 +47,53 @@ class Family:
     rows: Callable[[ModelConfig], tuple[Row, ...]]
     ignored: Callable[[ModelConfig], tuple[str, ...]] = lambda m: ()
     written_as: Callable[[ModelConfig], ModelConfig] = lambda m: m
+    made: tuple[str, ...] = ()
+
+
+def _read_dense(c: HfConfig, **attention: Any) -> ModelConfig:
+    """Reads a model without experts, which is one with a single expert for every token."""
+    c.require("mlp_bias", False, "no biases in feed-forwards")
+    c.require("pretraining_tp", 1, "one order of sums")
+    c.require("layer_types", ["full_attention"] * c.number("num_hidden_layers"), "no window of attention")
+    width = c.number("intermediate_size")
+    return ModelConfig(**read_common(c, **attention), d_ff=width, num_experts=1, experts_per_token=1)
+
+
+def _write_dense(m: ModelConfig) -> Fields:
+    return write_common(m) | {"intermediate_size": m.d_ff}
+
+
+def _dense_rows(m: ModelConfig) -> tuple[Row, ...]:
+    return (
+        *common_rows(m),
+        Row("layers.moe.experts.w_in_EDGF", LAYER + "mlp.gate_proj.weight", "F D", part=0),
+        Row("layers.moe.experts.w_in_EDGF", LAYER + "mlp.up_proj.weight", "F D", part=1),
+        Row("layers.moe.experts.w_out_EFD", LAYER + "mlp.down_proj.weight", "D F"),
+    )
+
+
+def _read_llama(c: HfConfig) -> ModelConfig:
+    bias = c.flag("attention_bias", default=False)
+    return _read_dense(c, bias=bias, output_bias=bias)
+
+
+def _write_llama(m: ModelConfig) -> Fields:
+    return _write_dense(m) | {"attention_bias": m.attention.bias, "mlp_bias": False}
+
+
+def _read_dense_qwen2(c: HfConfig) -> ModelConfig:
+    c.skip("sliding_window")  # says nothing without use_sliding_window
+    return _read_dense(c, bias=True)
+
+
+def _read_dense_qwen3(c: HfConfig) -> ModelConfig:
+    c.skip("sliding_window")  # says nothing without use_sliding_window
+    bias = c.flag("attention_bias", default=False)
+    return _read_dense(c, qk_norm="head", bias=bias, output_bias=bias)
+
+
+def _write_dense_qwen3(m: ModelConfig) -> Fields:
+    return _write_dense(m) | {"attention_bias": m.attention.bias}
 
 
 def _read_mixtral(c: HfConfig) -> ModelConfig:
@@ -317,6 +365,16 @@ def _with_shared_expert(m: ModelConfig) -> ModelConfig:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        Family(
+            "llama", "LlamaForCausalLM", _read_llama, _write_llama, _dense_rows, made=("layers.moe.w_router_DE",)
+        ),
+        Family(
+            "qwen2", "Qwen2ForCausalLM", _read_dense_qwen2, _write_dense, _dense_rows, made=("layers.moe.w_router_DE",)
+        ),
+        Family(
+            "qwen3", "Qwen3ForCausalLM", _read_dense_qwen3, _write_dense_qwen3, _dense_rows,
+            made=("layers.moe.w_router_DE",),
+        ),
         Family(
             "mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral,
             lambda m: common_rows(m) + expert_rows("block_sparse_moe", ("w1", "w3", "w2")),

@@ -19,6 +19,7 @@ from moejax.interop.families import Family, differences, find_family
 from moejax.interop.hf_config import HfConfig
 from moejax.interop.params import StoredParam, stored_params
 from moejax.interop.tensors import DTYPES, StoredTensor, few, find_tensors, load_json
+from moejax.interop.upcycle import Upcycling
 from moejax.program import Program
 from moejax.sharding import Param
 
@@ -57,7 +58,14 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     return _read_config(_checked(folder))[1]
 
 
-def load_hf(folder: str | Path, program: Program, report: Callable[[str], None] = lambda line: None) -> Loaded:
+def load_hf(
+    folder: str | Path,
+    program: Program,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    upcycling: Upcycling | None = None,
+    seed: int = 0,
+) -> Loaded:
     """Loads a checkpoint's parameters onto the program's mesh, each device's shard from its own slices of the files.
 
     One shard is in the host's memory at a time, and every process reads only what its devices need. The names and
@@ -67,20 +75,28 @@ def load_hf(folder: str | Path, program: Program, report: Callable[[str], None] 
       folder: with config.json and the weights as safetensors, in one file or in several with an index.
       program: of the model that `read_model_config` returns, with any layout, dtype and max_seq_len.
       report: called with a line for each parameter.
+      upcycling: what the feed-forward of a dense checkpoint becomes; the program's model is `upcycling.model(dense)`.
+      seed: of the routers that upcycling makes.
 
     Raises:
       ConfigError: the folder has another model, or a tensor that is missing, left over, damaged or not finite.
     """
     path = _checked(folder)
     family, model = _read_config(path)
+    if upcycling is not None:
+        model = upcycling.model(model)
     _check_same_model(path, model, program.model)
     tensors = find_tensors(path)
-    params = stored_params(family, model, program)
+    params = stored_params(family, model, program, upcycling.granularity if upcycling else 1)
     used, ignored = _check_tensors(path, tensors, params, family.ignored(model))
     arrays, bytes_read = [], 0
     for number, param in enumerate(params, 1):
         report(f"loading parameter {number} of {len(params)}, {param.name}")
-        array, num_bytes = _load_param(param, tensors, NamedSharding(program.mesh, param.param.spec))
+        placed = NamedSharding(program.mesh, param.param.spec)
+        if param.rows:
+            array, num_bytes = _load_param(param, tensors, placed)
+        else:
+            array, num_bytes = _make_router(param, model, upcycling, seed, placed), 0
         arrays.append(array)
         bytes_read += num_bytes
     treedef = jax.tree.structure(program.table, is_leaf=lambda x: isinstance(x, Param))
@@ -149,6 +165,15 @@ def _num_bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
+def _make_router(
+    stored: StoredParam, m: ModelConfig, upcycling: Upcycling | None, seed: int, sharding: NamedSharding
+) -> jax.Array:
+    """Returns the routers of a model whose checkpoint has none; a single expert's gate is 1 whatever they say."""
+    shape = stored.param.shape
+    routers = upcycling.router(len(stored.layers), m.d_model, seed) if upcycling else np.zeros(shape, np.float32)
+    return jax.make_array_from_callback(shape, sharding, routers.reshape(shape).__getitem__)
+
+
 def _load_param(
     stored: StoredParam, tensors: Mapping[str, StoredTensor], sharding: NamedSharding
 ) -> tuple[jax.Array, int]:
@@ -185,12 +210,16 @@ def _read_shard(
     bytes_read = 0
     for row in stored.rows:
         at = dict(zip(row.dims, layer_index, strict=True))
-        experts = at["E"] if "{expert}" in row.stored else [0]
+        experts = [0] if row.has_experts else at["E"]
         if row.part is not None and row.part not in at["G"]:
             continue
         for (i, layer), expert in itertools.product(enumerate(layers), experts):
             name = row.stored.format(layer=layer, expert=expert)
-            piece = row.read(tensors[name].open(), stored.layer_shape, at)
+            within = at
+            if stored.slices > 1 and not row.has_experts:
+                first = expert % stored.slices * (stored.disk_shape[row.dims.index("F")] // stored.slices)
+                within = at | {"F": range(at["F"].start + first, at["F"].stop + first)}
+            piece = row.read(tensors[name].open(), stored.disk_shape, within)
             bytes_read += piece.nbytes
             check(
                 bool(np.isfinite(piece).all()),
@@ -199,7 +228,9 @@ def _read_shard(
             place: dict[str, int] = {}
             if row.part is not None:
                 place["G"] = row.part - at["G"].start
-            if "{expert}" in row.stored:
+            if not row.has_experts:
                 place["E"] = expert - at["E"].start
             filled[(i, *(place.get(dim, slice(None)) for dim in row.dims))] = piece
+    if stored.slices > 1 and stored.name.endswith(".w_out_EFD"):
+        shard *= stored.slices  # as the gates of the slices of a copy add up to that of the copy
     return shard.reshape([len(part) for part in index]), bytes_read

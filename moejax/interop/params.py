@@ -23,8 +23,9 @@ class StoredParam:
 
     name: str  # "layers.attention.w_q_DNH"
     param: Param
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # none for the router of a dense model, which has one expert
     first_layer: int
+    slices: int = 1  # experts that a stored feed-forward is cut into along its width
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -36,6 +37,16 @@ class StoredParam:
         return self.param.layer_shape
 
     @property
+    def disk_shape(self) -> tuple[int, ...]:
+        """`layer_shape` with the width of a stored feed-forward, from which experts may be slices."""
+        dims = self.name.rsplit("_", 1)[1]
+        is_expert = "E" in dims and "F" in dims
+        return tuple(
+            size * self.slices if is_expert and dim == "F" else size
+            for dim, size in zip(dims, self.layer_shape, strict=True)
+        )
+
+    @property
     def layers(self) -> range:
         """The numbers of its layers on disk, in the order that they are stacked in."""
         return range(self.first_layer, self.first_layer + math.prod(self.stack))
@@ -43,7 +54,7 @@ class StoredParam:
     def stored_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Returns the name and shape of every tensor on disk."""
         for row in self.rows:
-            shape = row.stored_shape(self.layer_shape)
+            shape = row.stored_shape(self.disk_shape)
             yield from ((name, shape) for name in row.stored_names(self.layer_shape, self.layers))
 
 
@@ -53,15 +64,16 @@ def param_names(table: Any) -> dict[str, Param]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): param for path, param in leaves}
 
 
-def stored_params(family: Family, m: ModelConfig, program: Program) -> list[StoredParam]:
+def stored_params(family: Family, m: ModelConfig, program: Program, slices: int = 1) -> list[StoredParam]:
     """Returns the parameters of the program's table, in its order, each with the family's rows for it."""
     rows: dict[str, list[Row]] = collections.defaultdict(list)
     for row in family.rows(m):
         rows[row.param].append(row)
     table = param_names(program.table)
-    if table.keys() != rows.keys():
-        raise AssertionError(f"{family.model_type}: rows and parameters differ in {table.keys() ^ rows.keys()}")
+    differ = (table.keys() ^ rows.keys()) - set(family.made)
+    if differ:
+        raise AssertionError(f"{family.model_type}: rows and parameters differ in {differ}")
     return [
-        StoredParam(name, param, tuple(rows[name]), m.num_dense_layers if name.startswith("layers.") else 0)
+        StoredParam(name, param, tuple(rows[name]), m.num_dense_layers if name.startswith("layers.") else 0, slices)
         for name, param in table.items()
     ]

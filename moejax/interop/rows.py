@@ -5,7 +5,8 @@
 A parameter's name ends with its dims, and `disk` has the stored tensor's in the notation of einops: (N H) is one dim
 whose elements run over N, and over H inside. The tensor here is [heads × head_dim, D], and the parameter [D, N, H].
 
-- {layer} and {expert} in a stored name: a tensor per layer, or per expert (dim E).
+- {layer} and {expert} in a stored name: a tensor per layer, or per expert (dim E). With E in neither, it is every
+  expert's: the feed-forward of a dense model.
 - `part`: the row is for one index of the parameter's dim G: the key or the value, the gate or the up projection.
 - In `disk`, h and r are the halves of H: element (r, h) of a head is r * H/2 + h. Checkpoints whose RoPE rotates
   neighbors (2h, 2h + 1) say "(N h r) D"; here RoPE rotates element h with h + H/2.
@@ -50,6 +51,11 @@ class Row:
     def stored_dims(self) -> list[str]:
         """The dims of the stored tensor with merged ones apart, in their order."""
         return [dim for group in self.groups for dim in group]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the stored tensor has all experts, or the parameter none; otherwise it has one, or one for all."""
+        return "E" not in self.dims or "E" in self.stored_dims
 
     def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Returns the size of each dim, for a parameter whose layers have this shape."""
@@ -97,7 +103,7 @@ class Row:
         """Returns a stored tensor, made of one layer of the parameter; the `expert`th where there is one per expert."""
         sizes = self.sizes(layer.shape)
         at: dict[str, Any] = {} if self.part is None else {"G": self.part}
-        if "{expert}" in self.stored:
+        if not self.has_experts:
             at["E"] = expert
         piece = layer[tuple(at.get(dim, slice(None)) for dim in self.dims)]
         stored = self.stored_dims

@@ -19,7 +19,7 @@ from moejax.batch import counted_targets
 from moejax.checks import ConfigError, check, expand, one_line
 from moejax.config import BalanceConfig
 from moejax.data import Data, load_data
-from moejax.interop import load_hf
+from moejax.interop import Upcycling, load_hf
 from moejax.overrides import from_record
 from moejax.train.checkpoint import Checkpointer, CheckpointError
 from moejax.train.config import TrainConfig
@@ -226,7 +226,10 @@ class Trainer:
     def _init(self) -> TrainState:
         if not self.config.init:
             return self.train_step.init(jax.random.key(self.config.seed))
-        loaded = load_hf(self.config.init, self.program, self._progress.update)
+        upcycling = Upcycling.parse(self.config.upcycle) if self.config.upcycle else None
+        loaded = load_hf(
+            self.config.init, self.program, self._progress.update, upcycling=upcycling, seed=self.config.seed
+        )
         self._progress.say(f"{self.config.init}: {loaded}")
         return self.train_step.init_from(loaded.params)
 

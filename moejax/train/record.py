@@ -141,7 +141,7 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       LookupError: a field of that version is missing.
     """
-    config = {"init": "", **record["config"]}  # every run began with random weights before there was the field
+    config = {"init": "", "upcycle": "", **record["config"]}  # every run began with random weights once
     if "layouts" in config:
         return config
     data = dict(config["data"])

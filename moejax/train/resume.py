@@ -41,7 +41,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("layout.dispatch.strategy", "layout.dispatch.capacity_factor"), "drops"),
     **dict.fromkeys(
         (
-            "seed", "init", "layout.grad_accumulation_steps", "layout.dispatch.wire_dtype",
+            "seed", "init", "upcycle", "layout.grad_accumulation_steps", "layout.dispatch.wire_dtype",
             "model.experts_per_token", "model.router.score", "model.router.renormalize", "model.max_seq_len",
             "model.rope.theta", "model.norm_eps", "model.dtype",
             "model.attention.multiplier", "model.rope.rotary_dim", "model.router.scaling",

@@ -157,7 +157,7 @@ def test_another_model_than_the_programs_is_refused_in_words_of_the_configuratio
 
 
 CONFIGS = {
-    "another family": ({"model_type": "llama"}, 'has model_type="llama"; moejax reads '),
+    "another family": ({"model_type": "gpt2"}, 'has model_type="gpt2"; moejax reads '),
     "no family": ({"model_type": None}, "has model_type=null; moejax reads "),
     "a field that nobody knows": ({"soft_cap": 30.0}, "may change the model: soft_cap=30.0"),
     "a window": ({"sliding_window": 4096}, "sliding_window=4096, and moejax has no window of attention"),

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import BalanceConfig, Layout, MeshConfig, Program, build_mesh
+from moejax.config import DispatchConfig
 from moejax.interop import load_hf, read_model_config, save_hf
 from moejax.interop.tensors import find_tensors
 from moejax.nn.embedding import IGNORED
@@ -40,6 +41,9 @@ DEEPSEEK = SIZES | {
     "norm_topk_prob": True,
 }  # fmt: skip
 FAMILIES = {
+    "llama": ("LlamaConfig", SIZES | {"rms_norm_eps": 1e-5}),
+    "qwen2": ("Qwen2Config", SIZES),
+    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 16, "tie_word_embeddings": True}),
     "mixtral": ("MixtralConfig", LOCAL | {"sliding_window": None}),
     "qwen3_moe": ("Qwen3MoeConfig", NARROW | {"head_dim": 16}),
     "olmoe": ("OlmoeConfig", SIZES | {"num_experts": 8, "num_experts_per_tok": 2}),
@@ -166,7 +170,9 @@ def report(request):
 
 def program_of(folder, axes, shape, **options):
     mesh = MeshConfig(*axes)
-    layout = Layout(mesh, *shape[::-1], num_microbatches=2)
+    # A dense model has a single expert, whose width `tensor` splits.
+    dispatch = DispatchConfig(expert_axes=("expert",) if mesh.expert == 1 else ("expert", "tensor"))
+    layout = Layout(mesh, *shape[::-1], num_microbatches=2, dispatch=dispatch)
     model = dataclasses.replace(read_model_config(folder), dtype="float32")
     return Program(model, layout, build_mesh(mesh, jax.devices()[: math.prod(axes)]), **options)
 
@@ -178,6 +184,8 @@ def test_logits_loss_and_gradients_are_theirs_and_weights_go_back(theirs, axes, 
     import transformers
 
     tokens_BS = theirs.tokens_BS
+    if read_model_config(theirs.folder).num_experts == 1:
+        axes = (1, *axes[1:])  # of one expert, other devices can be replicas
     assert 1 < theirs.logits_BSV.std() < 3
     balance = BalanceConfig(aux_loss_weight=0, z_loss_weight=0)
     program = program_of(theirs.folder, axes, tokens_BS.shape, balance=balance)

@@ -119,6 +119,7 @@ OTHERS = {
     "compiler_options": {"compiler_options": "a=b"},
     "seed": {"seed": "7"},
     "init": {"init": "elsewhere"},
+    "upcycle": {"upcycle": "num_experts=4"},
 }
 RUN = TrainConfig()
 LAYOUTS = (Layout(MeshConfig(2), 32, 16), Layout(MeshConfig(1, 2), 64, 8))

@@ -1,0 +1,85 @@
+"""An upcycled model computes at first what the dense one does, whatever its routers say."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from interop.test_checkpoints import MODEL, params_of, program_of
+
+from moejax.checks import ConfigError
+from moejax.config import DispatchConfig
+from moejax.interop import Upcycling, load_hf, read_model_config, save_hf
+
+DENSE = dataclasses.replace(MODEL, num_experts=1, experts_per_token=1)
+TOKENS_BS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, 16)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense checkpoint, and its logits."""
+    program = program_of((1, 1, 1), DENSE)
+    params = params_of(program)
+    folder = tmp_path_factory.mktemp("dense") / "checkpoint"
+    assert save_hf(folder, program, params, dtype="float32") == "llama"
+    return folder, logits_of(program, params)
+
+
+def logits_of(program, params):
+    specs = (program.param_specs, program.batch_spec, program.batch_spec)
+    logits = jax.jit(program.sharded(program.logits, specs, program.logits_spec))
+    return np.asarray(logits(params, TOKENS_BS, np.ones_like(TOKENS_BS)))
+
+
+def test_a_dense_checkpoint_is_a_model_of_one_expert(dense):
+    folder, logits_BSV = dense
+    assert dataclasses.replace(read_model_config(folder), dtype="float32") == DENSE
+    program = program_of((1, 2, 2), DENSE, dispatch=DispatchConfig(expert_axes=("expert",)))
+    loaded = load_hf(folder, program)
+    assert loaded.bytes_read == loaded.bytes_on_disk
+    np.testing.assert_allclose(logits_of(program, loaded.params), logits_BSV, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "text"),
+    [
+        ((1, 1, 1), "num_experts=8"),
+        ((4, 2, 2), "num_experts=16,experts_per_token=4"),
+        ((4, 2, 2), "num_experts=16,experts_per_token=4,granularity=4"),
+        ((2, 1, 2), "num_experts=8, experts_per_token=4, granularity=2"),
+    ],
+)
+def test_an_upcycled_model_has_the_logits_of_the_dense_one(dense, axes, text):
+    folder, logits_BSV = dense
+    upcycling = Upcycling.parse(text)
+    program = program_of(axes, upcycling.model(DENSE))
+    params = load_hf(folder, program, upcycling=upcycling).params
+    router_DE = np.asarray(params["layers"]["moe"]["w_router_DE"])[0, 0, 0]
+    groups_DGg = router_DE.reshape(len(router_DE), -1, upcycling.granularity)
+    assert (groups_DGg == groups_DGg[..., :1]).all()
+    assert len(np.unique(groups_DGg[0, :, 0])) == upcycling.num_experts // upcycling.granularity
+    np.testing.assert_allclose(logits_of(program, params), logits_BSV, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8", r"upcycle=.8. has .8.; write num_experts=8,experts_per_token=2,granularity=1"),
+        ("experts=8", "experts does not exist"),
+        ("num_experts=8,experts_per_token=3,granularity=2", "experts_per_token=3 must be a multiple of granularity=2"),
+        ("num_experts=8,experts_per_token=1", "experts_per_token=1 must be more than 1"),
+        ("num_experts=0", "num_experts=0 must be positive"),
+    ],
+)
+def test_what_cannot_be_upcycled_is_one_line(text, message):
+    with pytest.raises(ConfigError, match=message):
+        Upcycling.parse(text)
+
+
+def test_a_model_that_does_not_fit_is_refused(dense):
+    with pytest.raises(ConfigError, match="a model of 16 experts cannot be upcycled; give a dense one"):
+        Upcycling().model(MODEL)
+    with pytest.raises(ConfigError, match="granularity=3 must divide the feed-forward's width, 16"):
+        Upcycling(6, 3, 3).model(DENSE)
+    with pytest.raises(ConfigError, match=r"num_experts=16 \(not 8\)"):
+        load_hf(dense[0], program_of((1, 1, 1)), upcycling=Upcycling())
