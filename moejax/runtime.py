@@ -71,7 +71,7 @@ def set_process_options(platform: Platform) -> None:
 
     XLA reads them once, when it first compiles or starts a device.
     """
-    if jax.__version_info__[:2] > (0, 11):  # XLA aborts on a flag that it does not know; these are seen up to 0.11
+    if jax.__version_info__[:2] > (0, 12):  # XLA aborts on a flag that it does not know; these are seen up to 0.12
         return
     present = os.environ.get("XLA_FLAGS", "")
     flags = [f"--{o.name}={o.value}" for o in PROCESS[platform] if f"--{o.name}=" not in present]

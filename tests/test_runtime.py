@@ -151,7 +151,7 @@ class TestProcessOptions:
 
     def test_are_left_out_where_they_are_not_known_to_exist(self, monkeypatch):
         monkeypatch.delenv("XLA_FLAGS")
-        monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+        monkeypatch.setattr(jax, "__version_info__", (0, 13, 0))
         set_process_options("cpu")
         assert "XLA_FLAGS" not in os.environ
 
