@@ -5,10 +5,10 @@ pipeline, tensor, and replica if there is one. `moejax.program` sets that up. Th
 autodiff adds their transposes and the sums of gradients (`check_vma=True`). On one device they do nothing.
 
     gather        shards of weights -> weights         all_gather over expert; of some over other axes too
-    embed         tokens [n, S] -> [n, s, D]           psum over pipeline, psum_scatter over tensor; v rows per device
+    embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; over pipeline psum, or psum_scatter to q
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
     layer         attention: [b, s, D] -> [b, S, D] -> [b, s, D]    all_gather before, psum_scatter after, over tensor
-                  norms of queries and keys as one vector           pmean over tensor
+                  QK-norm, where it spans all heads as one vector   pmean over tensor
                   experts: tokens to them and back     all_to_all over the experts' axes: expert, or expert and tensor
     stage         a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
     hidden        stage 0's results to all stages      psum over pipeline; the router's sums: over batch axes and tensor
@@ -30,6 +30,7 @@ q = n / pipeline.
     vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
     scaled             x times a constant of the model's; a factor of 1 adds no operation
     remat.checkpoint   rematerializes by policy; `remat.named` names what a policy may keep
+    layout.gather      "step": weights of all layers once per slice; "layer": those of a layer before it, each time
     exchange           how tokens travel to their experts, over `exchange_hosts` hosts in two hops (`moejax.dispatch`)
     LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` over each sequence too
     totals             counts over the whole batch; count_RlE: assignments to experts, from a forward pass ahead of it
