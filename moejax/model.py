@@ -5,7 +5,7 @@ pipeline, tensor, and replica if there is one. `moejax.program` sets that up. Th
 autodiff adds their transposes and the sums of gradients (`check_vma=True`). On one device they do nothing.
 
     gather        shards of weights -> weights         all_gather over expert; of some over other axes too
-    embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; over pipeline psum, or psum_scatter to q
+    embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline, or scattered to q
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
     layer         attention: [b, s, D] -> [b, S, D] -> [b, s, D]    all_gather before, psum_scatter after, over tensor
                   QK-norm, where it spans all heads as one vector   pmean over tensor
