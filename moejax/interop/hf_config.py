@@ -11,11 +11,11 @@ from moejax.checks import check
 
 # Fields that say nothing about the mathematics of the model, whatever their values.
 NEUTRAL = frozenset((
-    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "_attn_implementation", "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout", "auto_map",
+    "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder",
     "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
     "output_router_logits", "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef", "sep_token_id",
-    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"
+    "tokenizer_class", "unk_token_id", "torch_dtype", "transformers_version", "use_cache"
 ))  # fmt: skip
 
 # Fields of RoPE that some files have beside `rope_scaling` or `rope_parameters`, and others in them.
