@@ -204,6 +204,12 @@ def _map(f: Callable[..., Any], table: Any, *rest: Any) -> Any:
     return jax.tree.map(f, table, *rest, is_leaf=_is_param)
 
 
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a table or of another tree by their dotted path, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_param)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def param_specs(table: Any) -> Any:
     """The table's PartitionSpecs, in the same nesting."""
     return _map(lambda p: p.spec, table)

@@ -6,15 +6,12 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
-
-import jax
 
 from moejax.config import ModelConfig
 from moejax.interop.families import Family
 from moejax.interop.rows import Row
 from moejax.program import Program
-from moejax.sharding import Param
+from moejax.sharding import Param, by_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +55,12 @@ class StoredParam:
             yield from ((name, shape) for name in row.stored_names(self.layer_shape, self.layers))
 
 
-def param_names(table: Any) -> dict[str, Param]:
-    """Returns the parameters of a table by their dotted names, in its order."""
-    leaves = jax.tree_util.tree_flatten_with_path(table, is_leaf=lambda x: isinstance(x, Param))[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): param for path, param in leaves}
-
-
 def stored_params(family: Family, m: ModelConfig, program: Program, slices: int = 1) -> list[StoredParam]:
     """Returns the parameters of the program's table, in its order, each with the family's rows for it."""
     rows: dict[str, list[Row]] = collections.defaultdict(list)
     for row in family.rows(m):
         rows[row.param].append(row)
-    table = param_names(program.table)
+    table = by_name(program.table)
     differ = (table.keys() ^ rows.keys()) - set(family.made)
     if differ:
         raise AssertionError(f"{family.model_type}: rows and parameters differ in {differ}")

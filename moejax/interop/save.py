@@ -20,10 +20,11 @@ from moejax.data import Tokenizer
 from moejax.data.separators import ENDOFTEXT
 from moejax.interop.families import Family, family_to_write
 from moejax.interop.load import CONFIG
-from moejax.interop.params import StoredParam, param_names, stored_params
+from moejax.interop.params import StoredParam, stored_params
 from moejax.interop.rows import Row
 from moejax.interop.tensors import MAX_FILE, NewTensor, give_name, new_folder, write_tensors
 from moejax.program import Program
+from moejax.sharding import by_name
 
 # What belongs to a tokenizer.
 TOKENIZER_FILES = (
@@ -112,7 +113,7 @@ def _tensors(
     family: Family, written: ModelConfig, program: Program, params: Any, dtype: np.dtype[Any]
 ) -> Iterator[NewTensor]:
     """Returns every tensor to write, layer by layer of each parameter, so that a layer is gathered once."""
-    arrays = dict(zip(param_names(program.table), jax.tree.leaves(params), strict=True))
+    arrays = by_name(params)
     for stored in stored_params(family, written, dataclasses.replace(program, model=written)):
         gather = functools.partial(_gather_layer, stored, arrays.get(stored.name))
         layer_of = functools.lru_cache(maxsize=1)(gather)

@@ -39,7 +39,7 @@ from jax.sharding import NamedSharding
 
 from moejax import strict_json
 from moejax.checks import make_folder
-from moejax.sharding import NUM_STACK_DIMS
+from moejax.sharding import NUM_STACK_DIMS, by_name
 from moejax.train.checksums import abridged, find_damage, write_checksums
 from moejax.train.orbax_workarounds import drop_repeated_errors, full_disk_error, readable_path, reason
 from moejax.train.reshard import restack, restackable
@@ -322,9 +322,8 @@ class Checkpointer:
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
     """The leaves by their dotted path. A flat dict is stored as it is, whatever classes the tree is made of."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if len(named) < len(leaves) or "" in named:
+    named = by_name(tree)
+    if len(named) < len(jax.tree.leaves(tree)) or "" in named:
         raise ValueError("state must be a container whose leaves have different paths when joined with '.'")
     return named
 
