@@ -11,8 +11,6 @@ The other way needs no conversion: `python experiments/train.py --init=DIR` begi
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import get_args
 
 import jax
@@ -29,6 +27,7 @@ from moejax.mesh import MeshConfig, build_mesh
 from moejax.program import Program
 from moejax.sharding import param_shapes
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.progress import Progress
 from moejax.train.resume import CHECKPOINTS, read_record
 from moejax.train.workdir import WorkdirLock
 
@@ -59,23 +58,13 @@ def main(argv: list[str]) -> None:
         restored = checkpointer.restore({"params": param_shapes(program.table, program.mesh)}, fresh=rest)
     assert restored is not None, "there is a checkpoint: the record says so"
     state, step, _ = restored
-    architecture = save_hf(
-        _OUT.value, program, state["params"], dtype=_DTYPE.value, files=tokenizer_files(tokenizer, source),
-        report=_report,
-    )  # fmt: skip
+    files = tokenizer_files(tokenizer, source)
+    with Progress(steps=0) as progress, progress.waiting("writing weights"):
+        architecture = save_hf(
+            _OUT.value, program, state["params"], dtype=_DTYPE.value, files=files, report=progress.update
+        )
     print(f"step {step} of {workdir} is in {_OUT.value}, a {architecture} model in {_DTYPE.value}")
     loading.print_json({"step": step, "model_type": architecture, "out": str(_OUT.value)})
-
-
-_reported = 0.0
-
-
-def _report(line: str) -> None:
-    """Shows how far the writing is, every few seconds."""
-    global _reported
-    if time.monotonic() - _reported > 5:
-        print(line, file=sys.stderr, flush=True)
-        _reported = time.monotonic()
 
 
 if __name__ == "__main__":
