@@ -83,11 +83,16 @@ def expert_rows(block: str, names: tuple[str, str, str] = ("gate_proj", "up_proj
     )
 
 
-def deepseek_rows(m: ModelConfig) -> tuple[Row, ...]:
-    """Returns all rows, with DeepSeek's names of the router, its selection bias, the experts and the shared expert."""
-    bias = (Row("layers.moe.router_bias_E", LAYER + "mlp.gate.e_score_correction_bias", "E"),)
+def deepseek_rows(
+    m: ModelConfig, *, bias: tuple[str, str] = ("mlp.gate.e_score_correction_bias", "E"), pairs: bool = False
+) -> tuple[Row, ...]:
+    """Returns all rows, with DeepSeek's names of the router, its selection bias, the experts and the shared expert.
+
+    `bias` is the name and the dims of the selection bias on disk; `pairs` as for attention.
+    """
+    selection_bias = Row("layers.moe.router_bias_E", LAYER + bias[0], bias[1])
     shared = swiglu_rows("layers.moe.shared.", LAYER + "mlp.shared_experts.") if m.shared_d_ff else ()
-    return common_rows(m) + expert_rows("mlp") + bias + shared
+    return (*common_rows(m, pairs=pairs), *expert_rows("mlp"), selection_bias, *shared)
 
 
 # Fields of config.json.
@@ -133,10 +138,25 @@ def write_common(m: ModelConfig) -> Fields:
     }
 
 
-def read_every_layer(c: HfConfig) -> None:
+def read_biases(c: HfConfig) -> dict[str, bool]:
+    """Returns the biases of attention, which one field says for all four projections."""
+    bias = c.flag("attention_bias", default=False)
+    return {"bias": bias, "output_bias": bias}
+
+
+# Qwen's patterns of layers without experts, of which moejax has none.
+EVERY_LAYER: Fields = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+def require_experts_in_every_layer(c: HfConfig) -> None:
     """Refuses Qwen's patterns of layers without experts."""
-    c.require("decoder_sparse_step", 1, "experts in every layer")
-    c.require("mlp_only_layers", [], "experts in every layer")
+    for name, value in EVERY_LAYER.items():
+        c.require(name, value, "experts in every layer")
+
+
+def require_full_attention(c: HfConfig) -> None:
+    """Refuses windows of attention in some layers."""
+    c.require("layer_types", ["full_attention"] * c.number("num_hidden_layers"), "no window of attention")
 
 
 def read_deepseek(c: HfConfig, *, renormalize: bool, **common: Any) -> ModelConfig:

@@ -14,14 +14,17 @@ from typing import Any
 from moejax.checks import ConfigError, check
 from moejax.config import ModelConfig, RouterConfig
 from moejax.interop.common import (
+    EVERY_LAYER,
     LAYER,
     Fields,
     common_rows,
     deepseek_rows,
     expert_rows,
+    read_biases,
     read_common,
     read_deepseek,
-    read_every_layer,
+    require_experts_in_every_layer,
+    require_full_attention,
     swiglu_rows,
     write_common,
     write_deepseek,
@@ -54,7 +57,7 @@ def _read_dense(c: HfConfig, **attention: Any) -> ModelConfig:
     """Reads a model without experts, which is one with a single expert for every token."""
     c.require("mlp_bias", False, "no biases in feed-forwards")
     c.require("pretraining_tp", 1, "one order of sums")
-    c.require("layer_types", ["full_attention"] * c.number("num_hidden_layers"), "no window of attention")
+    require_full_attention(c)
     width = c.number("intermediate_size")
     return ModelConfig(**read_common(c, **attention), d_ff=width, num_experts=1, experts_per_token=1)
 
@@ -73,8 +76,7 @@ def _dense_rows(m: ModelConfig) -> tuple[Row, ...]:
 
 
 def _read_llama(c: HfConfig) -> ModelConfig:
-    bias = c.flag("attention_bias", default=False)
-    return _read_dense(c, bias=bias, output_bias=bias)
+    return _read_dense(c, **read_biases(c))
 
 
 def _write_llama(m: ModelConfig) -> Fields:
@@ -88,8 +90,7 @@ def _read_dense_qwen2(c: HfConfig) -> ModelConfig:
 
 def _read_dense_qwen3(c: HfConfig) -> ModelConfig:
     c.skip("sliding_window")  # says nothing without use_sliding_window
-    bias = c.flag("attention_bias", default=False)
-    return _read_dense(c, qk_norm="head", bias=bias, output_bias=bias)
+    return _read_dense(c, qk_norm="head", **read_biases(c))
 
 
 def _write_dense_qwen3(m: ModelConfig) -> Fields:
@@ -119,9 +120,8 @@ def _write_mixtral(m: ModelConfig) -> Fields:
 
 def _read_olmoe(c: HfConfig) -> ModelConfig:
     c.require("clip_qkv", None, "no clipping of queries, keys and values")
-    bias = c.flag("attention_bias", default=False)
     return ModelConfig(
-        **read_common(c, qk_norm="projection", bias=bias, output_bias=bias),
+        **read_common(c, qk_norm="projection", **read_biases(c)),
         d_ff=c.number("intermediate_size"),
         num_experts=c.number("num_experts"),
         experts_per_token=c.number("num_experts_per_tok"),
@@ -141,12 +141,11 @@ def _write_olmoe(m: ModelConfig) -> Fields:
 
 
 def _read_qwen3(c: HfConfig) -> ModelConfig:
-    read_every_layer(c)
+    require_experts_in_every_layer(c)
     c.require("sliding_window", None, "no window of attention")
     c.skip("intermediate_size")  # of dense layers, of which there are none
-    bias = c.flag("attention_bias", default=False)
     return ModelConfig(
-        **read_common(c, qk_norm="head", bias=bias, output_bias=bias),
+        **read_common(c, qk_norm="head", **read_biases(c)),
         d_ff=c.number("moe_intermediate_size"),
         num_experts=c.number("num_local_experts", "num_experts"),
         experts_per_token=c.number("num_experts_per_tok"),
@@ -162,19 +161,17 @@ def _write_qwen3(m: ModelConfig) -> Fields:
         "num_experts_per_tok": m.experts_per_token,
         "norm_topk_prob": m.router.renormalize,
         "attention_bias": m.attention.bias,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        **EVERY_LAYER,
         "use_sliding_window": False,
         "sliding_window": None,
     }
 
 
 def _read_qwen2(c: HfConfig) -> ModelConfig:
-    read_every_layer(c)
+    require_experts_in_every_layer(c)
     c.skip("intermediate_size")  # of dense layers, of which there are none
     c.skip("sliding_window")  # says nothing without use_sliding_window
-    layers = c.number("num_hidden_layers")
-    c.require("layer_types", ["full_attention"] * layers, "no window of attention")
+    require_full_attention(c)
     return ModelConfig(
         **read_common(c, bias=c.flag("qkv_bias", default=True)),
         d_ff=c.number("moe_intermediate_size"),
@@ -195,8 +192,7 @@ def _write_qwen2(m: ModelConfig) -> Fields:
         "num_experts_per_tok": m.experts_per_token,
         "norm_topk_prob": m.router.renormalize,
         "qkv_bias": m.attention.bias,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        **EVERY_LAYER,
         "use_sliding_window": False,
     }
 
@@ -231,11 +227,9 @@ def _read_solar(c: HfConfig) -> ModelConfig:
 
 
 def _read_dots1(c: HfConfig) -> ModelConfig:
-    layers = c.number("num_hidden_layers")
-    c.require("layer_types", ["full_attention"] * layers, "no window of attention")
+    require_full_attention(c)
     c.skip("sliding_window")  # layer_types say where it is used
-    bias = c.flag("attention_bias", default=False)
-    return read_deepseek(c, renormalize=False, qk_norm="head", bias=bias, output_bias=bias)
+    return read_deepseek(c, renormalize=False, qk_norm="head", **read_biases(c))
 
 
 def _write_dots1(m: ModelConfig) -> Fields:
@@ -273,12 +267,9 @@ def _minimax_m2_rows(m: ModelConfig) -> tuple[Row, ...]:
 
 
 def _read_granite(c: HfConfig) -> ModelConfig:
-    bias = c.flag("attention_bias", default=False)
-    common = read_common(
-        c, bias=bias, output_bias=bias, multiplier=float(c.number("attention_multiplier", default=1.0))
-    )
+    multiplier = float(c.number("attention_multiplier", default=1.0))
     return ModelConfig(
-        **common,
+        **read_common(c, multiplier=multiplier, **read_biases(c)),
         d_ff=c.number("intermediate_size"),
         num_experts=c.number("num_local_experts"),
         experts_per_token=c.number("num_experts_per_tok"),
@@ -347,9 +338,7 @@ def _write_ernie(m: ModelConfig) -> Fields:
 
 
 def _ernie_rows(m: ModelConfig) -> tuple[Row, ...]:
-    bias = Row("layers.moe.router_bias_E", LAYER + "mlp.moe_statics.e_score_correction_bias", "1 E")
-    shared = swiglu_rows("layers.moe.shared.", LAYER + "mlp.shared_experts.") if m.shared_d_ff else ()
-    return (*common_rows(m, pairs=True), *expert_rows("mlp"), bias, *shared)
+    return deepseek_rows(m, bias=("mlp.moe_statics.e_score_correction_bias", "1 E"), pairs=True)
 
 
 def _beyond_last_layer(m: ModelConfig) -> tuple[str, ...]:
@@ -361,19 +350,21 @@ def _with_shared_expert(m: ModelConfig) -> ModelConfig:
     return m if m.shared_d_ff else dataclasses.replace(m, shared_d_ff=m.d_ff)
 
 
+_ROUTER = ("layers.moe.w_router_DE",)  # which a dense model has no use for
+
 # A model is written as the first that expresses it.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
-            "llama", "LlamaForCausalLM", _read_llama, _write_llama, _dense_rows, made=("layers.moe.w_router_DE",)
+            "llama", "LlamaForCausalLM", _read_llama, _write_llama, _dense_rows, made=_ROUTER
         ),
         Family(
-            "qwen2", "Qwen2ForCausalLM", _read_dense_qwen2, _write_dense, _dense_rows, made=("layers.moe.w_router_DE",)
+            "qwen2", "Qwen2ForCausalLM", _read_dense_qwen2, _write_dense, _dense_rows, made=_ROUTER
         ),
         Family(
             "qwen3", "Qwen3ForCausalLM", _read_dense_qwen3, _write_dense_qwen3, _dense_rows,
-            made=("layers.moe.w_router_DE",),
+            made=_ROUTER,
         ),
         Family(
             "mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral,
