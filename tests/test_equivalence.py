@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from cases import CI_CASES, VARIANT_CASES, Case, relative_error, tiered, variant
+from reports import collect
 
 from moejax.checks import ConfigError
 from moejax.config import AttentionConfig
@@ -48,17 +49,15 @@ GRID = [
 @pytest.fixture(scope="module")
 def report(request):
     """Collects errors by layout and name; prints the worst when the module is through."""
-    found = {}
-    yield found
-    capture = request.config.pluginmanager.get_plugin("capturemanager")
-    if not found or capture is None:
-        return
+    yield from collect(request, worst)
+
+
+def worst(found):
     loss, at = max((errors["loss"], case) for case, errors in found.items())
     gradients = [(error, name, case) for case, errors in found.items() for name, error in errors.items() if "[" in name]
     grad, name, grad_at = max(gradients)
-    with capture.global_and_fixture_disabled():
-        print(f"\n{len(found)} layouts against the oracle: loss within {loss:.1e} ({at}),")
-        print(f"{len(gradients)} gradients within {grad:.1e} ({name} on {grad_at})")
+    yield f"{len(found)} layouts against the oracle: loss within {loss:.1e} ({at}),"
+    yield f"{len(gradients)} gradients within {grad:.1e} ({name} on {grad_at})"
 
 
 def errors(case):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from reports import collect
 
 from moejax import BalanceConfig, Layout, MeshConfig, Program, build_mesh
 from moejax.config import DispatchConfig
@@ -157,15 +158,13 @@ def theirs(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(request):
     """Collects errors by family and mesh, and prints them when the module is through."""
-    found = {}
-    yield found
-    capture = request.config.pluginmanager.get_plugin("capturemanager")
-    if not found or capture is None:
-        return
-    with capture.global_and_fixture_disabled():
-        print("\nagainst transformers: largest difference of logits and of the loss, relative one of gradients")
-        for name, (logits, loss, (gradient, tensor)) in found.items():
-            print(f"  {name}: {logits:.1e}, {loss:.1e}, {gradient:.1e} ({tensor})")
+    yield from collect(request, table)
+
+
+def table(found):
+    yield "against transformers: largest difference of logits and of the loss, relative one of gradients"
+    for name, (logits, loss, (gradient, tensor)) in found.items():
+        yield f"  {name}: {logits:.1e}, {loss:.1e}, {gradient:.1e} ({tensor})"
 
 
 def program_of(folder, axes, shape, **options):
