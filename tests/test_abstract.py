@@ -11,12 +11,11 @@ import pytest
 from moejax import Layout, MeshConfig, Program, make_train_step
 from moejax.presets import moe_16x10b
 
-SLOW = pytest.mark.slow
 LENGTHS = [  # sequence length, batch size: fewer sequences as they grow
     (128, 128),
-    pytest.param(1024, 128, marks=SLOW),
-    pytest.param(4096, 64, marks=SLOW),
-    pytest.param(10_240, 32, marks=SLOW),
+    (1024, 128),
+    (4096, 64),
+    (10_240, 32),
 ]
 
 
@@ -39,8 +38,8 @@ def test_no_device_has_more_than_its_share():
     assert stored_bytes(step.state_shapes) == pytest.approx(share_bytes(step), rel=2e-3)  # norms, routers are copied
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("expert", "pipeline", "tensor"), [(4, 2, 2), pytest.param(8, 2, 1, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("expert", "pipeline", "tensor"), [(4, 2, 2), (8, 2, 1)])
 @pytest.mark.parametrize(("seq_len", "batch_size"), LENGTHS)
 def test_the_reference_model_compiles_on_16_devices(seq_len, batch_size, expert, pipeline, tensor):
     step = make_step(expert, pipeline, tensor, seq_len=seq_len, batch_size=batch_size)

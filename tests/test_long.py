@@ -13,7 +13,7 @@ from moejax.train.step import make_train_step
 MODEL = ModelConfig(num_layers=2, d_model=32, attention=AttentionConfig(2, 2, 8), d_ff=32, num_experts=8, vocab_size=64)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(("seq_len", "batch_size", "bubble"), [(10_240, 2, "skip"), (32, 32, "compute")])
 def test_a_step_in_bfloat16_lowers_the_loss(seq_len, batch_size, bubble):
     layout = Layout(MeshConfig(2, 2, 2), seq_len, batch_size, num_microbatches=1, bubble=bubble)

@@ -74,7 +74,7 @@ def test_no_device_disagrees_on_what_is_replicated(case):
     assert all(len(per_device_values(metrics[name])) == 1 for name in scalars)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_same_key_makes_the_same_model_on_every_mesh():
     model = CI_CASES[3].model
     cases = [Case(1, 1, 1, repeats=2, model=model), Case(4, 2, 2, folded=False, model=model)]

@@ -76,7 +76,7 @@ def test_the_highest_gates_among_all_senders_are_kept(layer, routing):
     np.testing.assert_array_equal(highest_gates(layer)(*routing), kept_NK)
 
 
-@pytest.mark.parametrize("layer", full_unless(LAYERS[:1].__contains__, LAYERS), ids=str)
+@pytest.mark.parametrize("layer", full_unless(LAYERS[:1].__contains__, LAYERS, slow=LAYERS[2:].__contains__), ids=str)
 @given(st.integers(0, 2**32 - 1))
 def test_what_is_dropped_adds_nothing_and_has_no_gradient(layer, seed):
     """Results and every gradient are those of the dense layer without what was dropped by hand.

@@ -61,13 +61,10 @@ def traced(directory) -> tuple[Trace, set[str]]:
     return read_trace(directory), planted
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "module", "name"),
-    [
-        ("expert", jax.nn, "silu"),
-        pytest.param("optimizer", moejax.train.step, "clip_by_global_norm", marks=pytest.mark.slow),
-    ],
+    [("expert", jax.nn, "silu"), ("optimizer", moejax.train.step, "clip_by_global_norm")],
 )
 def test_a_planted_slow_down_shows_in_its_phase_alone(tmp_path, monkeypatch, phase, module, name):
     monkeypatch.setattr(module, name, slowed(getattr(module, name)))

@@ -197,7 +197,7 @@ def ctrl_c(monkeypatch, capfd):
     return Interrupted(monkeypatch, capfd)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_step_ends_at_once(short, ctrl_c, tmp_path):
     ctrl_c.at(loop, "load_data")
     trainer = trainer_on((1, 1, 1), short, tmp_path)
@@ -317,7 +317,7 @@ def run_on_two_devices(config, workdir, monkeypatch, **balance):
     return summary, read_metrics(workdir), compiled
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_buffers_change_size_without_compiling_again_and_without_changing_the_loss(config, tmp_path, monkeypatch):
     sizes = (1.5, 2.0, 4.0)
     fixed, lines_fixed, compiled = run_on_two_devices(config, tmp_path / "fixed", monkeypatch, capacity_factors=())
@@ -516,7 +516,7 @@ def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
     assert f"go on with --workdir={tmp_path}" in stderr.replace("\n", "")
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_with_one_line(corpus, tmp_path):
     process = start(tmp_path, corpus, python=(sys.executable, "-c", textwrap.dedent(HELD)))
     wait_for_step(process, tmp_path, int(OVERRIDES["steps"]) - 1)

@@ -71,7 +71,7 @@ def config(tmp_path_factory):
     return apply_overrides(loading.load_config("tiny"), overrides).with_layout(mesh=MeshConfig(4, 2, 2))
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_run_under_a_small_limit_steps_down_and_computes_the_same(config, tmp_path, caplog):
     free = Trainer(config, tmp_path / "free").run()
     assert not [r for r in caplog.records if "Memory guard" in r.getMessage()]

@@ -482,7 +482,7 @@ def test_a_model_that_cannot_go_on_is_refused_before_anything_is_built(config, w
     ("overrides", "line"),
     [
         pytest.param({"balance.window": "2"}, "balance.window=32 became 2", marks=pytest.mark.slow),
-        pytest.param({"balance.window": "64"}, "balance.window=32 became 64", marks=pytest.mark.full),
+        pytest.param({"balance.window": "64"}, "balance.window=32 became 64", marks=pytest.mark.slow),
         ({"balance.capacity_factors": "1,2"}, "balance.capacity_factors=() became (1.0, 2.0)"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_mixed_run_draws_every_length_and_says_what_ran(config, finished):
     assert sum(line["load_cv_window_tokens"] for line in recorded[-4:]) == summary.window_tokens
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(config, finished, tmp_path, monkeypatch):
     killed = trainer(config, tmp_path)
     check_finite = killed._check_finite
@@ -126,7 +126,7 @@ def test_resuming_with_other_layouts_is_refused(config, finished):
         trainer(other, finished[0]).run()
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_same_parameters_evaluate_alike_on_every_mesh(config, finished):
     """And a state that went round all meshes is the one that set out, to the bit."""
     schedule = trainer(config, finished[0]).schedule

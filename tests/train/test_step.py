@@ -57,7 +57,7 @@ def by_hand(params, grads):
 
 
 # test_equivalence.py has the gradients of more cases in the full tier.
-TIERED = full_unless(CI_CASES[2].__eq__, CI_CASES, slow=[CI_CASES[i] for i in (0, 3, 5, 6)].__contains__)
+TIERED = full_unless(CI_CASES[2].__eq__, CI_CASES, slow=[CI_CASES[i] for i in (0, 1, 3, 5, 6)].__contains__)
 
 
 def assert_close(actual, expected):
@@ -105,7 +105,7 @@ def test_a_bias_without_a_rate_stays_as_it_is():
     assert (after["w_router_DE"] != before["w_router_DE"]).any()
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_accumulated_slices_are_the_step_of_the_whole_batch():
     """Though no two have as many targets, or the same load of the experts."""
     case = Case(4, 2, 2, gather="layer", remat="full")
