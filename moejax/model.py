@@ -4,8 +4,10 @@ Every device runs these functions on its own arrays, inside one `jax.shard_map` 
 pipeline, tensor, and replica if there is one. `moejax.program` sets that up. These are the collectives of a step;
 autodiff adds their transposes and the sums of gradients (`check_vma=True`). On one device they do nothing.
 
-    gather        shards of weights -> weights         all_gather over expert; of some over other axes too
-    embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline, or scattered to q
+    gather        shards of weights -> weights         all_gather over expert; a shared expert's over tensor too
+                  dense layers' weights                all_gather over expert and pipeline; feed-forwards': tensor too
+    embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline
+                  or, before dense layers, [q, s, D]   psum_scatter over tensor and over pipeline
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
     layer         attention: [b, s, D] -> [b, S, D] -> [b, s, D]    all_gather before, psum_scatter after, over tensor
                   QK-norm, where it spans all heads as one vector   pmean over tensor
@@ -34,8 +36,9 @@ q = n / pipeline.
     exchange           how tokens travel to their experts, over `exchange_hosts` hosts in two hops (`moejax.dispatch`)
     LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` over each sequence too
     totals             counts over the whole batch; count_RlE: assignments to experts, from a forward pass ahead of it
-    loss_scale         1 but in float16, whose small gradients would underflow; it multiplies gradients only
-    named_scope        the category of an operation in profiles
+    loss_scale         1 but in float16, where small gradients would underflow; then `scale_gradient` multiplies all
+                       gradients by it, and divides those of parameters again; values stay as they are
+    named_scope        the category of an operation in profiles; "expert" is every feed-forward, with its norm or not
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ from moejax.kernels.manual import vary
 from moejax.layout import Layout
 from moejax.mesh import PIPELINE, REPLICA, TENSOR
 from moejax.metrics import LossMetrics
-from moejax.moe import global_stats, mixture_of_experts
+from moejax.moe import mixture_of_experts
 from moejax.nn.attention import attention
 from moejax.nn.collectives import all_gather
 from moejax.nn.embedding import cross_entropy, logits
@@ -71,7 +74,7 @@ Params = dict[str, Any]  # nested as `moejax.sharding.param_table` is
 
 
 def embed(params: Params, tokens_nS: jax.Array, m: ModelConfig, table: Params) -> jax.Array:
-    """Looks up this device's sequences: [n, s, D], or [q, s, D] if dense layers come next."""
+    """Looks up this device's sequences: [n, s, D], or, split over pipeline for the dense layers, [q, s, D]."""
     embedding_vD = sharding.gather(params["embed"], table["embed"])["table_VD"]
     split = m.num_dense_layers > 0
     x = embed_tokens(embedding_vD, tokens_nS, jnp.dtype(m.dtype), vocab_size=m.vocab_size, split_pipeline=split)
@@ -85,7 +88,7 @@ def layer(
     """Applies attention and experts. Returns [b, s, D], and sums over these tokens for the router's losses.
 
     The sequences are in `layout.batch_split` independent parts, so that one part's attention overlaps another's
-    all_to_all. The exchange makes the all_to_alls run one after another.
+    all_to_all. `wait_for_previous` orders them: a part starts once the one before has its first buffer to send.
     """
     if layout.gather == "layer":
         p = sharding.gather(p, table["layers"], unstacked=True)
@@ -159,7 +162,8 @@ def hidden(
     norm_D = sharding.gather(params["head"]["norm_D"], table["head"]["norm_D"])
     with jax.named_scope("logits"):
         h_MbsD = rms_norm(x_MbsD, norm_D, m.norm_eps)
-    return h_MbsD, global_stats(stats, (*layout.mesh.batch_axes, TENSOR))
+    with jax.named_scope("route"):
+        return h_MbsD, lax.psum(stats, (*layout.mesh.batch_axes, TENSOR))
 
 
 def output_weights(params: Params, m: ModelConfig, table: Params) -> jax.Array:

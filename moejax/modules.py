@@ -28,7 +28,7 @@ from moejax.kernels.manual import varying
 from moejax.layout import check_divides, check_experts, check_hops
 from moejax.mesh import EXPERT, TENSOR, count_hosts
 from moejax.metrics import EvalMetrics, summarize
-from moejax.moe import global_stats, mixture_of_experts
+from moejax.moe import mixture_of_experts
 from moejax.nn.embedding import check_ids
 from moejax.program import Program
 
@@ -325,7 +325,8 @@ def _device_moe(
     exchange = Exchange.make(dispatch, config, math.prod(x_bsD.shape[:2]), _exchange_hosts(dispatch, mesh))
     y_bsD, sums, _ = mixture_of_experts(p, x_bsD.astype(config.dtype), config, exchange)
     token_axes = _token_axes(mesh)
-    sums = global_stats(sums, token_axes)
+    with jax.named_scope("route"):
+        sums = lax.psum(sums, token_axes)
     num_tokens = math.prod(x_bsD.shape[:2]) * math.prod(mesh.shape[axis] for axis in token_axes)
     count_E, dropped, rounds, dispatches = lax.stop_gradient((sums.count_E, sums.dropped, sums.rounds, sums.dispatches))
     stats = MoEStats(

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from moejax.balance import LayerStats, sequence_balance
 from moejax.config import ModelConfig
@@ -58,9 +57,3 @@ def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int
     )
     with jax.named_scope("route"):
         return routing._replace(gate_TK=scaled(routing.gate_TK, m.router.scaling)), sums
-
-
-def global_stats(stats: LayerStats, token_axes: tuple[str, ...]) -> LayerStats:
-    """Adds the sums up over every device that holds other tokens, so that no two devices disagree on them."""
-    with jax.named_scope("route"):
-        return jax.tree.map(lambda s: lax.psum(s, token_axes), stats)
