@@ -10,6 +10,7 @@ from moejax.interop.rope import read_rope, write_rope
 from moejax.interop.rows import Row
 
 LAYER = "model.layers.{layer}."
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 Fields = dict[str, Any]
 
 
@@ -56,13 +57,13 @@ def swiglu_rows(own: str, theirs: str) -> tuple[Row, ...]:
 def common_rows(m: ModelConfig, *, pairs: bool = False) -> tuple[Row, ...]:
     """Returns the rows of all but the router and the experts, as in Llama; `pairs` as for attention."""
     rows = [
-        Row("embed.table_VD", "model.embed_tokens.weight", "V D"),
+        Row("embed.table_VD", EMBEDDING, "V D"),
         *attention_rows("layers", m, pairs=pairs),
         Row("layers.moe_norm_D", LAYER + "post_attention_layernorm.weight", "D"),
         Row("head.norm_D", "model.norm.weight", "D"),
     ]
     if not m.tie_embeddings:
-        rows += [Row("head.w_DV", "lm_head.weight", "V D")]
+        rows += [Row("head.w_DV", OUTPUT, "V D")]
     if m.num_dense_layers:
         rows += [
             *attention_rows("dense_layers", m, pairs=pairs),
@@ -98,13 +99,17 @@ def deepseek_rows(
 # Fields of config.json.
 
 
-def read_common(c: HfConfig, *, rotated: float = 1.0, tied: bool = False, **attention: Any) -> Fields:
+def read_common(
+    c: HfConfig, *, rotated: float = 1.0, tied: bool = False, theta: float | None = None, **attention: Any
+) -> Fields:
     """Returns the fields of `ModelConfig` that every family says alike; `attention` has others of attention.
 
-    `rotated` and `tied` are the family's defaults: the part of a head that RoPE rotates, and tied embeddings.
+    `rotated`, `tied` and `theta` are the family's defaults: the part of a head that RoPE rotates, tied embeddings, and
+    RoPE's base.
     """
     c.require("hidden_act", "silu", "experts with SiLU alone")
     c.require("use_sliding_window", False, "no window of attention")
+    c.require("use_mrope", False, "positions of one dimension")
     c.skip("max_window_layers")  # says nothing without use_sliding_window
     width, heads = c.number("hidden_size"), c.number("num_attention_heads")
     head_dim, max_seq_len = c.number("head_dim", default=width // heads), c.number("max_position_embeddings")
@@ -112,7 +117,7 @@ def read_common(c: HfConfig, *, rotated: float = 1.0, tied: bool = False, **atte
         "d_model": width,
         "num_layers": c.number("num_hidden_layers"),
         "attention": AttentionConfig(heads, c.number("num_key_value_heads", default=heads), head_dim, **attention),
-        "rope": read_rope(c, head_dim, max_seq_len, rotated),
+        "rope": read_rope(c, head_dim, max_seq_len, rotated, theta),
         "vocab_size": c.number("vocab_size"),
         "max_seq_len": max_seq_len,
         "norm_eps": float(c.number("rms_norm_eps")),
@@ -163,7 +168,8 @@ def read_deepseek(c: HfConfig, *, renormalize: bool, **common: Any) -> ModelConf
     """Reads what GLM-4.5, dots1 and others have of DeepSeek-V3's router and layers; `renormalize` is a default."""
     c.require("n_group", 1, "no groups of experts")
     c.require("topk_group", 1, "no groups of experts")
-    c.require("scoring_func", "sigmoid", "a sigmoid here")
+    c.choice("scoring_func", of=("sigmoid", "noaux_tc"), default="sigmoid")  # two names of the same
+    c.require("topk_method", "noaux_tc", "a selection bias here")
     c.require("moe_layer_freq", 1, "experts in every layer after the dense ones")
     c.skip("num_nextn_predict_layers")  # those layers are left out
     dense, width = c.number("first_k_dense_replace", default=0), c.number("moe_intermediate_size")

@@ -38,7 +38,7 @@ from moejax.overrides import describe
 class Family:
     """An architecture: its names at Hugging Face, its configuration both ways, and its tensors.
 
-    `ignored` are beginnings of stored names that are left out on purpose: layers that only predict further tokens.
+    `ignored` are patterns of stored names that are left out on purpose: layers that only predict further tokens.
     `made` are parameters that no tensor has.
     `written_as` returns the model that is written in place of another that computes the same.
     """
@@ -76,7 +76,9 @@ def _dense_rows(m: ModelConfig) -> tuple[Row, ...]:
 
 
 def _read_llama(c: HfConfig) -> ModelConfig:
-    return _read_dense(c, **read_biases(c))
+    c.skip("is_llama_config")  # SmolLM2 says so
+    c.require("rope_interleaved", False, "RoPE that rotates halves of a head")
+    return _read_dense(c, theta=10_000.0, **read_biases(c))  # Llama 2 has no field of it
 
 
 def _write_llama(m: ModelConfig) -> Fields:
@@ -227,8 +229,16 @@ def _read_solar(c: HfConfig) -> ModelConfig:
 
 
 def _read_dots1(c: HfConfig) -> ModelConfig:
+    if c.value("layer_types") is None and c.value("sliding_window", 4096) is not None:
+        # Layers from max_window_layers on have the window.
+        layers, full = c.number("num_hidden_layers"), c.number("max_window_layers", default=62)
+        check(
+            full >= layers,
+            f"{c.source} has max_window_layers={full}, and moejax has no window of attention; only {layers} or more "
+            "can be loaded",
+        )
     require_full_attention(c)
-    c.skip("sliding_window")  # layer_types say where it is used
+    c.skip("sliding_window")  # no layer has it
     return read_deepseek(c, renormalize=False, qk_norm="head", **read_biases(c))
 
 
@@ -242,6 +252,14 @@ def _read_minimax_m2(c: HfConfig) -> ModelConfig:
     c.require("qk_norm_type", "per_layer", "norms over all heads here")
     c.require("scoring_func", "sigmoid", "a sigmoid here")
     c.require("use_routing_bias", True, "a selection bias here")
+    c.require("sliding_window", None, "no window of attention")
+    c.require("attn_type_list", [1] * c.number("num_hidden_layers"), "softmax attention in every layer")
+    c.require("shared_intermediate_size", 0, "no shared expert here")
+    for name in ("full_attention", "linear_attention", "mlp"):
+        c.require(f"layernorm_{name}_beta", 1.0, "residuals as they are")
+    # The rest says nothing without a shared expert or dense layers, or is of layers that are left out.
+    for name in ("shared_moe_mode", "mlp_intermediate_size", "use_mtp", "num_mtp_modules", "mtp_transformer_layers"):
+        c.skip(name)
     return ModelConfig(
         **read_common(c, qk_norm="projection"),
         d_ff=c.number("intermediate_size"),
@@ -285,7 +303,7 @@ def _write_granite(m: ModelConfig) -> Fields:
         "num_local_experts": m.num_experts,
         "num_experts_per_tok": m.experts_per_token,
         "attention_bias": m.attention.bias,
-        "attention_multiplier": m.attention.multiplier or m.attention.head_dim**-0.5,
+        "attention_multiplier": m.attention.multiplier,
         "embedding_multiplier": m.embedding_multiplier,
         "residual_multiplier": m.residual_multiplier,
         "logits_scaling": m.logits_divisor,
@@ -306,6 +324,12 @@ def _read_ernie(c: HfConfig) -> ModelConfig:
     c.require("use_bias", False, "no biases here")
     c.require("moe_layer_interval", 1, "experts in every layer after the dense ones")
     c.require("moe_norm_min", 1e-12, "no other bound of the sum of gates")
+    c.require("moe_gate", "topk", "no other router")
+    c.require("moe_use_aux_free", True, "a selection bias here")
+    c.require("use_rmsnorm", True, "no other norms")
+    c.require("compression_ratio", 1.0, "positions as they are")
+    c.skip("moe_capacity")  # of PaddlePaddle's training
+    c.skip("num_nextn_predict_layers")  # those layers are left out
     layers, dense = c.number("num_hidden_layers"), c.number("moe_layer_start_index")
     if c.number("moe_layer_end_index", default=-1) != -1:
         c.require("moe_layer_end_index", layers - 1, "experts in every layer after the dense ones")
@@ -342,12 +366,26 @@ def _ernie_rows(m: ModelConfig) -> tuple[Row, ...]:
 
 
 def _beyond_last_layer(m: ModelConfig) -> tuple[str, ...]:
-    return (f"model.layers.{m.num_layers}.",)
+    return (f"model.layers.{m.num_layers}.*",)
+
+
+def _mtp(m: ModelConfig) -> tuple[str, ...]:
+    return ("model.mtp*",)
 
 
 def _with_shared_expert(m: ModelConfig) -> ModelConfig:
     """Returns the model with a shared expert: if it has none, one of zeros, which adds nothing to any token."""
     return m if m.shared_d_ff else dataclasses.replace(m, shared_d_ff=m.d_ff)
+
+
+def _with_gated_shared_expert(m: ModelConfig) -> ModelConfig:
+    return m if m.shared_d_ff else dataclasses.replace(m, shared_d_ff=m.d_ff, shared_gate=True)
+
+
+def _with_attention_multiplier(m: ModelConfig) -> ModelConfig:
+    """Returns the model with the default scale of attention's scores as a number."""
+    scale = m.attention.multiplier or m.attention.head_dim**-0.5
+    return dataclasses.replace(m, attention=dataclasses.replace(m.attention, multiplier=scale))
 
 
 _ROUTER = ("layers.moe.w_router_DE",)  # which a dense model has no use for
@@ -375,16 +413,22 @@ FAMILIES: dict[str, Family] = {
             lambda m: common_rows(m) + expert_rows("mlp"),
         ),
         Family("olmoe", "OlmoeForCausalLM", _read_olmoe, _write_olmoe, lambda m: common_rows(m) + expert_rows("mlp")),
-        Family("qwen2_moe", "Qwen2MoeForCausalLM", _read_qwen2, _write_qwen2, _qwen2_rows),
+        Family(
+            "qwen2_moe", "Qwen2MoeForCausalLM", _read_qwen2, _write_qwen2, _qwen2_rows,
+            written_as=_with_gated_shared_expert,
+        ),
         Family(
             "glm4_moe", "Glm4MoeForCausalLM", _read_glm4, _write_glm4, deepseek_rows, _beyond_last_layer,
             _with_shared_expert,
         ),
         Family("dots1", "Dots1ForCausalLM", _read_dots1, _write_dots1, deepseek_rows),
         Family("solar_open", "SolarOpenForCausalLM", _read_solar, write_deepseek, deepseek_rows),
-        Family("minimax_m2", "MiniMaxM2ForCausalLM", _read_minimax_m2, _write_minimax_m2, _minimax_m2_rows),
-        Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _read_ernie, _write_ernie, _ernie_rows),
-        Family("granitemoe", "GraniteMoeForCausalLM", _read_granite, _write_granite, _granite_rows),
+        Family("minimax_m2", "MiniMaxM2ForCausalLM", _read_minimax_m2, _write_minimax_m2, _minimax_m2_rows, _mtp),
+        Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _read_ernie, _write_ernie, _ernie_rows, _mtp),
+        Family(
+            "granitemoe", "GraniteMoeForCausalLM", _read_granite, _write_granite, _granite_rows,
+            written_as=_with_attention_multiplier,
+        ),
     )
 }  # fmt: skip
 

@@ -59,6 +59,11 @@ class HfConfig:
         check(isinstance(value, bool), f"{self.source} has {name}={shown(value)}; it must be true or false")
         return value
 
+    def value(self, name: str, default: Any = None) -> Any:
+        """Returns a field of any kind, null if it says so; `default` if it is not there."""
+        self._take(name)
+        return self.fields.get(name, default)
+
     def skip(self, name: str) -> None:
         """Passes over a field that says nothing about this architecture."""
         self._take(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,15 +16,20 @@ from jax.sharding import NamedSharding
 
 from moejax.checks import ConfigError, check, expand
 from moejax.config import ModelConfig
+from moejax.interop.common import EMBEDDING, OUTPUT
 from moejax.interop.families import Family, differences, find_family
+from moejax.interop.float8 import Block, read_block, with_factors
 from moejax.interop.hf_config import HfConfig
 from moejax.interop.params import StoredParam, stored_params
+from moejax.interop.rows import Row
 from moejax.interop.tensors import DTYPES, StoredTensor, few, find_tensors, load_json
 from moejax.interop.upcycle import Upcycling
 from moejax.program import Program
 from moejax.sharding import Param
 
 CONFIG = "config.json"
+# Tensors that say nothing new, in any family: RoPE's frequencies, which older versions of transformers stored.
+COMPUTED = ("*.rotary_emb.inv_freq",)
 OWN = frozenset({"dtype", "max_seq_len"})  # fields that change no parameter: a program may have its own
 
 
@@ -55,7 +61,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     Raises:
       ConfigError: moejax doesn't have the architecture, or something in it; the message names the field.
     """
-    return _read_config(_checked(folder))[1]
+    return _read_config(_checked(folder)).model
 
 
 def load_hf(
@@ -82,13 +88,15 @@ def load_hf(
       ConfigError: the folder has another model, or a tensor that is missing, left over, damaged or not finite.
     """
     path = _checked(folder)
-    family, model = _read_config(path)
+    family, model, block = _read_config(path)
     if upcycling is not None:
         model = upcycling.model(model)
     _check_same_model(path, model, program.model)
-    tensors = find_tensors(path)
+    tensors = with_factors(find_tensors(path), block)
     params = stored_params(family, model, program, upcycling.granularity if upcycling else 1)
-    used, ignored = _check_tensors(path, tensors, params, family.ignored(model))
+    if model.tie_embeddings:
+        _check_tied(tensors)
+    used, ignored = _check_tensors(path, tensors, params, (*COMPUTED, *family.ignored(model)))
     arrays, bytes_read = [], 0
     for number, param in enumerate(params, 1):
         report(f"loading parameter {number} of {len(params)}, {param.name}")
@@ -105,7 +113,7 @@ def load_hf(
         model_type=family.model_type,
         num_tensors=len(used),
         num_params=sum(len(param.layers) * math.prod(param.layer_shape) for param in params),
-        bytes_on_disk=sum(_num_bytes(tensors[name]) for name in used),
+        bytes_on_disk=sum(tensors[name].num_bytes for name in used),
         bytes_read=bytes_read,
         ignored=ignored,
     )
@@ -118,7 +126,15 @@ def _checked(folder: str | Path) -> Path:
     return path
 
 
-def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
+class _Description(NamedTuple):
+    """What a config.json says: the family, the model, and the blocks of weights in float8."""
+
+    family: Family
+    model: ModelConfig
+    block: Block | None
+
+
+def _read_config(folder: Path) -> _Description:
     source = folder / CONFIG
     fields = load_json(source)
     family = find_family(fields, source)
@@ -128,8 +144,9 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(str(source)) else f"{source}: {text}") from None
+    block = read_block(config)
     config.finish()
-    return family, model
+    return _Description(family, model, block)
 
 
 def _check_same_model(folder: Path, stored: ModelConfig, wanted: ModelConfig) -> None:
@@ -137,16 +154,29 @@ def _check_same_model(folder: Path, stored: ModelConfig, wanted: ModelConfig) ->
     check(not differ, f"folder={folder} holds another model than the program's: {', '.join(differ)}")
 
 
+def _check_tied(tensors: dict[str, StoredTensor]) -> None:
+    """Takes a second copy of tied embeddings out of `tensors`; if it is no copy, the model is not the one described."""
+    embedding, output = tensors.get(EMBEDDING), tensors.pop(OUTPUT, None)
+    if embedding is None or output is None:
+        return
+    same = (embedding.dtype, embedding.shape) == (output.dtype, output.shape) and output.dtype in DTYPES
+    check(
+        same and np.array_equal(embedding.open().view(np.uint8), output.open().view(np.uint8)),
+        f"{output.file} has {OUTPUT}, which differs from {EMBEDDING} although {CONFIG} says that they are tied "
+        "(tie_word_embeddings)",
+    )
+
+
 def _check_tensors(
-    folder: Path, tensors: Mapping[str, StoredTensor], params: Sequence[StoredParam], prefixes: tuple[str, ...]
+    folder: Path, tensors: Mapping[str, StoredTensor], params: Sequence[StoredParam], patterns: tuple[str, ...]
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Returns the names of the tensors that are used, and those ignored for one of the prefixes; the rest is wrong."""
+    """Returns the names of the tensors that are used, and those ignored for one of the patterns; the rest is wrong."""
     wanted = dict(itertools.chain.from_iterable(param.stored_shapes() for param in params))
     missing = [name for name in wanted if name not in tensors]
     check(not missing, f"folder={folder} lacks {len(missing):,} tensors of the model: {few(missing)}")
     rest = sorted(tensors.keys() - wanted.keys())
-    ignored = tuple(name for name in rest if name.startswith(prefixes))
-    left_over = [name for name in rest if not name.startswith(prefixes)]
+    ignored = tuple(name for name in rest if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    left_over = [name for name in rest if name not in ignored]
     check(
         not left_over,
         f"folder={folder} has {len(left_over):,} tensors that the model has no place for: {few(left_over)}",
@@ -159,10 +189,6 @@ def _check_tensors(
             f"{found.file} has {name} in {found.dtype}; only {', '.join(DTYPES)} can be read",
         )
     return list(wanted), ignored
-
-
-def _num_bytes(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
 def _make_router(
@@ -219,8 +245,8 @@ def _read_shard(
             if stored.slices > 1 and not row.has_experts:
                 first = expert % stored.slices * (stored.disk_shape[row.dims.index("F")] // stored.slices)
                 within = at | {"F": range(at["F"].start + first, at["F"].stop + first)}
-            piece = row.read(tensors[name].open(), stored.disk_shape, within)
-            bytes_read += piece.nbytes
+            piece, num_bytes = _read_piece(row, tensors[name], stored.disk_shape, within)
+            bytes_read += num_bytes
             check(
                 bool(np.isfinite(piece).all()),
                 f"{tensors[name].file} has a NaN or an infinity in {name}; the checkpoint is damaged",
@@ -234,3 +260,14 @@ def _read_shard(
     if stored.slices > 1 and stored.name.endswith(".w_out_EFD"):
         shard *= stored.slices  # as the gates of the slices of a copy add up to that of the copy
     return shard.reshape([len(part) for part in index]), bytes_read
+
+
+def _read_piece(
+    row: Row, tensor: StoredTensor, shape: tuple[int, ...], within: Mapping[str, range]
+) -> tuple[np.ndarray, int]:
+    """Returns a slice of a stored tensor as `Row.read` does, with the factors of float8, and the bytes read for it."""
+    piece = row.read(tensor.open(), shape, within)
+    if tensor.factors is None:
+        return piece, piece.nbytes
+    factors = row.read(tensor.factors.expanded(tensor.shape), shape, within)
+    return piece.astype(np.float32) * factors, piece.nbytes + tensor.factors.tensor.num_bytes

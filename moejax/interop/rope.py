@@ -15,14 +15,16 @@ from moejax.interop.hf_config import HfConfig
 _NAMES = {"default": "none"}  # kinds that moejax calls something else
 
 
-def read_rope(c: HfConfig, head_dim: int, max_seq_len: int, rotated: float) -> RopeConfig:
-    """Returns the RoPE of a config.json, in either form; `rotated` is the default of `partial_rotary_factor`.
+def read_rope(c: HfConfig, head_dim: int, max_seq_len: int, rotated: float, theta: float | None = None) -> RopeConfig:
+    """Returns the RoPE of a config.json, in either form.
+
+    `rotated` is the default of `partial_rotary_factor`, and `theta`, if the family has one, of `rope_theta`.
 
     Raises:
       ConfigError: moejax doesn't have its kind, or a number is missing.
     """
     rope = c.objects("rope_scaling", "rope_parameters")
-    theta = float(rope.number("rope_theta"))
+    theta = float(rope.number("rope_theta", default=theta))
     share = rope.number("partial_rotary_factor", default=rotated)
     rotary_dim = c.number("rotary_dim", default=int(head_dim * share))
     kinds = ["default", *get_args(RopeScaling)[1:]]

@@ -22,7 +22,7 @@ from moejax.interop.families import Family, family_to_write
 from moejax.interop.load import CONFIG
 from moejax.interop.params import StoredParam, stored_params
 from moejax.interop.rows import Row
-from moejax.interop.tensors import MAX_FILE, NewTensor, give_name, new_folder, write_tensors
+from moejax.interop.tensors import MAX_FILE, NewTensor, give_name, load_json, new_folder, parse_json, write_tensors
 from moejax.program import Program
 from moejax.sharding import by_name
 
@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+GENERATION = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_hf(
@@ -72,8 +74,9 @@ def save_hf(
             tensor.values()  # takes part in the gathering
         return family.model_type
     partial = new_folder(path)
-    config = config_json(written, family, dtype)
-    (partial / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
+    generation = parse_json((files or {}).get(GENERATION, b"{}"), Path(GENERATION))
+    config = config_json(written, family, dtype) | {name: generation.get(name) for name in TOKEN_IDS}
+    (partial / CONFIG).write_bytes(_json(config))
     for name, content in (files or {}).items():
         (partial / name).write_bytes(content)
     write_tensors(
@@ -85,7 +88,7 @@ def save_hf(
 
 
 def config_json(m: ModelConfig, family: Family, dtype: Dtype) -> dict[str, Any]:
-    """Returns the config.json of a model in a family."""
+    """Returns the config.json of a model in a family, without the ids of a tokenizer's special tokens."""
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -95,18 +98,35 @@ def config_json(m: ModelConfig, family: Family, dtype: Dtype) -> dict[str, Any]:
 
 
 def tokenizer_files(tokenizer: Tokenizer, source: str | Path | None = None) -> dict[str, bytes]:
-    """Returns a checkpoint's tokenizer files: those of the folder `source`, byte for byte, or made of `tokenizer`."""
+    """Returns a checkpoint's tokenizer files: those of `source`, byte for byte, or made of `tokenizer`.
+
+    `source` is a folder, or a file of the format of tokenizer.json, which other files may be beside. Without a
+    generation_config.json there, one is made of its config.json, or else of `tokenizer`'s separator.
+    """
+    generation: dict[str, Any] = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
     if source is not None:
         path = expand(source, "source")
-        return {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+        folder = path.parent if path.is_file() else path
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if path.is_file():
+            files["tokenizer.json"] = path.read_bytes()
+        if (folder / CONFIG).is_file():
+            config = load_json(folder / CONFIG)
+            generation = {name: config.get(name) for name in TOKEN_IDS}
+        return {GENERATION: _json(generation)} | files
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT,
         "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     return {
         "tokenizer.json": tokenizer.to_json().encode(),
-        "tokenizer_config.json": (strict_json.dumps(settings, indent=2) + "\n").encode(),
+        "tokenizer_config.json": _json(settings),
+        GENERATION: _json(generation),
     }
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return (strict_json.dumps(dict(fields), indent=2) + "\n").encode()
 
 
 def _tensors(

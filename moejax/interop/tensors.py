@@ -32,7 +32,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+FLOAT8 = "F8_E4M3"  # with factors: see moejax.interop.float8
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
@@ -47,6 +49,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    factors: BlockFactors | None = None
 
     def open(self) -> np.ndarray:
         """Maps the tensor into memory; only what is used of it is read."""
@@ -55,6 +58,25 @@ class StoredTensor:
             return np.empty(self.shape, dtype)
         mapped = np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=(math.prod(self.shape),))
         return mapped.reshape(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        own = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return own + (self.factors.tensor.num_bytes if self.factors else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFactors:
+    """Numbers that the blocks of a matrix are multiplied by: a stored tensor, and the rows and columns of a block."""
+
+    tensor: StoredTensor
+    block: tuple[int, int]
+
+    def expanded(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns a factor for each element of a matrix of this shape, float32."""
+        rows, columns = shape
+        by_row = np.repeat(self.tensor.open().astype(np.float32), self.block[0], axis=0)[:rows]
+        return np.repeat(by_row, self.block[1], axis=1)[:, :columns]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,7 +146,7 @@ def test_a_dtype_that_cannot_be_read_is_named(copy):
     folder = copy()
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"', 1))
-    with pytest.raises(ConfigError, match="in I32; only F64, F32, F16, BF16 can be read"):
+    with pytest.raises(ConfigError, match="in I32; only F64, F32, F16, BF16, F8_E4M3 can be read"):
         load_hf(folder, program_of((1, 1, 1)))
 
 

@@ -1,0 +1,201 @@
+"""Fields that published config.json files have and transformers does not write; and models that leave with zeros."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import Layout, MeshConfig, Program, build_mesh
+from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, ModelConfig, RouterConfig
+from moejax.data.tokenizer import ByteTokenizer
+from moejax.interop import load_hf, read_model_config, save_hf, tokenizer_files
+from moejax.interop.families import FAMILIES
+from moejax.interop.tensors import NewTensor, find_tensors, write_tensors
+from moejax.sharding import init_params
+
+SIZES = ModelConfig(
+    num_layers=3, d_model=32, attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), d_ff=16,
+    num_experts=8, vocab_size=64, max_seq_len=128, dtype="float32",
+)  # fmt: skip
+DENSE = dataclasses.replace(SIZES, num_experts=1, experts_per_token=1)
+SIGMOID = dataclasses.replace(SIZES, router=RouterConfig("sigmoid", bias=True), shared_d_ff=16)
+
+
+def attention(**fields):
+    return dataclasses.replace(SIZES.attention, **fields)
+
+
+# A model of each family, and fields that change nothing in it.
+PUBLISHED = {
+    "llama": (DENSE, {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1}),
+    "qwen2": (
+        dataclasses.replace(DENSE, attention=attention(bias=True)),
+        {"use_mrope": False, "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 2},
+    ),
+    "dots1": (
+        dataclasses.replace(SIGMOID, attention=attention(qk_norm="head")),
+        {"scoring_func": "noaux_tc", "topk_method": "noaux_tc", "sliding_window": None, "max_window_layers": 3},
+    ),
+    "minimax_m2": (
+        dataclasses.replace(SIGMOID, shared_d_ff=0, attention=attention(qk_norm="projection")),
+        {
+            "use_mtp": True, "num_mtp_modules": 3, "mtp_transformer_layers": 1, "attn_type_list": [1, 1, 1],
+            "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid", "layernorm_full_attention_beta": 1.0,
+            "layernorm_linear_attention_beta": 1.0, "layernorm_mlp_beta": 1.0, "sliding_window": None,
+            "mlp_intermediate_size": 64, "qk_norm_type": "per_layer", "use_qk_norm": True,
+        },
+    ),
+    "ernie4_5_moe": (
+        dataclasses.replace(SIGMOID, router=RouterConfig(bias=True)),
+        {
+            "num_nextn_predict_layers": 1, "moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True,
+            "use_rmsnorm": True, "compression_ratio": 1.0,
+        },
+    ),
+}  # fmt: skip
+
+# A family, fields that do change the model, and the message.
+CHANGED = {
+    "neighbors rotated": ("llama", {"rope_interleaved": True}, "rope_interleaved=true, and moejax has RoPE that"),
+    "three positions": ("qwen2", {"use_mrope": True}, "use_mrope=true, and moejax has positions of one dimension"),
+    "a window in late layers": (
+        "dots1",
+        {"layer_types": None, "sliding_window": 64, "max_window_layers": 1},
+        "max_window_layers=1, and moejax has no window of attention; only 3 or more can be loaded",
+    ),
+    "linear attention": ("minimax_m2", {"attn_type_list": [1, 0, 1]}, r"attn_type_list=\[1, 0, 1\], and moejax has"),
+    "scaled residuals": ("minimax_m2", {"layernorm_mlp_beta": 3.5}, "layernorm_mlp_beta=3.5, and moejax has residuals"),
+    "compressed positions": ("ernie4_5_moe", {"compression_ratio": 2.0}, "compression_ratio=2.0, and moejax has"),
+    "another router": ("ernie4_5_moe", {"moe_gate": "switch"}, 'moe_gate="switch", and moejax has no other router'),
+}  # fmt: skip
+
+
+def write_config(folder, name, model, fields):
+    config = {"model_type": name} | FAMILIES[name].write_config(model) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_of_published_files_change_nothing(name, tmp_path):
+    model, fields = PUBLISHED[name]
+    found = read_model_config(write_config(tmp_path, name, model, fields))
+    assert found == dataclasses.replace(model, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("name", "fields", "message"), CHANGED.values(), ids=CHANGED)
+def test_fields_that_change_the_model_are_refused(name, fields, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        read_model_config(write_config(tmp_path, name, PUBLISHED[name][0], fields))
+
+
+@pytest.mark.parametrize("types", [None, ["full_attention"] * 3])
+def test_where_no_layer_has_the_window_it_says_nothing(types, tmp_path):
+    fields = {"sliding_window": 64, "max_window_layers": 3 if types is None else 1, "layer_types": types}
+    read_model_config(write_config(tmp_path, "dots1", PUBLISHED["dots1"][0], fields))
+
+
+def test_llama_2_has_no_base_of_rope(tmp_path):
+    write_config(tmp_path, "llama", DENSE, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model_config(tmp_path).rope.theta == 10_000
+
+
+def program_of(model):
+    layout = Layout(MeshConfig(), seq_len=16, batch_size=2, num_microbatches=1)
+    return Program(model, layout, build_mesh(layout.mesh, jax.devices()[:1]))
+
+
+def saved(model, folder, **fields):
+    program = program_of(model)
+    params = init_params(program.table, program.mesh, jax.random.key(0))
+    return params, save_hf(folder, program, params, dtype="float32", **fields)
+
+
+def with_tensors(folder, **more):
+    """Writes tensors into a checkpoint of one file, beside its own."""
+    arrays = {name: np.array(tensor.open()) for name, tensor in find_tensors(folder).items()} | more
+    write_tensors(folder, [NewTensor(n, x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()])
+
+
+def test_tied_embeddings_may_be_stored_twice_if_they_are_equal(tmp_path):
+    model = dataclasses.replace(SIZES, tie_embeddings=True)
+    params, _ = saved(model, tmp_path / "m")
+    table = np.asarray(params["embed"]["table_VD"])
+    with_tensors(tmp_path / "m", **{"lm_head.weight": table})
+    loaded = load_hf(tmp_path / "m", program_of(model))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    with_tensors(tmp_path / "m", **{"lm_head.weight": table + 1})
+    with pytest.raises(
+        ConfigError, match=r"has lm_head\.weight, which differs from model\.embed_tokens\.weight although"
+    ):
+        load_hf(tmp_path / "m", program_of(model))
+
+
+def test_frequencies_that_old_versions_stored_are_left_out(tmp_path):
+    saved(DENSE, tmp_path / "m")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    with_tensors(tmp_path / "m", **{name: np.ones(4, np.float32)})
+    assert load_hf(tmp_path / "m", program_of(DENSE)).ignored == (name,)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    model = PUBLISHED["minimax_m2"][0]
+    saved(model, tmp_path / "m")
+    with_tensors(tmp_path / "m", **{"model.mtp_block.0.weight": np.ones(4, np.float32)})
+    assert load_hf(tmp_path / "m", program_of(model)).ignored == ("model.mtp_block.0.weight",)
+
+
+def test_biases_without_a_shared_expert_leave_with_one_of_zeros(tmp_path):
+    model = dataclasses.replace(SIZES, attention=attention(bias=True))
+    params, family = saved(model, tmp_path / "m")
+    assert family == "qwen2_moe"
+    read = dataclasses.replace(read_model_config(tmp_path / "m"), dtype="float32")
+    assert read == dataclasses.replace(model, shared_d_ff=16, shared_gate=True)
+    loaded = load_hf(tmp_path / "m", program_of(read)).params
+    assert not any(np.asarray(w).any() for w in loaded["layers"]["moe"].pop("shared").values())
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_multipliers_leave_with_the_usual_scale_of_attention_as_a_number(tmp_path):
+    model = dataclasses.replace(SIZES, residual_multiplier=0.5)
+    assert saved(model, tmp_path / "m")[1] == "granitemoe"
+    read = dataclasses.replace(read_model_config(tmp_path / "m"), dtype="float32")
+    assert read == dataclasses.replace(model, attention=attention(multiplier=8**-0.5))
+
+
+class TestSpecialTokens:
+    def ids(self, folder):
+        return [
+            [json.loads((folder / name).read_text()).get(f"{token}_token_id") for token in ("bos", "eos")]
+            for name in ("config.json", "generation_config.json")
+        ]
+
+    def test_ours_are_the_separator(self, tmp_path):
+        saved(SIZES, tmp_path / "m", files=tokenizer_files(ByteTokenizer()))
+        assert self.ids(tmp_path / "m") == [[0, 0], [0, 0]]
+
+    def test_theirs_are_kept(self, tmp_path):
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "tokenizer.json").write_text("{}")
+        (source / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 7]}))
+        saved(SIZES, tmp_path / "m", files=tokenizer_files(ByteTokenizer(), source))
+        assert self.ids(tmp_path / "m") == [[1, [2, 7]], [1, [2, 7]]]
+        generation = '{"eos_token_id": 3}'
+        (source / "generation_config.json").write_text(generation)
+        saved(SIZES, tmp_path / "n", files=tokenizer_files(ByteTokenizer(), source))
+        assert self.ids(tmp_path / "n") == [[None, 3], [None, 3]]
+        assert (tmp_path / "n" / "generation_config.json").read_text() == generation
+
+    def test_a_file_names_its_folder(self, tmp_path):
+        file = tmp_path / "mine.json"
+        file.write_text("{}")
+        (tmp_path / "chat_template.jinja").write_text("hello")
+        files = tokenizer_files(ByteTokenizer(), file)
+        assert (files["tokenizer.json"], files["chat_template.jinja"]) == (b"{}", b"hello")
