@@ -1,44 +1,52 @@
-"""The model, as one device computes it: from its tokens to the loss of the whole batch.
+"""The model, as one device computes it: from its tokens to its part of the loss of the batch.
 
 Every device runs these functions on its own arrays, inside one `jax.shard_map` over all axes of the mesh: expert,
 pipeline, tensor, and replica if there is one. `moejax.program` sets that up. These are the collectives of a step;
 autodiff adds their transposes and the sums of gradients (`check_vma=True`). On one device they do nothing.
 
-    gather        shards of weights -> weights         all_gather over expert; a shared expert's over tensor too
-                  dense layers' weights                all_gather over expert and pipeline; feed-forwards': tensor too
+    gather        shards of weights -> weights         all_gather over expert
+                  shared experts, dense layers         over expert and tensor; over expert and pipeline
+                  dense layers' feed-forwards          over expert, pipeline and tensor
+                  routed experts                       none: they stay where they are, and tokens come to them
     embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline
-                  or, before dense layers, [q, s, D]   psum_scatter over tensor and over pipeline
+                  before dense layers: -> [q, s, D]    psum_scatter over tensor; psum_scatter over pipeline
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
     layer         attention: [b, s, D] -> [b, S, D] -> [b, s, D]    all_gather before, psum_scatter after, over tensor
                   QK-norm, where it spans all heads as one vector   pmean over tensor
                   experts: tokens to them and back     all_to_all over the experts' axes: expert, or expert and tensor
     stage         a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
-    hidden        stage 0's results to all stages      psum over pipeline; the router's sums: over batch axes and tensor
-    head          [b, s, D] -> logits [b, S, v]        all_gather over tensor; pmax and psum over pipeline and tensor
-    loss          this device's sums -> the batch's    psum over the batch axes, replica and expert, which split it
+    hidden        stage 0's results to all stages      psum over pipeline; router's sums: over batch axes and tensor
+    loss          logits [b, S, v] of a microbatch     all_gather over tensor; pmax and psum over pipeline and tensor
+                  sums of devices, of layers           psum over batch axes (replica, expert); pmean over pipeline
 
 An optimizer step runs its batch in slices (gradient accumulation; by default there is one). Of a slice each device has
-n sequences, which go through the pipeline in M microbatches of b. A layer takes those in `batch_split` parts.
+n sequences, which go through the pipeline in M microbatches of b: GPipe, or interleaved. A layer takes a microbatch in
+`batch_split` parts.
 
 Arguments: `m` has the model's sizes; `layout` is the parallel layout, with every "auto" resolved; `params` are this
-device's float32 shards; `table` has a `moejax.sharding.Param` for each, which says the axes to gather it over.
+device's shards, in float32 until a product takes them in the model's dtype; `table`, nested as `params` is, has a
+`moejax.sharding.Param` for each, which says the axes to gather it over.
 
-Dimensions end a name: x_bsD is [b, s, D]. Names of parameters have those of the global array. S tokens of a sequence,
-s = S / tensor; D width of the model; V vocabulary with its padding, v = V / (pipeline × tensor); R chunks of layers on
-each stage (more than 1: interleaved pipeline), l layers of a chunk; 1 the dim of stages, of size 1 here; E experts;
-q = n / pipeline.
+Dimensions end a name: x_bsD is [b, s, D]. A parameter's name gives its global shape, of which a device has a shard.
+S tokens of a sequence, s = S / tensor; D width of the model; V vocabulary with padding, v = V / (pipeline × tensor); R
+chunks of layers on each stage (more than 1: interleaved pipeline), l layers of a chunk; 1 the dim of stages, of which a
+device has one; E experts; q = n / pipeline.
 
-    sharding.gather    all-gathers weights, which are `unstacked` inside a scan that took off the dims R, 1 and l
+    sharding.gather    all-gathers weights; `unstacked` inside a scan, where the dims R, 1 and l are gone already
     vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
     scaled             x times a constant of the model's; a factor of 1 adds no operation
     remat.checkpoint   rematerializes by policy; `remat.named` names what a policy may keep
-    layout.gather      "step": weights of all layers once per slice; "layer": those of a layer before it, each time
-    exchange           how tokens travel to their experts, over `exchange_hosts` hosts in two hops (`moejax.dispatch`)
-    LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` over each sequence too
-    totals             counts over the whole batch; count_RlE: assignments to experts, from a forward pass ahead of it
-    loss_scale         1 but in float16, where small gradients would underflow; then `scale_gradient` multiplies all
-                       gradients by it, and divides those of parameters again; values stay as they are
-    named_scope        the category of an operation in profiles; "expert" is every feed-forward, with its norm or not
+    layout.gather      "step": the layers' weights once per slice; "layer": each layer's just before it runs, again for
+                       each microbatch and each rematerialization, as dense layers do in any case
+    exchange           sends tokens to their experts by `layout.dispatch`: dropless, ragged or capacity; in one hop, or
+                       inside a host and then between hosts. A dispatch returns the exchange that the next one follows
+    LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` also of sequences' losses
+    totals             counts over the whole batch. If it runs in slices, `count_RlE` are its assignments to the experts
+                       of this stage's layers, which a forward pass counts before the first slice
+    loss_scale         1 except in float16, where the gradients of a mean over many tokens would underflow; there
+                       `scale_gradient` multiplies gradients by it at the loss, and divides them by it at the parameters
+    named_scope        names the phase that an operation counts for in profiles: "expert" is any feed-forward, "route"
+                       all that chooses experts, and a norm counts for what it leads to
 """
 
 from __future__ import annotations
@@ -138,9 +146,8 @@ def hidden(
     layers = params["layers"]
     if layout.gather == "step":
         layers = sharding.gather(layers, table["layers"])
-    x_nsD = embed(params, tokens_nS, m, table)
-    if m.num_dense_layers:
-        x_nsD = dense_layers(params, x_nsD, segment_ids_nS, m, layout, table)
+    x = embed(params, tokens_nS, m, table)
+    x_nsD = dense_layers(params, x, segment_ids_nS, m, layout, table) if m.num_dense_layers else x
     x_MbsD = x_nsD.reshape(layout.num_microbatches, -1, *x_nsD.shape[1:])
     segment_ids_MbS = segment_ids_nS.reshape(layout.num_microbatches, -1, segment_ids_nS.shape[1])
 
@@ -167,7 +174,7 @@ def hidden(
 
 
 def output_weights(params: Params, m: ModelConfig, table: Params) -> jax.Array:
-    """Returns this device's columns of the output layer, [D, v], which give the logits with the model's divisor."""
+    """Returns this device's columns of the output layer, [D, v], already divided by the model's `logits_divisor`."""
     if m.tie_embeddings:
         w_Dv = sharding.gather(params["embed"], table["embed"])["table_VD"].T
     else:
@@ -179,11 +186,11 @@ def output_weights(params: Params, m: ModelConfig, table: Params) -> jax.Array:
 def loss(
     params: Params, batch: Batch, totals: Totals, m: ModelConfig, layout: Layout, table: Params, balance: BalanceConfig
 ) -> tuple[jax.Array, LossMetrics]:
-    """Returns this slice's share of the loss of the batch that `totals` counts, and metrics; on every device.
+    """Returns this slice's share of the loss of the batch that `totals` counts, the same on every device, and metrics.
 
     The loss is the mean cross-entropy in nats per target, plus the router's losses, weighted as `balance` says. The
     shares of a batch's slices add up to its loss, their gradients to its gradient, and their metrics to its metrics.
-    The metric `router` differs from stage to stage: it has their layers.
+    Each stage reports the metric `router` of its own layers.
     """
     scale = loss_scale(m.dtype, totals.num_tokens)
     params = jax.tree.map(lambda w: scale_gradient(w, 1 / scale), params)

@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from test_checkpoints import logical, params_of, program_of
+from interop.test_checkpoints import logical, params_of, program_of
 
 from moejax.checks import ConfigError
 from moejax.interop import load_hf, save_hf
