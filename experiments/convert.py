@@ -20,7 +20,7 @@ from experiments.shared import loading
 from moejax.checks import ConfigError, check, expand
 from moejax.config import Dtype
 from moejax.data import load_data
-from moejax.interop import save_hf, tokenizer_files
+from moejax.interop import save_hf, special_token_ids, tokenizer_files
 from moejax.interop.tensors import check_new
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, build_mesh
@@ -58,11 +58,12 @@ def main(argv: list[str]) -> None:
         restored = checkpointer.restore({"params": param_shapes(program.table, program.mesh)}, fresh=rest)
     assert restored is not None, "there is a checkpoint: the record says so"
     state, step, _ = restored
-    files = tokenizer_files(tokenizer, source)
+    files, token_ids = tokenizer_files(tokenizer, source), special_token_ids(tokenizer, source)
     with Progress(steps=0) as progress, progress.waiting("writing weights"):
         architecture = save_hf(
-            _OUT.value, program, state["params"], dtype=_DTYPE.value, files=files, report=progress.update
-        )
+            _OUT.value, program, state["params"], dtype=_DTYPE.value, files=files, token_ids=token_ids,
+            report=progress.update,
+        )  # fmt: skip
     print(f"step {step} of {workdir} is in {_OUT.value}, a {architecture} model in {_DTYPE.value}")
     loading.print_json({"step": step, "model_type": architecture, "out": str(_OUT.value)})
 

@@ -1,19 +1,21 @@
 """The model, as one device computes it: from its tokens to its part of the loss of the batch.
 
 Every device runs these functions on its own arrays, inside one `jax.shard_map` over all axes of the mesh: expert,
-pipeline, tensor, and replica if there is one. `moejax.program` sets that up. These are the collectives of a step;
-autodiff adds their transposes and the sums of gradients (`check_vma=True`). On one device they do nothing.
+pipeline, tensor, and replica if there is one. `moejax.program` sets that up. These are the collectives of a step, but
+for small ones of counts that strategies of dispatch add. Autodiff adds their transposes and the sums of gradients
+(`check_vma=True`). On one device they do nothing.
 
     gather        shards of weights -> weights         all_gather over expert
                   shared experts, dense layers         over expert and tensor; over expert and pipeline
                   dense layers' feed-forwards          over expert, pipeline and tensor
-                  routed experts                       none: they stay where they are, and tokens come to them
+                  routed experts, vectors of heads     none: they are used where they are stored
     embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline
                   before dense layers: -> [q, s, D]    psum_scatter over tensor; psum_scatter over pipeline
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
     layer         attention: [b, s, D] -> [b, S, D] -> [b, s, D]    all_gather before, psum_scatter after, over tensor
                   QK-norm, where it spans all heads as one vector   pmean over tensor
-                  experts: tokens to them and back     all_to_all over the experts' axes: expert, or expert and tensor
+                  experts: tokens to them and back     all_to_all over the experts' axes: expert and tensor; or expert,
+                                                       with all_gather before, psum_scatter after, over tensor
     stage         a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
     hidden        stage 0's results to all stages      psum over pipeline; router's sums: over batch axes and tensor
     loss          logits [b, S, v] of a microbatch     all_gather over tensor; pmax and psum over pipeline and tensor
@@ -24,8 +26,8 @@ n sequences, which go through the pipeline in M microbatches of b: GPipe, or int
 `batch_split` parts.
 
 Arguments: `m` has the model's sizes; `layout` is the parallel layout, with every "auto" resolved; `params` are this
-device's shards, in float32 until a product takes them in the model's dtype; `table`, nested as `params` is, has a
-`moejax.sharding.Param` for each, which says the axes to gather it over.
+device's shards, in float32 until a product takes them in the model's dtype, as all but the router's do; `table`, nested
+as `params` is, has a `moejax.sharding.Param` for each, which says the axes to gather it over.
 
 Dimensions end a name: x_bsD is [b, s, D]. A parameter's name gives its global shape, of which a device has a shard.
 S tokens of a sequence, s = S / tensor; D width of the model; V vocabulary with padding, v = V / (pipeline × tensor); R
@@ -37,16 +39,16 @@ device has one; E experts; q = n / pipeline.
     scaled             x times a constant of the model's; a factor of 1 adds no operation
     remat.checkpoint   rematerializes by policy; `remat.named` names what a policy may keep
     layout.gather      "step": the layers' weights once per slice; "layer": each layer's just before it runs, again for
-                       each microbatch and each rematerialization, as dense layers do in any case
+                       each microbatch and each rematerialization. Dense layers always do so, once per slice
     exchange           sends tokens to their experts by `layout.dispatch`: dropless, ragged or capacity; in one hop, or
-                       inside a host and then between hosts. A dispatch returns the exchange that the next one follows
-    LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` also of sequences' losses
-    totals             counts over the whole batch. If it runs in slices, `count_RlE` are its assignments to the experts
-                       of this stage's layers, which a forward pass counts before the first slice
+                       inside a host and then between hosts. A dispatch returns the exchange that the next waits for
+    LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` per sequence too
+    totals             counts over the whole batch. With several slices and an auxiliary loss, `count_RlE` has the
+                       batch's assignments to the experts of this stage's layers, counted by a forward pass beforehand
     loss_scale         1 except in float16, where the gradients of a mean over many tokens would underflow; there
                        `scale_gradient` multiplies gradients by it at the loss, and divides them by it at the parameters
-    named_scope        names the phase that an operation counts for in profiles: "expert" is any feed-forward, "route"
-                       all that chooses experts, and a norm counts for what it leads to
+    named_scope        the phase that an operation counts toward in profiles: "expert" is any feed-forward, "route" the
+                       router and its sums, "gather" what prepares weights; a norm counts toward what it feeds
 """
 
 from __future__ import annotations

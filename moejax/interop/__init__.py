@@ -11,7 +11,7 @@ Load one, and write what became of it:
 from moejax.interop.families import FAMILIES, Family
 from moejax.interop.load import Loaded, load_hf, read_model_config
 from moejax.interop.rows import Row
-from moejax.interop.save import save_hf, tokenizer_files
+from moejax.interop.save import save_hf, special_token_ids, tokenizer_files
 from moejax.interop.upcycle import Upcycling
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "load_hf",
     "read_model_config",
     "save_hf",
+    "special_token_ids",
     "tokenizer_files",
 ]

@@ -100,24 +100,26 @@ def deepseek_rows(
 
 
 def read_common(
-    c: HfConfig, *, rotated: float = 1.0, tied: bool = False, theta: float | None = None, **attention: Any
-) -> Fields:
+    c: HfConfig, *, rotated: float = 1.0, tied: bool = False, theta: float | None = None, rotary_dim: int = 0,
+    **attention: Any,
+) -> Fields:  # fmt: skip
     """Returns the fields of `ModelConfig` that every family says alike; `attention` has others of attention.
 
     `rotated`, `tied` and `theta` are the family's defaults: the part of a head that RoPE rotates, tied embeddings, and
-    RoPE's base.
+    RoPE's base. `rotary_dim` is of a family that has a field of it.
     """
-    c.require("hidden_act", "silu", "experts with SiLU alone")
+    c.require("hidden_act", "silu", "only SiLU experts")
     c.require("use_sliding_window", False, "no window of attention")
     c.require("use_mrope", False, "positions of one dimension")
     c.skip("max_window_layers")  # says nothing without use_sliding_window
-    width, heads = c.number("hidden_size"), c.number("num_attention_heads")
-    head_dim, max_seq_len = c.number("head_dim", default=width // heads), c.number("max_position_embeddings")
+    width, heads = c.count("hidden_size"), c.count("num_attention_heads")
+    head_dim = c.count("head_dim", default=width // heads)
+    max_seq_len = c.number("max_position_embeddings")
     return {
         "d_model": width,
         "num_layers": c.number("num_hidden_layers"),
         "attention": AttentionConfig(heads, c.number("num_key_value_heads", default=heads), head_dim, **attention),
-        "rope": read_rope(c, head_dim, max_seq_len, rotated, theta),
+        "rope": read_rope(c, head_dim, max_seq_len, rotated, theta, rotary_dim),
         "vocab_size": c.number("vocab_size"),
         "max_seq_len": max_seq_len,
         "norm_eps": float(c.number("rms_norm_eps")),
@@ -161,14 +163,14 @@ def require_experts_in_every_layer(c: HfConfig) -> None:
 
 def require_full_attention(c: HfConfig) -> None:
     """Refuses windows of attention in some layers."""
-    c.require("layer_types", ["full_attention"] * c.number("num_hidden_layers"), "no window of attention")
+    c.require("layer_types", ["full_attention"] * c.count("num_hidden_layers"), "no window of attention")
 
 
 def read_deepseek(c: HfConfig, *, renormalize: bool, **common: Any) -> ModelConfig:
     """Reads what GLM-4.5, dots1 and others have of DeepSeek-V3's router and layers; `renormalize` is a default."""
     c.require("n_group", 1, "no groups of experts")
     c.require("topk_group", 1, "no groups of experts")
-    c.choice("scoring_func", of=("sigmoid", "noaux_tc"), default="sigmoid")  # two names of the same
+    c.choice("scoring_func", of=("sigmoid", "noaux_tc"), default="sigmoid")  # two names for the same thing
     c.require("topk_method", "noaux_tc", "a selection bias here")
     c.require("moe_layer_freq", 1, "experts in every layer after the dense ones")
     c.skip("num_nextn_predict_layers")  # those layers are left out

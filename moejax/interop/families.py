@@ -231,7 +231,7 @@ def _read_solar(c: HfConfig) -> ModelConfig:
 def _read_dots1(c: HfConfig) -> ModelConfig:
     if c.value("layer_types") is None and c.value("sliding_window", 4096) is not None:
         # Layers from max_window_layers on have the window.
-        layers, full = c.number("num_hidden_layers"), c.number("max_window_layers", default=62)
+        layers, full = c.count("num_hidden_layers"), c.number("max_window_layers", default=62)
         check(
             full >= layers,
             f"{c.source} has max_window_layers={full}, and moejax has no window of attention; only {layers} or more "
@@ -253,7 +253,7 @@ def _read_minimax_m2(c: HfConfig) -> ModelConfig:
     c.require("scoring_func", "sigmoid", "a sigmoid here")
     c.require("use_routing_bias", True, "a selection bias here")
     c.require("sliding_window", None, "no window of attention")
-    c.require("attn_type_list", [1] * c.number("num_hidden_layers"), "softmax attention in every layer")
+    c.require("attn_type_list", [1] * c.count("num_hidden_layers"), "softmax attention in every layer")
     c.require("shared_intermediate_size", 0, "no shared expert here")
     for name in ("full_attention", "linear_attention", "mlp"):
         c.require(f"layernorm_{name}_beta", 1.0, "residuals as they are")
@@ -261,7 +261,7 @@ def _read_minimax_m2(c: HfConfig) -> ModelConfig:
     for name in ("shared_moe_mode", "mlp_intermediate_size", "use_mtp", "num_mtp_modules", "mtp_transformer_layers"):
         c.skip(name)
     return ModelConfig(
-        **read_common(c, qk_norm="projection"),
+        **read_common(c, qk_norm="projection", rotary_dim=int(c.number("rotary_dim", default=0))),
         d_ff=c.number("intermediate_size"),
         num_experts=c.number("num_local_experts"),
         experts_per_token=c.number("num_experts_per_tok"),
@@ -286,6 +286,7 @@ def _minimax_m2_rows(m: ModelConfig) -> tuple[Row, ...]:
 
 def _read_granite(c: HfConfig) -> ModelConfig:
     multiplier = float(c.number("attention_multiplier", default=1.0))
+    check(multiplier > 0, f"{c.source} has attention_multiplier={multiplier}; it must be positive")
     return ModelConfig(
         **read_common(c, multiplier=multiplier, **read_biases(c)),
         d_ff=c.number("intermediate_size"),
@@ -383,7 +384,7 @@ def _with_gated_shared_expert(m: ModelConfig) -> ModelConfig:
 
 
 def _with_attention_multiplier(m: ModelConfig) -> ModelConfig:
-    """Returns the model with the default scale of attention's scores as a number."""
+    """Returns the model with the default attention scale written out."""
     scale = m.attention.multiplier or m.attention.head_dim**-0.5
     return dataclasses.replace(m, attention=dataclasses.replace(m.attention, multiplier=scale))
 

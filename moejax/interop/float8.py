@@ -3,9 +3,9 @@
     model.layers.0.mlp.experts.0.up_proj.weight            F8_E4M3 [2048, 7168]
     model.layers.0.mlp.experts.0.up_proj.weight_scale_inv  F32 [16, 56]
 
-A weight is the stored number times its block's factor, which is called the inverse of the scale: the scale was
-multiplied by before rounding. Blocks have `weight_block_size` of config.json's `quantization_config`; the last ones of
-a dim may be smaller (DeepSeek-V3's report, arXiv 2412.19437, section 3.3.2).
+A weight is the stored number times its block's factor. Files call it the inverse scale: the quantizer multiplied by the
+scale, then rounded. `weight_block_size` in config.json's `quantization_config` gives the shape of a block; blocks at
+the end of a dimension may be smaller (DeepSeek-V3's report, arXiv 2412.19437, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def read_block(c: HfConfig) -> Block | None:
     )
     own = HfConfig(fields, c.source)
     own.require("quant_method", "fp8", "float8 alone")
-    own.require("fmt", "e4m3", "one kind of float8")
-    for name in ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt"):
-        own.skip(name)  # of activations, and what the tensors show themselves
+    own.choice("fmt", of=("e4m3", "float8_e4m3fn"), default="e4m3")  # two names for the same thing
+    own.require("expert_dtype", "fp8", "float8 in experts too")
+    # Of activations, of transformers, and of tensors, whose dtypes say it themselves.
+    for name in ("activation_scheme", "scale_fmt", "dequantize", "modules_to_convert", "modules_to_not_convert"):
+        own.skip(name)
     block = own.numbers("weight_block_size")
     own.finish()
     check(
@@ -50,7 +52,7 @@ def read_block(c: HfConfig) -> Block | None:
 
 
 def with_factors(tensors: Mapping[str, StoredTensor], block: Block | None) -> dict[str, StoredTensor]:
-    """Returns the tensors with the factors of their blocks in them, and no longer beside them.
+    """Returns the tensors, each one in float8 with its factors attached, which are removed as tensors of their own.
 
     Raises:
       ConfigError: a tensor in float8 has no factors, or not one per block.
@@ -64,11 +66,15 @@ def with_factors(tensors: Mapping[str, StoredTensor], block: Block | None) -> di
         factors = found.pop(name + SUFFIX, None)
         check(factors is not None, f"{tensor.file} has {name} in float8 without its factors, {name}{SUFFIX}")
         assert factors is not None
-        blocks = tuple(-(-size // of) for size, of in zip(tensor.shape, block, strict=False))
         check(
-            len(tensor.shape) == 2 and factors.shape == blocks and factors.dtype in ("F32", "BF16"),
+            len(tensor.shape) == 2,
+            f"{tensor.file} has {name} in float8 as {list(tensor.shape)}; only matrices can be in blocks",
+        )
+        blocks = tuple(-(-size // of) for size, of in zip(tensor.shape, block, strict=True))
+        check(
+            factors.shape == blocks and factors.dtype in ("F32", "BF16"),
             f"{factors.file} has {name}{SUFFIX} as {factors.dtype}{list(factors.shape)}; {name}{list(tensor.shape)} in "
-            f"blocks of {list(block)} needs F32{list(blocks)}",
+            f"blocks of {list(block)} needs F32{list(blocks)} or BF16",
         )
         found[name] = dataclasses.replace(tensor, factors=BlockFactors(factors, block))
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax import strict_json
-from moejax.checks import check
+from moejax.checks import check, one_line
 
 # Fields that say nothing about the mathematics of the model, whatever their values.
 NEUTRAL = frozenset((
@@ -28,6 +28,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 2**63  # a NaN is not less
+
+
 class HfConfig:
     """The fields of a config.json, each of which must be asked for; `finish` names those that were not."""
 
@@ -46,11 +51,17 @@ class HfConfig:
         if value is None:
             check(default is not None, f"{self.source} lacks {' or '.join(names)}")
             return default
-        check(
-            isinstance(value, int | float) and not isinstance(value, bool),
-            f"{self.source} has {names[0]}={shown(value)}; it must be a number",
-        )
+        check(_is_number(value), f"{self.source} has {names[0]}={shown(value)}; it must be a number")
         return value
+
+    def count(self, *names: str, default: int | None = None) -> int:
+        """Returns a field that is an integer from 1 to a million."""
+        value = self.number(*names, default=default)
+        check(
+            type(value) is int and 1 <= value <= 1_000_000,
+            f"{self.source} has {names[0]}={shown(value)}; it must be an integer from 1 to 1,000,000",
+        )
+        return int(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """Returns a field that is true or false."""
@@ -60,7 +71,7 @@ class HfConfig:
         return value
 
     def value(self, name: str, default: Any = None) -> Any:
-        """Returns a field of any kind, null if it says so; `default` if it is not there."""
+        """Returns a field of any kind, None if it is null; `default` if it is not there."""
         self._take(name)
         return self.fields.get(name, default)
 
@@ -89,7 +100,7 @@ class HfConfig:
     def numbers(self, name: str) -> tuple[float, ...]:
         """Returns a list of numbers."""
         values = self._take(name)
-        ok = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        ok = isinstance(values, list) and all(map(_is_number, values))
         check(ok, f"{self.source} has {name}={shown(values)}; it must be a list of numbers")
         return tuple(map(float, values))
 
@@ -116,7 +127,7 @@ class HfConfig:
         check(
             not unread,
             f"{self.source} has fields that moejax does not know for this architecture and that may change the model: "
-            + ", ".join(f"{name}={shown(self.fields[name])}" for name in unread[:6]),
+            + one_line(", ".join(f"{name}={shown(self.fields[name])}" for name in unread[:6])),
         )
 
     def _take(self, *names: str) -> Any:

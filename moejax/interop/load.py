@@ -28,7 +28,7 @@ from moejax.program import Program
 from moejax.sharding import Param
 
 CONFIG = "config.json"
-# Tensors that say nothing new, in any family: RoPE's frequencies, which older versions of transformers stored.
+# Redundant tensors of any family: RoPE's frequencies, which older versions of transformers stored.
 COMPUTED = ("*.rotary_emb.inv_freq",)
 OWN = frozenset({"dtype", "max_seq_len"})  # fields that change no parameter: a program may have its own
 
@@ -93,10 +93,11 @@ def load_hf(
         model = upcycling.model(model)
     _check_same_model(path, model, program.model)
     tensors = with_factors(find_tensors(path), block)
-    params = stored_params(family, model, program, upcycling.granularity if upcycling else 1)
-    if model.tie_embeddings:
-        _check_tied(tensors)
+    params = stored_params(family, model, program.table, upcycling.granularity if upcycling else 1)
+    copy = tensors.pop(OUTPUT, None) if model.tie_embeddings else None
     used, ignored = _check_tensors(path, tensors, params, (*COMPUTED, *family.ignored(model)))
+    if copy is not None:
+        _check_tied(copy, tensors[EMBEDDING])
     arrays, bytes_read = [], 0
     for number, param in enumerate(params, 1):
         report(f"loading parameter {number} of {len(params)}, {param.name}")
@@ -154,14 +155,17 @@ def _check_same_model(folder: Path, stored: ModelConfig, wanted: ModelConfig) ->
     check(not differ, f"folder={folder} holds another model than the program's: {', '.join(differ)}")
 
 
-def _check_tied(tensors: dict[str, StoredTensor]) -> None:
-    """Takes a second copy of tied embeddings out of `tensors`; if it is no copy, the model is not the one described."""
-    embedding, output = tensors.get(EMBEDDING), tensors.pop(OUTPUT, None)
-    if embedding is None or output is None:
-        return
-    same = (embedding.dtype, embedding.shape) == (output.dtype, output.shape) and output.dtype in DTYPES
+def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
+    """Raises `ConfigError` if the output layer of a model with tied embeddings is not a copy of them."""
+    pairs = [(output, embedding)]
+    if output.factors and embedding.factors:
+        pairs.append((output.factors.tensor, embedding.factors.tensor))
+    same = all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.open().view(np.uint8), b.open().view(np.uint8))
+        for a, b in pairs
+    )
     check(
-        same and np.array_equal(embedding.open().view(np.uint8), output.open().view(np.uint8)),
+        same,
         f"{output.file} has {OUTPUT}, which differs from {EMBEDDING} although {CONFIG} says that they are tied "
         "(tie_word_embeddings)",
     )
@@ -170,7 +174,7 @@ def _check_tied(tensors: dict[str, StoredTensor]) -> None:
 def _check_tensors(
     folder: Path, tensors: Mapping[str, StoredTensor], params: Sequence[StoredParam], patterns: tuple[str, ...]
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Returns the names of the tensors that are used, and those ignored for one of the patterns; the rest is wrong."""
+    """Returns the names of the tensors that are used, and those that match a pattern; others are an error."""
     wanted = dict(itertools.chain.from_iterable(param.stored_shapes() for param in params))
     missing = [name for name in wanted if name not in tensors]
     check(not missing, f"folder={folder} lacks {len(missing):,} tensors of the model: {few(missing)}")

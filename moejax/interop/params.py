@@ -6,11 +6,11 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from moejax.config import ModelConfig
 from moejax.interop.families import Family
 from moejax.interop.rows import Row
-from moejax.program import Program
 from moejax.sharding import Param, by_name
 
 
@@ -55,16 +55,16 @@ class StoredParam:
             yield from ((name, shape) for name in row.stored_names(self.layer_shape, self.layers))
 
 
-def stored_params(family: Family, m: ModelConfig, program: Program, slices: int = 1) -> list[StoredParam]:
-    """Returns the parameters of the program's table, in its order, each with the family's rows for it."""
+def stored_params(family: Family, m: ModelConfig, table: dict[str, Any], slices: int = 1) -> list[StoredParam]:
+    """Returns the parameters of a `sharding.param_table`, in its order, each with the family's rows for it."""
     rows: dict[str, list[Row]] = collections.defaultdict(list)
     for row in family.rows(m):
         rows[row.param].append(row)
-    table = by_name(program.table)
-    differ = (table.keys() ^ rows.keys()) - set(family.made)
+    params = by_name(table)
+    differ = (params.keys() ^ rows.keys()) - set(family.made)
     if differ:
         raise AssertionError(f"{family.model_type}: rows and parameters differ in {differ}")
     return [
         StoredParam(name, param, tuple(rows[name]), m.num_dense_layers if name.startswith("layers.") else 0, slices)
-        for name, param in table.items()
+        for name, param in params.items()
     ]

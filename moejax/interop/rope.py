@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 from typing import Any, get_args
 
+from moejax.checks import check
 from moejax.config import RopeConfig, RopeScaling, RopeScalingConfig
 from moejax.interop.hf_config import HfConfig
 
 _NAMES = {"default": "none"}  # kinds that moejax calls something else
 
 
-def read_rope(c: HfConfig, head_dim: int, max_seq_len: int, rotated: float, theta: float | None = None) -> RopeConfig:
+def read_rope(
+    c: HfConfig, head_dim: int, max_seq_len: int, rotated: float, theta: float | None = None, rotary_dim: int = 0
+) -> RopeConfig:
     """Returns the RoPE of a config.json, in either form.
 
-    `rotated` is the default of `partial_rotary_factor`, and `theta`, if the family has one, of `rope_theta`.
+    `rotated` is the default of `partial_rotary_factor`, and `theta`, if the family has one, of `rope_theta`. A
+    `rotary_dim` that the family has a field of decides before the factor.
 
     Raises:
       ConfigError: moejax doesn't have its kind, or a number is missing.
@@ -26,7 +30,7 @@ def read_rope(c: HfConfig, head_dim: int, max_seq_len: int, rotated: float, thet
     rope = c.objects("rope_scaling", "rope_parameters")
     theta = float(rope.number("rope_theta", default=theta))
     share = rope.number("partial_rotary_factor", default=rotated)
-    rotary_dim = c.number("rotary_dim", default=int(head_dim * share))
+    rotary_dim = rotary_dim or int(head_dim * share)
     kinds = ["default", *get_args(RopeScaling)[1:]]
     kind = rope.choice("rope_type", "type", of=kinds, default="default")
     scaling = _read_scaling(rope, _NAMES.get(kind, kind), max_seq_len)
@@ -48,8 +52,9 @@ def _read_scaling(c: HfConfig, kind: str, max_seq_len: int) -> RopeScalingConfig
     if kind == "linear":
         c.skip("original_max_position_embeddings")
         return RopeScalingConfig("linear", float(c.number("factor")))
-    original = c.number("original_max_position_embeddings", default=max_seq_len)
+    original = c.count("original_max_position_embeddings", default=max_seq_len)
     factor = float(c.number("factor", default=max_seq_len / original))
+    check(factor > 0, f"{c.source} has a scaling of RoPE with factor={factor}; it must be positive")
     if kind == "llama3":
         low, high = float(c.number("low_freq_factor")), float(c.number("high_freq_factor"))
         return RopeScalingConfig("llama3", factor, original, low_freq_factor=low, high_freq_factor=high)

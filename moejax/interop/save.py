@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,9 +21,9 @@ from moejax.interop.families import Family, family_to_write
 from moejax.interop.load import CONFIG
 from moejax.interop.params import StoredParam, stored_params
 from moejax.interop.rows import Row
-from moejax.interop.tensors import MAX_FILE, NewTensor, give_name, load_json, new_folder, parse_json, write_tensors
+from moejax.interop.tensors import MAX_FILE, NewTensor, give_name, load_json, new_folder, write_tensors
 from moejax.program import Program
-from moejax.sharding import by_name
+from moejax.sharding import by_name, param_table
 
 # What belongs to a tokenizer.
 TOKENIZER_FILES = (
@@ -42,6 +41,7 @@ def save_hf(
     *,
     dtype: Dtype = "bfloat16",
     files: Mapping[str, bytes] | None = None,
+    token_ids: Mapping[str, Any] | None = None,
     max_file: int = MAX_FILE,
     report: Callable[[str], None] = lambda line: None,
 ) -> str:
@@ -58,6 +58,7 @@ def save_hf(
       params: global arrays, as the program stores them.
       dtype: of the stored weights; a selection bias stays float32, as its steps are finer than bfloat16.
       files: more files of the folder, by name, such as `tokenizer_files` returns.
+      token_ids: `bos_token_id` and others for config.json, as `special_token_ids` returns; those not in it are null.
       max_file: bytes that a file of tensors may have.
       report: called with a line as the writing goes on.
 
@@ -74,8 +75,7 @@ def save_hf(
             tensor.values()  # takes part in the gathering
         return family.model_type
     partial = new_folder(path)
-    generation = parse_json((files or {}).get(GENERATION, b"{}"), Path(GENERATION))
-    config = config_json(written, family, dtype) | {name: generation.get(name) for name in TOKEN_IDS}
+    config = config_json(written, family, dtype) | {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
     (partial / CONFIG).write_bytes(_json(config))
     for name, content in (files or {}).items():
         (partial / name).write_bytes(content)
@@ -100,20 +100,16 @@ def config_json(m: ModelConfig, family: Family, dtype: Dtype) -> dict[str, Any]:
 def tokenizer_files(tokenizer: Tokenizer, source: str | Path | None = None) -> dict[str, bytes]:
     """Returns a checkpoint's tokenizer files: those of `source`, byte for byte, or made of `tokenizer`.
 
-    `source` is a folder, or a file of the format of tokenizer.json, which other files may be beside. Without a
-    generation_config.json there, one is made of its config.json, or else of `tokenizer`'s separator.
+    `source` is a folder, or a file in the format of tokenizer.json, whose siblings are copied too. Without a
+    generation_config.json there, one is made of `special_token_ids`.
     """
-    generation: dict[str, Any] = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
+    generation = _json(special_token_ids(tokenizer, source))
     if source is not None:
-        path = expand(source, "source")
-        folder = path.parent if path.is_file() else path
+        path, folder = expand(source, "source"), _folder(source)
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         if path.is_file():
             files["tokenizer.json"] = path.read_bytes()
-        if (folder / CONFIG).is_file():
-            config = load_json(folder / CONFIG)
-            generation = {name: config.get(name) for name in TOKEN_IDS}
-        return {GENERATION: _json(generation)} | files
+        return {GENERATION: generation} | files
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT,
         "clean_up_tokenization_spaces": False,
@@ -121,8 +117,27 @@ def tokenizer_files(tokenizer: Tokenizer, source: str | Path | None = None) -> d
     return {
         "tokenizer.json": tokenizer.to_json().encode(),
         "tokenizer_config.json": _json(settings),
-        GENERATION: _json(generation),
+        GENERATION: generation,
     }
+
+
+def special_token_ids(tokenizer: Tokenizer, source: str | Path | None = None) -> dict[str, Any]:
+    """Returns the ids of a checkpoint's special tokens, by their names in config.json.
+
+    They are those of the files in the folder of `source`, generation_config.json before config.json. If neither has
+    any, `tokenizer`'s separator begins a text and ends it.
+    """
+    ids: dict[str, Any] = {}
+    for name in (CONFIG, GENERATION) if source is not None else ():
+        file = _folder(source) / name
+        fields = load_json(file) if file.is_file() else {}
+        ids |= {token: fields[token] for token in TOKEN_IDS if fields.get(token) is not None}
+    return ids or {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
+
+
+def _folder(source: str | Path) -> Path:
+    path = expand(source, "source")
+    return path.parent if path.is_file() else path
 
 
 def _json(fields: Mapping[str, Any]) -> bytes:
@@ -134,7 +149,7 @@ def _tensors(
 ) -> Iterator[NewTensor]:
     """Returns every tensor to write, layer by layer of each parameter, so that a layer is gathered once."""
     arrays = by_name(params)
-    for stored in stored_params(family, written, dataclasses.replace(program, model=written)):
+    for stored in stored_params(family, written, param_table(written, program.layout)):
         gather = functools.partial(_gather_layer, stored, arrays.get(stored.name))
         layer_of = functools.lru_cache(maxsize=1)(gather)
         kept = np.dtype(np.float32) if stored.param.compute_dtype is None else dtype

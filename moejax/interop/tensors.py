@@ -74,9 +74,8 @@ class BlockFactors:
 
     def expanded(self, shape: tuple[int, ...]) -> np.ndarray:
         """Returns a factor for each element of a matrix of this shape, float32."""
-        rows, columns = shape
-        by_row = np.repeat(self.tensor.open().astype(np.float32), self.block[0], axis=0)[:rows]
-        return np.repeat(by_row, self.block[1], axis=1)[:, :columns]
+        row_of, column_of = (np.arange(size) // of for size, of in zip(shape, self.block, strict=True))
+        return self.tensor.open().astype(np.float32)[row_of][:, column_of]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +198,9 @@ def parse_json(text: bytes, source: Path) -> dict[str, Any]:
 
     try:
         content = json.loads(text.decode(), object_pairs_hook=without_repeats)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise ConfigError(f"{source} has no JSON where it should ({error})") from None
     check(isinstance(content, dict), f"{source} has a JSON {type(content).__name__} where an object should be")
     return content

@@ -11,7 +11,7 @@ from moejax import Layout, MeshConfig, Program, build_mesh
 from moejax.checks import ConfigError
 from moejax.config import AttentionConfig, ModelConfig, RouterConfig
 from moejax.data.tokenizer import ByteTokenizer
-from moejax.interop import load_hf, read_model_config, save_hf, tokenizer_files
+from moejax.interop import load_hf, read_model_config, save_hf, special_token_ids, tokenizer_files
 from moejax.interop.families import FAMILIES
 from moejax.interop.tensors import NewTensor, find_tensors, write_tensors
 from moejax.sharding import init_params
@@ -176,8 +176,13 @@ class TestSpecialTokens:
             for name in ("config.json", "generation_config.json")
         ]
 
+    def save(self, folder, source):
+        tokenizer = ByteTokenizer()
+        ids = special_token_ids(tokenizer, source)
+        saved(SIZES, folder, files=tokenizer_files(tokenizer, source), token_ids=ids)
+
     def test_ours_are_the_separator(self, tmp_path):
-        saved(SIZES, tmp_path / "m", files=tokenizer_files(ByteTokenizer()))
+        self.save(tmp_path / "m", None)
         assert self.ids(tmp_path / "m") == [[0, 0], [0, 0]]
 
     def test_theirs_are_kept(self, tmp_path):
@@ -185,12 +190,12 @@ class TestSpecialTokens:
         source.mkdir()
         (source / "tokenizer.json").write_text("{}")
         (source / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 7]}))
-        saved(SIZES, tmp_path / "m", files=tokenizer_files(ByteTokenizer(), source))
+        self.save(tmp_path / "m", source)
         assert self.ids(tmp_path / "m") == [[1, [2, 7]], [1, [2, 7]]]
-        generation = '{"eos_token_id": 3}'
+        generation = '{"eos_token_id": 3, "temperature": 0.6}'
         (source / "generation_config.json").write_text(generation)
-        saved(SIZES, tmp_path / "n", files=tokenizer_files(ByteTokenizer(), source))
-        assert self.ids(tmp_path / "n") == [[None, 3], [None, 3]]
+        self.save(tmp_path / "n", source)
+        assert self.ids(tmp_path / "n") == [[1, 3], [None, 3]]
         assert (tmp_path / "n" / "generation_config.json").read_text() == generation
 
     def test_a_file_names_its_folder(self, tmp_path):

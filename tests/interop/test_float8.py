@@ -13,7 +13,7 @@ from moejax.interop import load_hf, save_hf
 from moejax.interop.tensors import NewTensor, find_tensors, write_tensors
 
 BLOCK = (12, 20)  # divides no dim of the model: the last blocks are smaller
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
+FP8 = {"quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
 
 
 def quantized(x):
@@ -83,6 +83,20 @@ WRONG = {
     "half a block": (
         lambda config, arrays: config.update(quantization_config=FP8 | {"weight_block_size": [128, 0.5]}),
         r"weight_block_size=\[128.0, 0.5\]; it must be two positive integers",
+    ),
+    "an endless block": (
+        lambda config, arrays: config.update(quantization_config=FP8 | {"weight_block_size": [1e999, 128]}),
+        "weight_block_size=.*; it must be a list of numbers",
+    ),
+    "another float8": (
+        lambda config, arrays: config.update(quantization_config=FP8 | {"fmt": "e5m2"}),
+        'fmt="e5m2", and moejax has only e4m3, float8_e4m3fn',
+    ),
+    "a vector": (
+        lambda config, arrays: arrays.update(
+            {"model.norm.weight": np.zeros(32, ml_dtypes.float8_e4m3fn), "model.norm.weight_scale_inv": np.ones(3)}
+        ),
+        r"model.norm.weight in float8 as \[32\]; only matrices can be in blocks",
     ),
     "a field that nobody knows": (
         lambda config, arrays: config.update(quantization_config=FP8 | {"rotation": "hadamard"}),
