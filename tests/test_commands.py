@@ -48,7 +48,7 @@ def printed_command(text):
     return Path(script).stem, arguments
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_printed_plan_trains_the_model_that_was_planned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("small models").mkdir()

@@ -135,5 +135,5 @@ class HfConfig:
         self._unread -= set(found)
         values = [self.fields[name] for name in found]
         differ = " and ".join(f"{name}={shown(self.fields[name])}" for name in found)
-        check(all(value == values[0] for value in values), f"{self.source} has {differ}, which are the same field")
+        check(all(value == values[0] for value in values[1:]), f"{self.source} has {differ}, which are the same field")
         return values[0] if values else None

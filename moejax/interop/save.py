@@ -128,8 +128,8 @@ def special_token_ids(tokenizer: Tokenizer, source: str | Path | None = None) ->
     any, `tokenizer`'s separator begins a text and ends it.
     """
     ids: dict[str, Any] = {}
-    for name in (CONFIG, GENERATION) if source is not None else ():
-        file = _folder(source) / name
+    files = [] if source is None else [_folder(source) / name for name in (CONFIG, GENERATION)]
+    for file in files:
         fields = load_json(file) if file.is_file() else {}
         ids |= {token: fields[token] for token in TOKEN_IDS if fields.get(token) is not None}
     return ids or {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}

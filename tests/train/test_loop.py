@@ -419,7 +419,7 @@ def test_a_full_disk_costs_lines_and_one_checkpoint_but_not_the_run(config, fini
     assert "Step 6: metrics are written again" in caplog.text
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_last_state_that_cannot_be_saved_is_an_error_and_the_next_start_goes_on(
     config, finished, tmp_path, fill_disk, disk
 ):

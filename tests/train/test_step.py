@@ -57,7 +57,7 @@ def by_hand(params, grads):
 
 
 # test_equivalence.py has the gradients of more cases in the full tier.
-TIERED = full_unless(CI_CASES[2].__eq__, CI_CASES, slow=[CI_CASES[i] for i in (0, 1, 3, 5, 6)].__contains__)
+TIERED = full_unless(CI_CASES[2].__eq__, CI_CASES, slow=lambda case: True)
 
 
 def assert_close(actual, expected):
