@@ -325,7 +325,7 @@ VARIANT_CASES = (
 
 
 def tiered(cases: Iterable[Case]) -> list[Any]:
-    """Returns cases as a test's parameters: one of 16 devices, on every axis, is in the fast tier, two in the slow."""
+    """Returns cases as a test's parameters: one of 16 devices, on every axis, is in the fast tier, four in the slow."""
     return full_unless(CI_CASES[2].__eq__, cases, slow=[CI_CASES[i] for i in (0, 1, 5, 6)].__contains__)
 
 

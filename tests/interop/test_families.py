@@ -95,7 +95,9 @@ def test_fields_that_change_the_model_are_refused(name, fields, message, tmp_pat
 @pytest.mark.parametrize("types", [None, ["full_attention"] * 3])
 def test_where_no_layer_has_the_window_it_says_nothing(types, tmp_path):
     fields = {"sliding_window": 64, "max_window_layers": 3 if types is None else 1, "layer_types": types}
-    read_model_config(write_config(tmp_path, "dots1", PUBLISHED["dots1"][0], fields))
+    model = PUBLISHED["dots1"][0]
+    found = read_model_config(write_config(tmp_path, "dots1", model, fields))
+    assert found == dataclasses.replace(model, dtype="bfloat16")
 
 
 def test_llama_2_has_no_base_of_rope(tmp_path):
