@@ -1,14 +1,14 @@
-"""The model, as one device computes it: from its tokens to its part of the loss of the batch.
+"""The model, as one device computes it: from its tokens to its slice's share of the loss.
 
-Every device runs these functions on its own arrays, inside one `jax.shard_map` over all axes of the mesh: expert,
-pipeline, tensor, and replica if there is one. `moejax.program` sets that up. These are the collectives of a step, but
-for small ones of counts that strategies of dispatch add. Autodiff adds their transposes and the sums of gradients
-(`check_vma=True`). On one device they do nothing.
+Every device runs these functions on its own arrays, inside one `jax.shard_map` over all axes of the mesh, which
+`moejax.program` sets up. The batch axes, expert and replica (if the mesh has one), split the batch's sequences. Devices
+along pipeline and tensor have the same sequences: pipeline splits the layers and the vocabulary, tensor splits each
+sequence, and heads and vocabulary. These are a step's collectives, but for small ones of counts inside `dispatch`;
+autodiff adds their transposes (of an all_gather, a psum_scatter). On one device they do nothing.
 
     gather        shards of weights -> weights         all_gather over expert
-                  shared experts, dense layers         over expert and tensor; over expert and pipeline
-                  dense layers' feed-forwards          over expert, pipeline and tensor
-                  routed experts, vectors of heads     none: they are used where they are stored
+                  of shared experts                    all_gather over expert and tensor
+                  of dense layers                      all_gather over expert and pipeline; feed-forwards: and tensor
     embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline
                   before dense layers: -> [q, s, D]    psum_scatter over tensor; psum_scatter over pipeline
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
@@ -16,37 +16,35 @@ for small ones of counts that strategies of dispatch add. Autodiff adds their tr
                   QK-norm, where it spans all heads as one vector   pmean over tensor
                   experts: tokens to them and back     all_to_all over the experts' axes: expert and tensor; or expert,
                                                        with all_gather before, psum_scatter after, over tensor
-    stage         a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
-    hidden        stage 0's results to all stages      psum over pipeline; router's sums: over batch axes and tensor
+    run_pipeline  a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
+                  stage 0's results to all stages      psum over pipeline
+    hidden        the router's sums over tokens        psum over batch axes and tensor
     loss          logits [b, S, v] of a microbatch     all_gather over tensor; pmax and psum over pipeline and tensor
-                  sums of devices, of layers           psum over batch axes (replica, expert); pmean over pipeline
+                  cross-entropy; router's losses       psum over batch axes; pmean over pipeline
 
-An optimizer step runs its batch in slices (gradient accumulation; by default there is one). Of a slice each device has
-n sequences, which go through the pipeline in M microbatches of b: GPipe, or interleaved. A layer takes a microbatch in
-`batch_split` parts.
-
-Arguments: `m` has the model's sizes; `layout` is the parallel layout, with every "auto" resolved; `params` are this
-device's shards, in float32 until a product takes them in the model's dtype, as all but the router's do; `table`, nested
-as `params` is, has a `moejax.sharding.Param` for each, which says the axes to gather it over.
+An optimizer step runs its batch in slices (gradient accumulation). Of a slice, each device has n sequences. They go
+through the pipeline, GPipe or interleaved, in M microbatches of b, and through a layer in `layout.batch_split` parts.
 
 Dimensions end a name: x_bsD is [b, s, D]. A parameter's name gives its global shape, of which a device has a shard.
-S tokens of a sequence, s = S / tensor; D width of the model; V vocabulary with padding, v = V / (pipeline × tensor); R
-chunks of layers on each stage (more than 1: interleaved pipeline), l layers of a chunk; 1 the dim of stages, of which a
-device has one; E experts; q = n / pipeline.
+S tokens of a sequence, s = S / tensor; D width of the model; V vocabulary with padding, v = V / (pipeline × tensor);
+E experts; q = n / pipeline. Layers are stacked as [R, 1, l]: R chunks on each stage (more than 1: interleaved), the
+stages, of which a device has 1, and l layers of a chunk.
 
+    m, layout          the model's sizes; the parallel layout, with every "auto" resolved
+    params, table      this device's shards, in float32 (products cast them to the model's dtype, the router's doesn't);
+                       and a `moejax.sharding.Param` for each, which says the axes to gather it over
     sharding.gather    all-gathers weights; `unstacked` inside a scan, where the dims R, 1 and l are gone already
+    layout.gather      "step": gathers the layers' weights once per slice; "layer": each layer's just before it runs,
+                       again for each microbatch and each rematerialization. Dense layers always gather so
     vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
-    scaled             x times a constant of the model's; a factor of 1 adds no operation
-    remat.checkpoint   rematerializes by policy; `remat.named` names what a policy may keep
-    layout.gather      "step": the layers' weights once per slice; "layer": each layer's just before it runs, again for
-                       each microbatch and each rematerialization. Dense layers always do so, once per slice
+    remat              `checkpoint` rematerializes by a policy; `named` names what a policy may keep
     exchange           sends tokens to their experts by `layout.dispatch`: dropless, ragged or capacity; in one hop, or
-                       inside a host and then between hosts. A dispatch returns the exchange that the next waits for
+                       inside a host and then between hosts
     LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` per sequence too
-    totals             counts over the whole batch. With several slices and an auxiliary loss, `count_RlE` has the
-                       batch's assignments to the experts of this stage's layers, counted by a forward pass beforehand
-    loss_scale         1 except in float16, where the gradients of a mean over many tokens would underflow; there
-                       `scale_gradient` multiplies gradients by it at the loss, and divides them by it at the parameters
+    totals             counts over the whole batch; where several slices share an auxiliary loss, also `count_RlE`: the
+                       assignments to the experts of this stage's layers, counted by a forward pass beforehand
+    loss_scale         1 except in float16, whose gradients would underflow. `scale_gradient` returns its argument and
+                       multiplies the gradient: by the scale at the loss, and by 1 / scale at the parameters
     named_scope        the phase that an operation counts toward in profiles: "expert" is any feed-forward, "route" the
                        router and its sums, "gather" what prepares weights; a norm counts toward what it feeds
 """
@@ -86,9 +84,30 @@ Params = dict[str, Any]  # nested as `moejax.sharding.param_table` is
 def embed(params: Params, tokens_nS: jax.Array, m: ModelConfig, table: Params) -> jax.Array:
     """Looks up this device's sequences: [n, s, D], or, split over pipeline for the dense layers, [q, s, D]."""
     embedding_vD = sharding.gather(params["embed"], table["embed"])["table_VD"]
-    split = m.num_dense_layers > 0
-    x = embed_tokens(embedding_vD, tokens_nS, jnp.dtype(m.dtype), vocab_size=m.vocab_size, split_pipeline=split)
+    x = embed_tokens(
+        embedding_vD, tokens_nS, jnp.dtype(m.dtype), vocab_size=m.vocab_size, split_pipeline=m.num_dense_layers > 0
+    )
     return scaled(x, m.embedding_multiplier)
+
+
+def dense_layers(
+    params: Params, x_qsD: jax.Array, segment_ids_nS: jax.Array, m: ModelConfig, layout: Layout, table: Params
+) -> jax.Array:
+    """Applies the leading dense layers, each stage to its q = n / pipeline sequences; then all stages gather all n."""
+    q = x_qsD.shape[0]
+    segment_ids_qS = lax.dynamic_slice_in_dim(segment_ids_nS, lax.axis_index(PIPELINE) * q, q)
+
+    def dense_layer(x_qsD: jax.Array, p: Params) -> tuple[jax.Array, None]:
+        p = sharding.gather(p, table["dense_layers"], unstacked=True)
+        x_qsD = remat.named(x_qsD, remat.LAYER_INPUT)
+        x_qsD = x_qsD + scaled(attention(p["attention"], x_qsD, segment_ids_qS, m), m.residual_multiplier)
+        with jax.named_scope("expert"):
+            h_qsD = rms_norm(x_qsD, p["feed_forward_norm_D"], m.norm_eps)
+        return x_qsD + scaled(swiglu(p["feed_forward"], h_qsD), m.residual_multiplier), None
+
+    x_qsD, _ = lax.scan(remat.checkpoint(dense_layer, layout.remat), x_qsD, params["dense_layers"])
+    with jax.named_scope("pipeline"):
+        return all_gather(x_qsD, PIPELINE, dim=0)
 
 
 def layer(
@@ -114,27 +133,7 @@ def layer(
         y_bsD, sums, exchange = mixture_of_experts(p["moe"], h_bsD, m, exchange, by_sequence=by_sequence)
         parts.append(part_bsD + scaled(y_bsD, m.residual_multiplier))
         stats.append(sums)
-    return jnp.concatenate(parts), jax.tree.map(lambda *sums: sum(sums), *stats)
-
-
-def dense_layers(
-    params: Params, x_qsD: jax.Array, segment_ids_nS: jax.Array, m: ModelConfig, layout: Layout, table: Params
-) -> jax.Array:
-    """Applies the leading dense layers, each stage to its q = n / pipeline sequences; then all stages gather all n."""
-    q = x_qsD.shape[0]
-    segment_ids_qS = lax.dynamic_slice_in_dim(segment_ids_nS, lax.axis_index(PIPELINE) * q, q)
-
-    def dense_layer(x_qsD: jax.Array, p: Params) -> tuple[jax.Array, None]:
-        p = sharding.gather(p, table["dense_layers"], unstacked=True)
-        x_qsD = remat.named(x_qsD, remat.LAYER_INPUT)
-        x_qsD = x_qsD + scaled(attention(p["attention"], x_qsD, segment_ids_qS, m), m.residual_multiplier)
-        with jax.named_scope("expert"):
-            h_qsD = rms_norm(x_qsD, p["feed_forward_norm_D"], m.norm_eps)
-        return x_qsD + scaled(swiglu(p["feed_forward"], h_qsD), m.residual_multiplier), None
-
-    x_qsD, _ = lax.scan(remat.checkpoint(dense_layer, layout.remat), x_qsD, params["dense_layers"])
-    with jax.named_scope("pipeline"):
-        return all_gather(x_qsD, PIPELINE, dim=0)
+    return jnp.concatenate(parts), jax.tree.map(lambda *parts: sum(parts), *stats)
 
 
 def hidden(
@@ -163,11 +162,7 @@ def hidden(
 
         return lax.scan(remat.checkpoint(stage_layer, layout.remat), x_bsD, p_l)
 
-    with jax.named_scope("pipeline"):
-        x_MbsD = vary(x_MbsD, (PIPELINE,))
     x_MbsD, stats = run_pipeline(stage, x_MbsD, layout)
-    with jax.named_scope("pipeline"):  # stage 0 has the results; every stage has a part of the vocabulary
-        x_MbsD = lax.psum(jnp.where(lax.axis_index(PIPELINE) == 0, x_MbsD, jnp.zeros_like(x_MbsD)), PIPELINE)
     norm_D = sharding.gather(params["head"]["norm_D"], table["head"]["norm_D"])
     with jax.named_scope("logits"):
         h_MbsD = rms_norm(x_MbsD, norm_D, m.norm_eps)
@@ -188,7 +183,7 @@ def output_weights(params: Params, m: ModelConfig, table: Params) -> jax.Array:
 def loss(
     params: Params, batch: Batch, totals: Totals, m: ModelConfig, layout: Layout, table: Params, balance: BalanceConfig
 ) -> tuple[jax.Array, LossMetrics]:
-    """Returns this slice's share of the loss of the batch that `totals` counts, the same on every device, and metrics.
+    """Returns this slice's share of the batch's loss, the same on every device, and metrics.
 
     The loss is the mean cross-entropy in nats per target, plus the router's losses, weighted as `balance` says. The
     shares of a batch's slices add up to its loss, their gradients to its gradient, and their metrics to its metrics.
@@ -218,5 +213,5 @@ def loss(
         cross_entropy_mean = lax.psum(total, layout.mesh.batch_axes) / num_targets
         of_router = router_loss(stats, balance, totals.num_tokens, totals.num_sequences, totals.count_RlE)
         mean = cross_entropy_mean + lax.pmean(of_router, PIPELINE)
-    by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)
+    by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)  # [R, 1, l, ...]
     return scale_gradient(mean, scale), {"loss": mean, "cross_entropy": cross_entropy_mean, "router": by_layer}

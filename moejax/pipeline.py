@@ -2,8 +2,8 @@
 
 With M microbatches, P stages and R repeats, stage i works at tick t on item k = t - i: repeat k // M of microbatch
 k % M. R = 1 is GPipe; R > 1 is the interleaved schedule (arXiv 2104.04473), whose bubble is P - 1 ticks of 1/R the
-length. The
-last stage's results return to the first by the same `ppermute` that moves every other, P ticks after the microbatch
+length.
+The last stage's results return to the first by the same `ppermute` that moves every other, P ticks after the microbatch
 left; there they take the place of the microbatch they came from, so one buffer holds the inputs, what waits for its
 next repeat, and in the end the outputs. (A slot must be read before it is replaced: M >= P when R > 1.)
 
@@ -49,8 +49,10 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, layout: Layout) -> tuple[jax.A
     What one tick does is rematerialized by `layout.remat`. The checkpoint is around the `cond`, for a `cond` hands what
     its branches save to the loop as values of the tick, the weights too, which the loop would stack.
 
-    Returns the outputs [M, b, s, D], meaningful on stage 0 only, and the stage's sums over microbatches, [R, ...].
+    Takes and returns [M, b, s, D], the same on every stage; returns also the stage's sums over microbatches, [R, ...].
     """
+    with jax.named_scope("pipeline"):
+        x_MbsD = vary(x_MbsD, (PIPELINE,))
     num_stages, index = lax.axis_size(PIPELINE), lax.axis_index(PIPELINE)
     num_microbatches, repeats, skip_bubble = x_MbsD.shape[0], layout.pipeline_repeats, layout.bubble == "skip"
     to_next = [(i, (i + 1) % num_stages) for i in range(num_stages)]
@@ -95,4 +97,5 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, layout: Layout) -> tuple[jax.A
     with jax.named_scope("pipeline"):
         start = (nothing_bsD, x_MbsD, sums_R)
         (arrived_bsD, x_MbsD, sums_R), _ = lax.scan(tick, start, jnp.arange(layout.ticks, dtype=jnp.int32))
-        return put(x_MbsD, arrived_bsD, layout.ticks - num_stages), sums_R
+        x_MbsD = put(x_MbsD, arrived_bsD, layout.ticks - num_stages)  # the results, on stage 0
+        return lax.psum(jnp.where(index == 0, x_MbsD, jnp.zeros_like(x_MbsD)), PIPELINE), sums_R
