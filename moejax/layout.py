@@ -48,7 +48,8 @@ class AxisSizes(Protocol):
 class Layout:
     """How one step of a model is cut and placed. `check` says whether a model fits; `resolve` replaces each "auto".
 
-    Each stage of the pipeline holds `pipeline_repeats` separate chunks of layers (1: GPipe; more: interleaved). With
+    Each stage of the pipeline holds `pipeline_repeats` separate chunks of layers (1: GPipe; more: interleaved). All
+    chunks are of the same number of layers, but for the last ones where they do not divide. With
     one stage, `pipeline_repeats` and `bubble` change nothing. `gather` says when dense weights are gathered from their
     shards: once per step (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps activations up to 2,048 tokens
     and recomputes above. `bubble` says whether a stage without work skips it or computes what nobody uses; "auto" skips
@@ -155,8 +156,8 @@ class Layout:
         return self.dispatch.capacity(self.tokens_per_part, model)
 
     def layers_per_chunk(self, model: ModelConfig) -> int:
-        """Layers that a stage does in one tick."""
-        return model.num_moe_layers // (self.pipeline_repeats * self.mesh.pipeline)
+        """Layers that a stage does in one tick; the last chunks may have fewer, down to none."""
+        return math.ceil(model.num_moe_layers / (self.pipeline_repeats * self.mesh.pipeline))
 
     def batch_parts(self, model: ModelConfig) -> dict[str, int]:
         """Returns into how many parts what cuts the batch; `batch_size` must be a multiple of their product."""
@@ -191,7 +192,11 @@ class Layout:
             f"{math.lcm(VOCAB_UNIT, vocab_parts)}",
         )
         layers = "num_layers" if not m.num_dense_layers else "num_layers - num_dense_layers"
-        check_divides(layers, m.num_moe_layers, "pipeline × pipeline_repeats", mesh.pipeline * self.pipeline_repeats)
+        chunks = mesh.pipeline * self.pipeline_repeats
+        check(
+            chunks <= m.num_moe_layers,
+            f"{layers}={m.num_moe_layers} must be at least pipeline × pipeline_repeats = {chunks}, a layer per chunk",
+        )
         check(
             self.pipeline_repeats == 1 or self.num_microbatches >= mesh.pipeline,
             f"num_microbatches={self.num_microbatches} must be at least the pipeline's {mesh.pipeline} stages "

@@ -52,20 +52,21 @@ class StepMetrics(EvalMetrics):
     next_capacity_index: jax.Array  # int32, which of the balancer's capacity factors it wants next
 
 
-def summarize(metrics: dict[str, Any], batch: Batch) -> EvalMetrics:
+def summarize(metrics: dict[str, Any], batch: Batch, num_layers: int) -> EvalMetrics:
     """Returns global metrics of a loss with the router's sums over the batch in a few numbers; others stay.
 
     Args:
         metrics: `LossMetrics` and any others, as global arrays.
         batch: of the whole mesh.
+        num_layers: of the model, those with experts.
     """
-    router, tokens_BS = metrics["router"], batch["tokens"]
-    load_LE = router.count_E.reshape(-1, router.count_E.shape[-1])
+    router, tokens_BS = metrics["router"].in_order(num_layers), batch["tokens"]
+    load_LE = router.count_E
     statistics = balance.load_statistics(load_LE, router.dropped, router.rounds / router.dispatches)
     statistics |= {
-        "aux_loss": balance.load_balance_loss(router, tokens_BS.size),
-        "sequence_loss": balance.sequence_balance_loss(router, tokens_BS.shape[0]),
-        "z_loss": balance.router_z_loss(router, tokens_BS.size),
+        "aux_loss": balance.load_balance_loss(router, tokens_BS.size).mean(),
+        "sequence_loss": balance.sequence_balance_loss(router, tokens_BS.shape[0]).mean(),
+        "z_loss": balance.router_z_loss(router, tokens_BS.size).mean(),
     }
     statistics |= {"invalid_tokens": router.invalid.sum(), "load_LE": load_LE}
     return cast(EvalMetrics, {k: v for k, v in metrics.items() if k != "router"} | statistics)

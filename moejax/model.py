@@ -20,7 +20,7 @@ autodiff adds their transposes (of an all_gather, a psum_scatter). On one device
                   stage 0's results to all stages      psum over pipeline
     hidden        the router's sums over tokens        psum over batch axes and tensor
     loss          logits [b, S, v] of a microbatch     all_gather over tensor; pmax and psum over pipeline and tensor
-                  cross-entropy; router's losses       psum over batch axes; pmean over pipeline
+                  cross-entropy; router's losses       psum over batch axes; psum over pipeline
 
 An optimizer step runs its batch in slices (gradient accumulation). Of a slice, each device has n sequences. They go
 through the pipeline, GPipe or interleaved, in M microbatches of b, and through a layer in `layout.batch_split` parts.
@@ -28,7 +28,7 @@ through the pipeline, GPipe or interleaved, in M microbatches of b, and through 
 Dimensions end a name: x_bsD is [b, s, D]. A parameter's name gives its global shape, of which a device has a shard.
 S tokens of a sequence, s = S / tensor; D width of the model; V vocabulary with padding, v = V / (pipeline × tensor);
 E experts; q = n / pipeline. Layers are stacked as [R, 1, l]: R chunks on each stage (more than 1: interleaved), the
-stages, of which a device has 1, and l layers of a chunk.
+stages, of which a device has 1, and l layers of a chunk. (Where the layers don't divide, the last chunks have fewer.)
 
     m, layout          the model's sizes; the parallel layout, with every "auto" resolved
     params, table      this device's shards, in float32 (products cast them to the model's dtype, the router's doesn't);
@@ -76,7 +76,7 @@ from moejax.nn.feed_forward import swiglu
 from moejax.nn.loss_scale import loss_scale, scale_gradient
 from moejax.nn.norm import rms_norm
 from moejax.nn.scale import scaled
-from moejax.pipeline import run_pipeline
+from moejax.pipeline import run_chunk, run_pipeline
 
 Params = dict[str, Any]  # nested as `moejax.sharding.param_table` is
 
@@ -160,7 +160,7 @@ def hidden(
         def stage_layer(x_bsD: jax.Array, p: Params) -> tuple[jax.Array, LayerStats]:
             return layer(x_bsD, p, segment_ids_bS, m, layout, table, by_sequence)
 
-        return lax.scan(remat.checkpoint(stage_layer, layout.remat), x_bsD, p_l)
+        return run_chunk(stage_layer, x_bsD, p_l, chunk, m.num_moe_layers, layout)
 
     x_MbsD, stats = run_pipeline(stage, x_MbsD, layout)
     norm_D = sharding.gather(params["head"]["norm_D"], table["head"]["norm_D"])
@@ -211,7 +211,7 @@ def loss(
     with jax.named_scope("loss"):
         num_targets = jnp.maximum(totals.num_targets, 1).astype(jnp.float32)
         cross_entropy_mean = lax.psum(total, layout.mesh.batch_axes) / num_targets
-        of_router = router_loss(stats, balance, totals.num_tokens, totals.num_sequences, totals.count_RlE)
-        mean = cross_entropy_mean + lax.pmean(of_router, PIPELINE)
+        router_Rl = router_loss(stats, balance, totals.num_tokens, totals.num_sequences, totals.count_RlE)
+        mean = cross_entropy_mean + lax.psum(router_Rl.sum() / m.num_moe_layers, PIPELINE)
     by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)  # [R, 1, l, ...]
     return scale_gradient(mean, scale), {"loss": mean, "cross_entropy": cross_entropy_mean, "router": by_layer}

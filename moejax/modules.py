@@ -266,7 +266,7 @@ class Transformer(nnx.Module):
         check_batch(batch, self.program.model.vocab_size)
         program = self._program_for(batch["tokens"])
         loss, metrics = _global_loss(program)(self.params, batch)
-        return loss, summarize(metrics, batch)
+        return loss, summarize(metrics, batch, program.model.num_moe_layers)
 
     def _program_for(self, tokens_BS: jax.Array) -> Program:
         manual = jax.sharding.get_abstract_mesh().manual_axes

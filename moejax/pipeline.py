@@ -7,7 +7,10 @@ The last stage's results return to the first by the same `ppermute` that moves e
 left; there they take the place of the microbatch they came from, so one buffer holds the inputs, what waits for its
 next repeat, and in the end the outputs. (A slot must be read before it is replaced: M >= P when R > 1.)
 
-Dimensions: M microbatches, b sequences, s local sequence, D model, R repeats.
+Where the number of layers is not a multiple of the chunks', the last places of the last chunks have no layer. A device
+passes over them in a `cond`, so the last stages have less to do and wait for the others.
+
+Dimensions: M microbatches, b sequences, s local sequence, D model, R repeats, l layers of a chunk.
 """
 
 import functools
@@ -25,6 +28,8 @@ from moejax.mesh import PIPELINE
 
 # (x_bsD, repeat, microbatch) -> (y_bsD, sums of this stage's chunk of layers)
 Stage = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (x_bsD, the layer's parameters) -> (y_bsD, the layer's sums)
+Layer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def _check_closure(closed_over: Sequence[Any]) -> None:
@@ -36,6 +41,41 @@ def _check_closure(closed_over: Sequence[Any]) -> None:
                 f"a stage closes over {jax.typeof(x)}, the same on every stage; give it vary(x, ({PIPELINE!r},)): "
                 "the sum of its gradient over stages cannot stand where some of them skip"
             )
+
+
+def _idle(work: Callable[..., tuple[jax.Array, Any]], x_bsD: jax.Array, *args: Any, in_cond: bool) -> Any:
+    """Returns what takes the place of `work(x_bsD, *args)` where there is none: it passes x on, with sums of 0."""
+    jaxpr, (_, sums) = jax.make_jaxpr(work, return_shape=True)(x_bsD, *args)
+    if in_cond:
+        _check_closure(jaxpr.consts)
+    no_sums = jax.tree.map(lambda s: vary(jnp.zeros(s.shape, s.dtype), varying(x_bsD)), sums)
+    return lambda x_bsD, *_: (x_bsD, no_sums)
+
+
+def run_chunk(
+    layer: Layer, x_bsD: jax.Array, params_l: Any, chunk: jax.Array, num_layers: int, layout: Layout
+) -> tuple[jax.Array, Any]:
+    """Runs one of this stage's chunks, layer by layer in a `scan`; each layer is rematerialized by `layout.remat`.
+
+    Args:
+        params_l: parameters of the chunk, with its places in front.
+        chunk: which of the stage's, int32.
+        num_layers: of all chunks of all stages together. Places after those are empty: they pass x on, with sums of 0.
+
+    Returns [b, s, D], and the layers' sums, [l, ...].
+    """
+    num_places = jax.tree.leaves(params_l)[0].shape[0]
+    if layout.pipeline_repeats * lax.axis_size(PIPELINE) * num_places == num_layers:
+        return lax.scan(remat.checkpoint(layer, layout.remat), x_bsD, params_l)
+    first = (chunk * lax.axis_size(PIPELINE) + lax.axis_index(PIPELINE)) * num_places
+    filled_l = first + jnp.arange(num_places, dtype=jnp.int32) < num_layers
+    idle = _idle(layer, x_bsD, jax.tree.map(lambda w_l: w_l[0], params_l), in_cond=True)
+
+    def place(x_bsD: jax.Array, xs: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        filled, params = xs
+        return lax.cond(filled, layer, idle, x_bsD, params)
+
+    return lax.scan(remat.checkpoint(place, layout.remat), x_bsD, (filled_l, params_l))
 
 
 def run_pipeline(stage: Stage, x_MbsD: jax.Array, layout: Layout) -> tuple[jax.Array, Any]:
@@ -58,13 +98,8 @@ def run_pipeline(stage: Stage, x_MbsD: jax.Array, layout: Layout) -> tuple[jax.A
     to_next = [(i, (i + 1) % num_stages) for i in range(num_stages)]
 
     nothing_bsD, first = jnp.zeros_like(x_MbsD[0]), jnp.zeros((), jnp.int32)
-    jaxpr, (_, sums) = jax.make_jaxpr(stage, return_shape=True)(nothing_bsD, first, first)
-    if skip_bubble:
-        _check_closure(jaxpr.consts)
-    no_sums = jax.tree.map(lambda s: vary(jnp.zeros(s.shape, s.dtype), varying(x_MbsD)), sums)
-
-    def idle(x_bsD: jax.Array, *_: jax.Array) -> tuple[jax.Array, Any]:
-        return x_bsD, no_sums
+    idle = _idle(stage, nothing_bsD, first, first, in_cond=skip_bubble)
+    _, no_sums = idle(nothing_bsD)
 
     @functools.partial(remat.checkpoint, policy=layout.remat)
     def work(live: jax.Array, x_bsD: jax.Array, repeat: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Any]:

@@ -7,7 +7,8 @@ sharded the same way: that one line is ZeRO and FSDP.
 
 Dimensions: D model, N query heads, K key/value heads, H head, E experts, G=2 (gate, up or key, value), F feed-forward,
 V vocabulary. The layers of the pipeline are stacked in front as [repeats, stages, layers per chunk]; in row-major order
-that is the logical order of the layers, so a checkpoint of one mesh reads on any other.
+that is the logical order of the layers, so a checkpoint of one mesh reads on any other. Where their number does not
+divide, the last places are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Param:
     `std` None means ones, 0 zeros. `gather` is the dim to gather before use and the mesh axes to gather it over, or
     None for what is used as stored. `decay` says whether weight decay pulls it to 0. `compute_dtype` is the dtype of
     its compute copy, where "model" is `ModelConfig.dtype`, or None for what is used without a copy and a gradient.
-    `padding` is the number of zeros at the end of a dim, as pairs for `jnp.pad`, or () for none.
+    `padding` is the number of zeros at the end of a layer's dims, as pairs for `jnp.pad`, or () for none. Of the places
+    that `num_stack_dims` dims in front hold, the first `num_layers` have a layer; the others hold zeros.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +59,7 @@ class Param:
     stored: tuple[Axes, ...]
     gather: tuple[int, Axes] | None = None
     num_stack_dims: int = 0
+    num_layers: int = 1
     padding: tuple[tuple[int, int], ...] = ()
     decay: bool = dataclasses.field(kw_only=True)
     compute_dtype: ComputeDtype | None = dataclasses.field(kw_only=True)
@@ -65,11 +68,17 @@ class Param:
     def spec(self) -> P:
         return P(*(axes or None for axes in self.stored))
 
-    def stacked(self, sizes: tuple[int, ...], stored: tuple[Axes, ...]) -> Param:
+    def stacked(self, sizes: tuple[int, ...], stored: tuple[Axes, ...], num_layers: int) -> Param:
         gather = self.gather and (self.gather[0] + len(sizes), self.gather[1])
         return dataclasses.replace(
-            self, shape=sizes + self.shape, stored=stored + self.stored, gather=gather, num_stack_dims=len(sizes)
-        )
+            self, shape=sizes + self.shape, stored=stored + self.stored, gather=gather, num_stack_dims=len(sizes),
+            num_layers=num_layers,
+        )  # fmt: skip
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The sizes of the dims that layers are stacked in."""
+        return self.shape[: self.num_stack_dims]
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -80,11 +89,10 @@ class Param:
 
     def init(self, key: jax.Array) -> jax.Array:
         """float32 values that depend on the logical shape only, not on how the layers are stacked."""
-        if self.std is None:
-            return jnp.ones(self.shape, jnp.float32)
-        num_layers = math.prod(self.shape[: self.num_stack_dims])
-        values = self.std * jax.random.normal(key, (num_layers, *self.layer_shape))
-        return (jnp.pad(values, ((0, 0), *self.padding)) if self.padding else values).reshape(self.shape)
+        logical = (self.num_layers, *self.layer_shape)
+        values = jnp.ones(logical) if self.std is None else self.std * jax.random.normal(key, logical)
+        zeros = ((0, math.prod(self.stack) - self.num_layers), *(self.padding or ((0, 0),) * len(self.layer_shape)))
+        return jnp.pad(values, zeros).reshape(self.shape) if any(map(any, zeros)) else values.reshape(self.shape)
 
 
 def _dense(
@@ -179,7 +187,7 @@ def param_table(m: ModelConfig, layout: Layout) -> dict[str, Any]:
     )  # fmt: skip
     table: dict[str, Any] = {
         "embed": {"table_VD": embedding},
-        "layers": _map(lambda p: p.stacked(stack, ((), (PIPELINE,), ())), layer),
+        "layers": _map(lambda p: p.stacked(stack, ((), (PIPELINE,), ()), m.num_moe_layers), layer),
         "head": {"norm_D": _norm(m, (EXPERT,))},
     }
     if not m.tie_embeddings:
@@ -192,7 +200,7 @@ def param_table(m: ModelConfig, layout: Layout) -> dict[str, Any]:
             "feed_forward_norm_D": _norm(m, (EXPERT, PIPELINE)),
             "feed_forward": _feed_forward(m, m.dense_d_ff, (EXPERT, PIPELINE, TENSOR)),
         }
-        table["dense_layers"] = _map(lambda p: p.stacked((m.num_dense_layers,), ((),)), dense)
+        table["dense_layers"] = _map(lambda p: p.stacked((m.num_dense_layers,), ((),), m.num_dense_layers), dense)
     return table
 
 

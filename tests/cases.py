@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -116,7 +117,7 @@ class Case:
     def place(self, logical: Any) -> Any:
         """Logical parameters as the program stores them."""
         return jax.tree.map(
-            lambda p, w: jax.device_put(_pad(p, w).reshape(p.shape), NamedSharding(self.mesh, p.spec)),
+            lambda p, w: jax.device_put(_pad(p, w), NamedSharding(self.mesh, p.spec)),
             self.program.table, logical, is_leaf=_is_param,
         )  # fmt: skip
 
@@ -165,7 +166,7 @@ class Case:
 
         def with_summary(params: Any, batch: Any) -> Any:
             (loss, metrics), grads = function(params, batch)
-            return (loss, metrics | summarize(metrics, batch)), grads
+            return (loss, metrics | summarize(metrics, batch, self.model.num_moe_layers)), grads
 
         return jax.jit(with_summary)
 
@@ -211,20 +212,22 @@ def _is_param(x: object) -> bool:
 
 
 def _logical_shape(p: Param) -> tuple[int, ...]:
-    return (-1, *p.layer_shape) if p.num_stack_dims else p.layer_shape
+    return (p.num_layers, *p.layer_shape) if p.num_stack_dims else p.layer_shape
 
 
 def _pad(p: Param, logical: Any) -> np.ndarray:
-    return np.pad(logical, p.padding) if p.padding else np.asarray(logical)
+    """One logical array as it is stored: zeros after the vocabulary, and in the places that no layer fills."""
+    places = np.zeros((math.prod(p.stack), *p.shape[p.num_stack_dims :]), np.float32)
+    places[(slice(p.num_layers), *map(slice, p.layer_shape))] = np.reshape(logical, (p.num_layers, *p.layer_shape))
+    return places.reshape(p.shape)
 
 
 def _unplace(p: Param, stored: Any) -> np.ndarray:
-    """One stored array as a logical one; what pads it has to be 0."""
-    if not p.padding:
-        return np.asarray(stored).reshape(_logical_shape(p))
-    kept = np.asarray(stored)[tuple(map(slice, p.layer_shape))]
-    np.testing.assert_array_equal(np.pad(kept, p.padding), stored)
-    return kept
+    """One stored array as a logical one; what fills it up has to be 0."""
+    places = np.reshape(stored, (math.prod(p.stack), *p.shape[p.num_stack_dims :]))
+    logical = places[(slice(p.num_layers), *map(slice, p.layer_shape))].reshape(_logical_shape(p))
+    np.testing.assert_array_equal(_pad(p, logical), stored)
+    return logical
 
 
 def make_params(table: Any) -> Any:
@@ -232,8 +235,7 @@ def make_params(table: Any) -> Any:
 
     def make(path: Any, p: Param) -> np.ndarray:
         rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        stacked = (*p.shape[: p.num_stack_dims], *p.layer_shape)
-        normal = rng.standard_normal(stacked, np.float32).reshape(_logical_shape(p))
+        normal = rng.standard_normal(_logical_shape(p), np.float32)
         return 1 + np.float32(0.1) * normal if p.std is None else np.float32(max(p.std, 0.1)) * normal
 
     return jax.tree.map_with_path(make, table, is_leaf=_is_param)
@@ -305,6 +307,12 @@ CI_CASES = (
 )  # fmt: skip
 
 
+# A number of layers that leaves places of the last chunks empty, and whole chunks.
+UNEVEN = Case(
+    2, 4, 2, repeats=2, num_microbatches=4, gather="layer", remat="minimal", packed=True,
+    model=variant(num_layers=9, router=RouterConfig(score="sigmoid", bias=True)),
+)  # fmt: skip
+
 # Variants of a layer's mathematics, many at once: all that go together, and the other choice of the rest.
 VARIANTS = variant(
     num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, shared_gate=True, tie_embeddings=True,
@@ -321,6 +329,8 @@ VARIANT_CASES = (
     Case(1, 1, 1, model=VARIANTS, packed=True),
     Case(4, 2, 2, model=VARIANTS, packed=True, gather="layer", remat="minimal", bubble="compute"),
     Case(2, 1, 2, model=OTHER_VARIANTS, replica=2, folded=False, remat="full"),
+    UNEVEN,
+    Case(1, 4, 1, model=variant(num_layers=7, num_dense_layers=1, dense_d_ff=24), remat="none", bubble="compute"),
 )
 
 

@@ -90,7 +90,7 @@ def test_variants_equal_the_oracle(case, report):
 def test_every_layout_equals_the_oracle(case, report):
     case = dataclasses.replace(case)  # its programs and results go when this test does
     if case.pipeline * case.repeats > GRID_MODEL.num_layers:
-        with pytest.raises(ConfigError, match="num_layers=16 must be a multiple of pipeline × pipeline_repeats = 32"):
+        with pytest.raises(ConfigError, match="num_layers=16 must be at least pipeline × pipeline_repeats = 32"):
             _ = case.program
         return
     report[str(case)] = found = errors(case)

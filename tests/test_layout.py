@@ -185,13 +185,12 @@ WRONG = [
         (1, 3, 2), model={"vocab_size": 250},
     ),
     wrong(
-        "num_layers=4 must be a multiple of pipeline × pipeline_repeats = 8; try num_layers=8, or "
-        "pipeline × pipeline_repeats = 1, 2 or",
+        "num_layers=4 must be at least pipeline × pipeline_repeats = 8, a layer per chunk",
         (1, 4, 1), pipeline_repeats=2, num_microbatches=4,
     ),
     wrong(
-        "num_layers - num_dense_layers=3 must be a multiple of pipeline × pipeline_repeats = 2; try",
-        (1, 2, 1), model={"num_dense_layers": 1, "dense_d_ff": 8},
+        "num_layers - num_dense_layers=3 must be at least pipeline × pipeline_repeats = 4, a layer per chunk",
+        (1, 4, 1), model={"num_dense_layers": 1, "dense_d_ff": 8},
     ),
     wrong(
         "num_microbatches=1 must be at least the pipeline's 2 stages when pipeline_repeats=2",

@@ -222,13 +222,12 @@ class ExpertLoadBalancer:
         }
 
 
-def every_layer(stats: LayerStats) -> LayerStats:
+def every_layer(stats: LayerStats, num_layers: int) -> LayerStats:
     """This stage's global sums [R, 1, l, ...], in a `shard_map` -> those of all layers [L, ...] on every device."""
     num_stages = lax.axis_size(PIPELINE)
 
     def one(x_RPl: jax.Array) -> jax.Array:
         here = jnp.arange(num_stages).reshape(1, -1, *(1,) * (x_RPl.ndim - 2)) == lax.axis_index(PIPELINE)
-        x_RPl = lax.psum(jnp.where(here, x_RPl, jnp.zeros_like(x_RPl)), PIPELINE)
-        return x_RPl.reshape(-1, *x_RPl.shape[3:])
+        return lax.psum(jnp.where(here, x_RPl, jnp.zeros_like(x_RPl)), PIPELINE)
 
-    return jax.tree.map(one, stats)
+    return LayerStats(*map(one, stats)).in_order(num_layers)

@@ -3,6 +3,8 @@
 Dimensions: L mixture-of-experts layers, E experts, b sequences of one device.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -32,9 +34,13 @@ class LayerStats(NamedTuple):
     rounds: jax.Array
     dispatches: jax.Array
 
+    def in_order(self, num_layers: int) -> LayerStats:
+        """Returns the sums of the whole mesh, stacked as [R, stages, l, ...], as [L, ...]: without empty places."""
+        return LayerStats(*(x.reshape(-1, *x.shape[3:])[:num_layers] for x in self))
+
 
 def load_balance_loss(stats: LayerStats, num_tokens: int, count_LE: jax.Array | None = None) -> jax.Array:
-    """Returns the mean over layers of E Σ_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced.
+    """Returns E Σ_e f_e P_e of each layer (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, 0 of sums of nothing.
 
     f is the share of assignments an expert gets, P its mean probability, both over every token of the batch on every
     device: `stats` holds global sums, [..., E] and [...] with the layers in front.
@@ -43,9 +49,9 @@ def load_balance_loss(stats: LayerStats, num_tokens: int, count_LE: jax.Array | 
     `stats` are of the slice, and `num_tokens` and the assignments `count_LE` of the whole batch.
     """
     count_LE = stats.count_E if count_LE is None else count_LE
-    share_LE = count_LE / count_LE.sum(-1, keepdims=True)
+    share_LE = count_LE / jnp.maximum(count_LE.sum(-1, keepdims=True), 1)
     prob_LE = stats.prob_E / num_tokens
-    return share_LE.shape[-1] * (share_LE * prob_LE).sum(-1).mean()
+    return share_LE.shape[-1] * (share_LE * prob_LE).sum(-1)
 
 
 def sequence_balance(sums: RoutingSums, local_seq_len: int) -> jax.Array:
@@ -64,19 +70,19 @@ def sequence_balance(sums: RoutingSums, local_seq_len: int) -> jax.Array:
 
 
 def sequence_balance_loss(stats: LayerStats, num_sequences: int) -> jax.Array:
-    """Returns the mean over layers and sequences of the balance inside a sequence: 1 when balanced."""
-    return (stats.sequence_balance / num_sequences).mean()
+    """Returns each layer's mean over sequences of the balance inside a sequence: 1 when balanced."""
+    return stats.sequence_balance / num_sequences
 
 
 def router_z_loss(stats: LayerStats, num_tokens: int) -> jax.Array:
-    """Returns the mean over layers and tokens of the router logits' squared log-sum-exp (ST-MoE, 2202.08906, eq. 5)."""
-    return (stats.z / num_tokens).mean()
+    """Returns each layer's mean over tokens of its logits' squared log-sum-exp (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return stats.z / num_tokens
 
 
 def router_loss(
     stats: LayerStats, config: BalanceConfig, num_tokens: int, num_sequences: int, count_LE: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the sum of the router's losses by their weights in `config`, for a batch of these counts.
+    """Returns the sum of each layer's router losses by their weights in `config`, for a batch of these counts.
 
     Where `stats` are of a slice of the batch, `count_LE` are the assignments of the whole; see `load_balance_loss`.
     """

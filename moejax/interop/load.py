@@ -200,8 +200,10 @@ def _make_router(
 ) -> jax.Array:
     """Returns the routers of a model whose checkpoint has none; a single expert's gate is 1 whatever they say."""
     shape = stored.param.shape
-    routers = upcycling.router(len(stored.layers), m.d_model, seed) if upcycling else np.zeros(shape, np.float32)
-    return jax.make_array_from_callback(shape, sharding, routers.reshape(shape).__getitem__)
+    routers = np.zeros(shape, np.float32)
+    if upcycling:
+        routers.reshape(-1, *shape[-2:])[: len(stored.layers)] = upcycling.router(len(stored.layers), m.d_model, seed)
+    return jax.make_array_from_callback(shape, sharding, routers.__getitem__)
 
 
 def _load_param(
@@ -227,11 +229,11 @@ def _read_shard(
     stored: StoredParam, tensors: Mapping[str, StoredTensor], index: tuple[range, ...]
 ) -> tuple[np.ndarray, int]:
     """Returns a slice of the parameter in float32, and the bytes read for it."""
-    num_stack_dims = len(stored.stack)
-    stack_index, layer_index = index[:num_stack_dims], index[num_stack_dims:]
-    in_order = np.reshape(stored.layers, stored.stack)[tuple(slice(part.start, part.stop) for part in stack_index)]
-    layers = in_order.reshape(-1).tolist()
-    shard = np.zeros((len(layers), *map(len, layer_index)), np.float32)
+    stack = stored.param.stack
+    stack_index, layer_index = index[: len(stack)], index[len(stack) :]
+    in_order = np.arange(math.prod(stack)).reshape(stack)[tuple(slice(part.start, part.stop) for part in stack_index)]
+    shard = np.zeros((in_order.size, *map(len, layer_index)), np.float32)
+    layers = [stored.layers[i] for i in in_order.flat if i < len(stored.layers)]  # places at the end have none
     layer_index = tuple(  # without the padding
         range(part.start, max(part.start, min(part.stop, size)))
         for part, size in zip(layer_index, stored.layer_shape, strict=True)

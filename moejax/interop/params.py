@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,11 +24,6 @@ class StoredParam:
     slices: int = 1  # experts that a stored feed-forward is cut into along its width
 
     @property
-    def stack(self) -> tuple[int, ...]:
-        """The sizes of the dims that layers are stacked in."""
-        return self.param.shape[: self.param.num_stack_dims]
-
-    @property
     def layer_shape(self) -> tuple[int, ...]:
         return self.param.layer_shape
 
@@ -46,7 +40,7 @@ class StoredParam:
     @property
     def layers(self) -> range:
         """The numbers of its layers on disk, in the order that they are stacked in."""
-        return range(self.first_layer, self.first_layer + math.prod(self.stack))
+        return range(self.first_layer, self.first_layer + self.param.num_layers)
 
     def stored_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Returns the name and shape of every tensor on disk."""

@@ -170,6 +170,6 @@ def _gather_layer(stored: StoredParam, array: jax.Array | None, i: int) -> np.nd
     """Returns layer `i` of a parameter, whole, on every process; zeros where the model has no such parameter."""
     if array is None:
         return np.zeros(stored.layer_shape, np.float32)
-    layer = array[np.unravel_index(i, stored.stack)] if stored.stack else array
+    layer = array[np.unravel_index(i, stored.param.stack)] if stored.param.stack else array
     whole = np.asarray(multihost_utils.process_allgather(layer, tiled=True))
     return whole[tuple(map(slice, stored.layer_shape))]  # without padding

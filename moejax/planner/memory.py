@@ -94,8 +94,8 @@ class Sizes:
 
         # The schedule: sequences and tokens of a microbatch and of its parts.
         self.ticks, self.parts = layout.ticks, layout.batch_split
-        self.layers = m.num_moe_layers // p
         self.chunk = layout.layers_per_chunk(m)
+        self.layers = layout.pipeline_repeats * self.chunk
         self.batch_tokens = layout.tokens // layout.batch_shards
         self.sequences = layout.sequences_per_microbatch
         self.microbatch = self.sequences * layout.seq_len // t

@@ -209,7 +209,7 @@ def meshes(cluster: Cluster, model: ModelConfig) -> Iterator[MeshConfig]:
     hardware = cast(Hardware, cluster.device.name if known else "custom")
     for tensor, pipeline in itertools.product(_divisors(num_devices), repeat=2):
         kv_heads, layers = model.attention.num_kv_heads, model.num_moe_layers
-        if tensor > cluster.devices_per_host or kv_heads % tensor or layers % pipeline:
+        if tensor > cluster.devices_per_host or kv_heads % tensor or layers < pipeline:
             continue
         for expert in _divisors(num_devices // (tensor * pipeline) if num_devices % (tensor * pipeline) == 0 else 0):
             if model.num_experts % expert:
@@ -242,8 +242,8 @@ def _layouts(request: Request, grad_accumulation_steps: int) -> Iterator[Layout]
         sequences = r.batch_size // (mesh.replica * mesh.expert * grad_accumulation_steps)
         folded: list[tuple[ExpertAxis, ...]] = [("expert", "tensor")]
         folded += [("expert",)] if mesh.tensor > 1 else []
-        chunks = m.num_moe_layers // mesh.pipeline
-        repeats = [n for n in (1, 2, 4) if chunks % n == 0] if mesh.pipeline > 1 and r.mode != "decode" else [1]
+        layers = math.ceil(m.num_moe_layers / mesh.pipeline)  # of a stage; interleaving should not leave more places empty
+        repeats = [n for n in (1, 2, 4) if layers % n == 0] if mesh.pipeline > 1 and r.mode != "decode" else [1]
         powers = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
         microbatches = powers if r.mode != "decode" else [1]
         for axes, repeat, count in itertools.product(folded, repeats, microbatches):
@@ -330,8 +330,8 @@ def _why_none(request: Request, seen: _Seen) -> str:
     what = f"{request.batch_size:,} sequences of {request.seq_len:,} tokens"
     if nearest is None:
         return (
-            f"no mesh of {cluster.num_devices} devices divides the model's {m.num_experts} experts, "
-            f"{m.attention.num_kv_heads} key-value heads and {m.num_moe_layers} layers for {what}; "
+            f"no mesh of {cluster.num_devices} devices divides the model's {m.num_experts} experts and "
+            f"{m.attention.num_kv_heads} key-value heads for {what}; "
             "try another batch_size"
         )
     layout, memory = nearest

@@ -12,7 +12,8 @@ came back as wrong numbers without an error. `checksums.json` makes that visible
 and checked in full (about 1 GB/s) before anything is restored.
 
 Layer parameters are stacked as [repeats, stages, layers_per_chunk, ...]; the layer of [r, s, i] is
-(r * stages + s) * layers_per_chunk + i, so any two stackings of the same layers are reshapes of each other.
+(r * stages + s) * layers_per_chunk + i, so any two stackings of the same layers are reshapes of each other, with more or
+fewer empty places at the end.
 """
 
 from __future__ import annotations
@@ -368,8 +369,17 @@ def _check_same_leaves(directory: pathlib.Path, stored: Mapping[str, Any], wante
 
 
 def _same_layers(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    n = NUM_STACK_DIMS
-    return len(have) == len(want) >= n and math.prod(have[:n]) == math.prod(want[:n]) and have[n:] == want[n:]
+    """Returns whether both shapes can be stackings of the same number of layers."""
+    if not len(have) == len(want) >= NUM_STACK_DIMS or have[NUM_STACK_DIMS:] != want[NUM_STACK_DIMS:]:
+        return False
+    (fewest, most), (fewest_wanted, most_wanted) = map(_numbers_of_layers, (have, want))
+    return fewest <= most_wanted and fewest_wanted <= most
+
+
+def _numbers_of_layers(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the least and the greatest number of layers that are stacked in this shape."""
+    repeats, stages, layers_per_chunk = shape[:NUM_STACK_DIMS]
+    return repeats * stages * (layers_per_chunk - 1) + 1, repeats * stages * layers_per_chunk
 
 
 def _read(directory: pathlib.Path, shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:

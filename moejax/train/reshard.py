@@ -65,7 +65,23 @@ def restackable(shape: tuple[int, ...], wanted: NamedSharding) -> NamedSharding:
 
 
 def restack(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """The leaf with its leading dims stacked as those of `shape`, which is to lie as `sharding` says."""
-    # Inside the function an explicit mesh must be told the sharding, and an automatic one must not be.
-    inside = sharding if AxisType.Explicit in sharding.mesh.axis_types else None
-    return jax.jit(lambda x: jax.lax.reshape(x, shape, out_sharding=inside), out_shardings=sharding)(leaf)
+    """The leaf with its leading dims stacked as those of `shape`, which is to lie as `sharding` says.
+
+    Where `shape` has more places for layers, those at the end are 0; where it has fewer, they are left out.
+    """
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    have, want = (math.prod(s[:NUM_STACK_DIMS]) for s in (leaf.shape, shape))
+    rest = leaf.shape[NUM_STACK_DIMS:]
+    in_a_row = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[NUM_STACK_DIMS:]))
+
+    def reshape(x: jax.Array, shape: tuple[int, ...], lies: NamedSharding) -> jax.Array:
+        # An explicit mesh must be told the sharding, and an automatic one must not be.
+        return jax.lax.reshape(x, shape, out_sharding=lies if explicit else None)
+
+    def function(x: jax.Array) -> jax.Array:
+        if have != want:
+            x = reshape(x, (have, *rest), in_a_row)[:want]
+            x = jnp.pad(x, ((0, max(0, want - have)), *((0, 0),) * len(rest)))
+        return reshape(x, shape, sharding)
+
+    return jax.jit(function, out_shardings=sharding)(leaf)

@@ -134,7 +134,7 @@ class TrainStep:
             self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
         )
         state, metrics = step(state, batch)
-        return state, cast(StepMetrics, {**summarize(metrics, batch), **metrics["balance"].scalars()})
+        return state, cast(StepMetrics, {**summarize(metrics, batch, program.model.num_moe_layers), **metrics["balance"].scalars()})
 
     def _global_evaluate(self, params: Params, batch: Batch) -> EvalMetrics:
         program = self.program.without_drops().for_batch(*batch["tokens"].shape)
@@ -143,7 +143,7 @@ class TrainStep:
             (program.param_specs, program.batch_spec),
             program.metric_specs,
         )
-        return summarize(evaluate(params, batch), batch)
+        return summarize(evaluate(params, batch), batch, program.model.num_moe_layers)
 
     def _device_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         grads, metrics = self._gradients(state.params, batch)
@@ -156,7 +156,7 @@ class TrainStep:
         balancer, router = self.program.balancer, metrics["router"]
         with jax.named_scope("route"):
             params = self._move_bias(params, router.count_E)
-            balance = balancer.update(state.balance, every_layer(router))
+            balance = balancer.update(state.balance, every_layer(router, self.program.model.num_moe_layers))
         metrics |= {
             "balance": balancer.report(balance),
             "capacity_factor": jnp.float32(self.program.layout.dispatch.capacity_factor),

@@ -68,6 +68,23 @@ def copy(stored, tmp_path):
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 4, 2)], ids=str)
+def test_a_number_of_layers_that_no_pipeline_divides(axes, tmp_path):
+    model = dataclasses.replace(MODEL, num_layers=5)
+    program = program_of(axes, model)
+    params = params_of(program)
+    save_hf(tmp_path / "out", program, params, dtype="float32")
+    assert sum("q_proj" in name for name in find_tensors(tmp_path / "out")) == 5
+    assert read_model_config(tmp_path / "out").num_layers == 5
+    loaded = load_hf(tmp_path / "out", program_of((4, 2, 2), model)).params
+    for name, values in logical(params).items():
+        one, other = values, logical(loaded)[name]
+        if "layers" in name:
+            assert not one[5:].any() and not other[5:].any()
+            one, other = one[:5], other[:5]
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 4, 2)], ids=str)
 def test_a_vocabulary_that_no_mesh_divides_is_padded_here_and_cut_there(axes, tmp_path):
     model = dataclasses.replace(MODEL, vocab_size=51)
     program = program_of(axes, model)

@@ -30,9 +30,10 @@ def _draw(rng):
         hosts=replica * hosts if hosts > 1 else 1,
     )
     repeats, dense = one_of(1, 1, 2), one_of(0, 0, 1, 2)
+    chunks = repeats * mesh.pipeline
     heads, shared_d_ff = one_of(4, 8), one_of(0, 0, 24)
     model = ModelConfig(
-        num_layers=dense + repeats * mesh.pipeline * one_of(1, 2),
+        num_layers=dense + one_of(chunks, 2 * chunks, rng.randint(chunks, 3 * chunks)),
         d_model=one_of(32, 64),
         attention=AttentionConfig(
             num_heads=heads,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import BALANCE, CI_CASES, MODEL, Case, make_batch, per_device_values, relative_error, variant
+from cases import BALANCE, CI_CASES, MODEL, UNEVEN, Case, make_batch, per_device_values, relative_error, variant
 from reference import oracle
 from tiers import full_unless
 
@@ -57,7 +57,7 @@ def by_hand(params, grads):
 
 
 # test_equivalence.py has the gradients of more cases in the full tier.
-TIERED = full_unless(CI_CASES[2].__eq__, CI_CASES, slow=lambda case: True)
+TIERED = full_unless(CI_CASES[2].__eq__, (*CI_CASES, UNEVEN), slow=lambda case: True)
 
 
 def assert_close(actual, expected):
