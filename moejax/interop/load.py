@@ -82,7 +82,7 @@ def load_hf(
       program: of the model that `read_model_config` returns, with any layout, dtype and max_seq_len.
       report: called with a line for each parameter.
       upcycling: what the feed-forward of a dense checkpoint becomes; the program's model is `upcycling.model(dense)`.
-      seed: of the routers that upcycling makes.
+      seed: of the values that upcycling draws.
 
     Raises:
       ConfigError: the folder has another model, or a tensor that is missing, left over, damaged or not finite.
@@ -109,8 +109,12 @@ def load_hf(
         arrays.append(array)
         bytes_read += num_bytes
     treedef = jax.tree.structure(program.table, is_leaf=lambda x: isinstance(x, Param))
+    loaded = jax.tree.unflatten(treedef, arrays)
+    if upcycling is not None and upcycling.reinit_ratio:
+        moe, table = loaded["layers"]["moe"], program.table["layers"]["moe"]
+        moe["experts"] = upcycling.reinitialize(moe["experts"], table["experts"], seed)
     return Loaded(
-        params=jax.tree.unflatten(treedef, arrays),
+        params=loaded,
         model_type=family.model_type,
         num_tensors=len(used),
         num_params=sum(len(param.layers) * math.prod(param.layer_shape) for param in params),

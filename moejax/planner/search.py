@@ -242,8 +242,8 @@ def _layouts(request: Request, grad_accumulation_steps: int) -> Iterator[Layout]
         sequences = r.batch_size // (mesh.replica * mesh.expert * grad_accumulation_steps)
         folded: list[tuple[ExpertAxis, ...]] = [("expert", "tensor")]
         folded += [("expert",)] if mesh.tensor > 1 else []
-        layers = math.ceil(m.num_moe_layers / mesh.pipeline)  # of a stage; interleaving should not leave more places empty
-        repeats = [n for n in (1, 2, 4) if layers % n == 0] if mesh.pipeline > 1 and r.mode != "decode" else [1]
+        places = math.ceil(m.num_moe_layers / mesh.pipeline)  # for a stage's layers; interleaving must not add to them
+        repeats = [n for n in (1, 2, 4) if places % n == 0] if mesh.pipeline > 1 and r.mode != "decode" else [1]
         powers = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
         microbatches = powers if r.mode != "decode" else [1]
         for axes, repeat, count in itertools.product(folded, repeats, microbatches):

@@ -12,8 +12,8 @@ came back as wrong numbers without an error. `checksums.json` makes that visible
 and checked in full (about 1 GB/s) before anything is restored.
 
 Layer parameters are stacked as [repeats, stages, layers_per_chunk, ...]; the layer of [r, s, i] is
-(r * stages + s) * layers_per_chunk + i, so any two stackings of the same layers are reshapes of each other, with more or
-fewer empty places at the end.
+(r * stages + s) * layers_per_chunk + i, so any two stackings of the same layers are reshapes of each other, with more
+or fewer empty places at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import pathlib
 import re

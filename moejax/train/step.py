@@ -134,7 +134,8 @@ class TrainStep:
             self._device_step, (self.state_specs, program.batch_spec), (self.state_specs, metric_specs)
         )
         state, metrics = step(state, batch)
-        return state, cast(StepMetrics, {**summarize(metrics, batch, program.model.num_moe_layers), **metrics["balance"].scalars()})
+        summary = summarize(metrics, batch, program.model.num_moe_layers)
+        return state, cast(StepMetrics, {**summary, **metrics["balance"].scalars()})
 
     def _global_evaluate(self, params: Params, batch: Batch) -> EvalMetrics:
         program = self.program.without_drops().for_batch(*batch["tokens"].shape)

@@ -79,7 +79,8 @@ def test_a_number_of_layers_that_no_pipeline_divides(axes, tmp_path):
     for name, values in logical(params).items():
         one, other = values, logical(loaded)[name]
         if "layers" in name:
-            assert not one[5:].any() and not other[5:].any()
+            assert not one[5:].any()
+            assert not other[5:].any()
             one, other = one[:5], other[:5]
         np.testing.assert_array_equal(one, other)
 

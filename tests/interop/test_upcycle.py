@@ -1,6 +1,7 @@
 """An upcycled model computes at first what the dense one does, whatever its routers say."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -61,6 +62,26 @@ def test_an_upcycled_model_has_the_logits_of_the_dense_one(dense, axes, text):
     np.testing.assert_allclose(logits_of(program, params), logits_BSV, atol=2e-5)
 
 
+def test_a_share_of_the_hidden_units_can_start_at_random(dense):
+    upcycling = Upcycling(num_experts=16, reinit_ratio=0.25)
+
+    def experts(upcycling, axes):
+        program = program_of(axes, upcycling.model(DENSE))
+        found = load_hf(dense[0], program, upcycling=upcycling).params["layers"]["moe"]["experts"]
+        return {name: w.reshape(4, *w.shape[3:]) for name, w in jax.device_get(found).items()}
+
+    copies, drawn = experts(Upcycling(num_experts=16), (1, 1, 1)), experts(upcycling, (1, 1, 1))
+    changed_LEDGF, changed_LEFD = (copies[name] != drawn[name] for name in ("w_in_EDGF", "w_out_EFD"))
+    np.testing.assert_array_equal(changed_LEDGF.any((2, 3)), changed_LEFD.any(3))
+    assert (changed_LEDGF.all((2, 3)).sum(-1) == 4).all(), "of 16 units, with all weights of each"
+    assert len(np.unique(changed_LEFD.any(3).reshape(64, 16), axis=0)) > 32, "other units in other experts"
+    for name, changed in (("w_in_EDGF", changed_LEDGF), ("w_out_EFD", changed_LEFD)):
+        assert drawn[name][changed].std() == pytest.approx(copies[name].std(), rel=0.05)
+        assert abs(drawn[name][changed].mean()) < 0.05 * copies[name].std()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, experts(upcycling, (4, 2, 2)), drawn)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -69,6 +90,7 @@ def test_an_upcycled_model_has_the_logits_of_the_dense_one(dense, axes, text):
         ("num_experts=8,experts_per_token=3,granularity=2", "experts_per_token=3 must be a multiple of granularity=2"),
         ("num_experts=8,experts_per_token=1", "experts_per_token=1 must be more than 1"),
         ("num_experts=0", "num_experts=0 must be positive"),
+        ("reinit_ratio=1.5", "reinit_ratio=1.5 must be from 0 to 1"),
     ],
 )
 def test_what_cannot_be_upcycled_is_one_line(text, message):
