@@ -48,9 +48,9 @@ class AxisSizes(Protocol):
 class Layout:
     """How one step of a model is cut and placed. `check` says whether a model fits; `resolve` replaces each "auto".
 
-    Each stage of the pipeline holds `pipeline_repeats` separate chunks of layers (1: GPipe; more: interleaved). All
-    chunks are of the same number of layers, but for the last ones where they do not divide. With
-    one stage, `pipeline_repeats` and `bubble` change nothing. `gather` says when dense weights are gathered from their
+    Each stage of the pipeline holds `pipeline_repeats` separate chunks of layers (1: GPipe; more: interleaved). Chunks
+    have equally many layers; where these don't divide evenly, the last chunks have fewer or none. With one stage,
+    `pipeline_repeats` and `bubble` change nothing. `gather` says when dense weights are gathered from their
     shards: once per step (ZeRO-1-like) or layer by layer (FSDP). `remat="auto"` keeps activations up to 2,048 tokens
     and recomputes above. `bubble` says whether a stage without work skips it or computes what nobody uses; "auto" skips
     on CPUs, whose virtual devices share cores, and computes on accelerators, which would only wait (see
@@ -156,8 +156,13 @@ class Layout:
         return self.dispatch.capacity(self.tokens_per_part, model)
 
     def layers_per_chunk(self, model: ModelConfig) -> int:
-        """Layers that a stage does in one tick; the last chunks may have fewer, down to none."""
+        """Layers that a stage does in one tick; the last chunks may have fewer or none."""
         return math.ceil(model.num_moe_layers / (self.pipeline_repeats * self.mesh.pipeline))
+
+    def idle_share(self, model: ModelConfig) -> float:
+        """Share of the pipeline's time that stages wait, on average: bubble, and layers that other chunks have more."""
+        worked = self.num_microbatches * model.num_moe_layers
+        return 1 - worked / (self.mesh.pipeline * self.ticks * self.layers_per_chunk(model))
 
     def batch_parts(self, model: ModelConfig) -> dict[str, int]:
         """Returns into how many parts what cuts the batch; `batch_size` must be a multiple of their product."""
@@ -195,8 +200,10 @@ class Layout:
         chunks = mesh.pipeline * self.pipeline_repeats
         check(
             chunks <= m.num_moe_layers,
-            f"{layers}={m.num_moe_layers} must be at least pipeline × pipeline_repeats = {chunks}, a layer per chunk",
+            f"{layers}={m.num_moe_layers} must be at least pipeline × pipeline_repeats = {chunks}",
         )
+        if mesh.pipeline == 1:  # else fewer layers in some chunks cost no time: their stages wait for the others
+            check_divides(layers, m.num_moe_layers, "pipeline_repeats", self.pipeline_repeats)
         check(
             self.pipeline_repeats == 1 or self.num_microbatches >= mesh.pipeline,
             f"num_microbatches={self.num_microbatches} must be at least the pipeline's {mesh.pipeline} stages "

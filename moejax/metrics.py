@@ -21,7 +21,7 @@ class LossMetrics(TypedDict):
 
     loss: jax.Array  # cross-entropy plus the router's losses by their weights
     cross_entropy: jax.Array  # nats per target
-    router: LayerStats  # sums over the batch, [R, 1, l, ...] on a device, [R, stages, l, ...] over the mesh
+    router: LayerStats  # sums over the batch, [R, 1, l, ...] on a device, [R, stages, l, ...] over the mesh; 0 if empty
 
 
 class EvalMetrics(TypedDict):

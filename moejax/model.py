@@ -2,13 +2,17 @@
 
 Every device runs these functions on its own arrays, inside one `jax.shard_map` over all axes of the mesh, which
 `moejax.program` sets up. The batch axes, expert and replica (if the mesh has one), split the batch's sequences. Devices
-along pipeline and tensor have the same sequences: pipeline splits the layers and the vocabulary, tensor splits each
-sequence, and heads and vocabulary. These are a step's collectives, but for small ones of counts inside `dispatch`;
-autodiff adds their transposes (of an all_gather, a psum_scatter). On one device they do nothing.
+along pipeline and tensor have the same sequences: pipeline splits layers, tensor splits sequences and heads, and both
+together split the vocabulary.
+
+These are the collectives of a step, but for small ones of counts inside `dispatch`. Autodiff adds their transposes (of
+an all_gather, a psum_scatter), and a psum of each gradient over the axes along which its parameter is the same. On one
+device they do nothing.
 
     gather        shards of weights -> weights         all_gather over expert
                   of shared experts                    all_gather over expert and tensor
-                  of dense layers                      all_gather over expert and pipeline; feed-forwards: and tensor
+                  of dense layers                      all_gather over expert, pipeline, and tensor but for attention
+                  routed experts, vectors of heads     none: they are used where they are stored
     embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline
                   before dense layers: -> [q, s, D]    psum_scatter over tensor; psum_scatter over pipeline
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
@@ -16,35 +20,34 @@ autodiff adds their transposes (of an all_gather, a psum_scatter). On one device
                   QK-norm, where it spans all heads as one vector   pmean over tensor
                   experts: tokens to them and back     all_to_all over the experts' axes: expert and tensor; or expert,
                                                        with all_gather before, psum_scatter after, over tensor
+                  loss of balance inside sequences     psum over tensor of a sequence's counts
     run_pipeline  a microbatch to the next stage       ppermute over pipeline; the last stage's goes to stage 0
                   stage 0's results to all stages      psum over pipeline
     hidden        the router's sums over tokens        psum over batch axes and tensor
     loss          logits [b, S, v] of a microbatch     all_gather over tensor; pmax and psum over pipeline and tensor
                   cross-entropy; router's losses       psum over batch axes; psum over pipeline
 
-An optimizer step runs its batch in slices (gradient accumulation). Of a slice, each device has n sequences. They go
-through the pipeline, GPipe or interleaved, in M microbatches of b, and through a layer in `layout.batch_split` parts.
+An optimizer step runs its batch in slices (gradient accumulation). A device has n sequences of a slice. They pass
+through the pipeline, GPipe or interleaved, in M microbatches of b, and through a layer in `batch_split` parts of those.
 
 Dimensions end a name: x_bsD is [b, s, D]. A parameter's name gives its global shape, of which a device has a shard.
 S tokens of a sequence, s = S / tensor; D width of the model; V vocabulary with padding, v = V / (pipeline × tensor);
-E experts; q = n / pipeline. Layers are stacked as [R, 1, l]: R chunks on each stage (more than 1: interleaved), the
-stages, of which a device has 1, and l layers of a chunk. (Where the layers don't divide, the last chunks have fewer.)
+E experts; q = n / pipeline. Layers of the pipeline are stacked as [R, 1, l]: R chunks on each stage (more than 1:
+interleaved), the device's own stage, l layers of a chunk. If they don't divide evenly, the last chunks have fewer.
 
     m, layout          the model's sizes; the parallel layout, with every "auto" resolved
-    params, table      this device's shards, in float32 (products cast them to the model's dtype, the router's doesn't);
+    params, table      this device's shards, in float32, which products but the router's cast to the model's dtype;
                        and a `moejax.sharding.Param` for each, which says the axes to gather it over
     sharding.gather    all-gathers weights; `unstacked` inside a scan, where the dims R, 1 and l are gone already
     layout.gather      "step": gathers the layers' weights once per slice; "layer": each layer's just before it runs,
-                       again for each microbatch and each rematerialization. Dense layers always gather so
-    vary(x, axes)      x, marked as varying over the axes: its gradient is psummed over them at this point
+                       again for each microbatch and each rematerialization. A dense layer's: just before it runs
+    scaled             x times a constant of the model's
     remat              `checkpoint` rematerializes by a policy; `named` names what a policy may keep
     exchange           sends tokens to their experts by `layout.dispatch`: dropless, ragged or capacity; in one hop, or
                        inside a host and then between hosts
-    LayerStats         a layer's sums over tokens, for the router's losses; with `by_sequence` per sequence too
-    totals             counts over the whole batch; where several slices share an auxiliary loss, also `count_RlE`: the
+    LayerStats         a layer's sums over tokens, for the router's losses
+    totals             counts over the whole batch; where several slices share a router's loss, also `count_RlE`: the
                        assignments to the experts of this stage's layers, counted by a forward pass beforehand
-    loss_scale         1 except in float16, whose gradients would underflow. `scale_gradient` returns its argument and
-                       multiplies the gradient: by the scale at the loss, and by 1 / scale at the parameters
     named_scope        the phase that an operation counts toward in profiles: "expert" is any feed-forward, "route" the
                        router and its sums, "gather" what prepares weights; a norm counts toward what it feeds
 """
@@ -63,9 +66,8 @@ from moejax.balance import LayerStats, router_loss
 from moejax.batch import Batch, Totals
 from moejax.config import BalanceConfig, ModelConfig
 from moejax.dispatch import Exchange
-from moejax.kernels.manual import vary
 from moejax.layout import Layout
-from moejax.mesh import PIPELINE, REPLICA, TENSOR
+from moejax.mesh import PIPELINE, TENSOR
 from moejax.metrics import LossMetrics
 from moejax.moe import mixture_of_experts
 from moejax.nn.attention import attention
@@ -73,7 +75,6 @@ from moejax.nn.collectives import all_gather
 from moejax.nn.embedding import cross_entropy, logits
 from moejax.nn.embedding import embed as embed_tokens
 from moejax.nn.feed_forward import swiglu
-from moejax.nn.loss_scale import loss_scale, scale_gradient
 from moejax.nn.norm import rms_norm
 from moejax.nn.scale import scaled
 from moejax.pipeline import run_chunk, run_pipeline
@@ -133,7 +134,7 @@ def layer(
         y_bsD, sums, exchange = mixture_of_experts(p["moe"], h_bsD, m, exchange, by_sequence=by_sequence)
         parts.append(part_bsD + scaled(y_bsD, m.residual_multiplier))
         stats.append(sums)
-    return jnp.concatenate(parts), jax.tree.map(lambda *parts: sum(parts), *stats)
+    return jnp.concatenate(parts), jax.tree.map(lambda *of_parts: sum(of_parts), *stats)
 
 
 def hidden(
@@ -189,29 +190,23 @@ def loss(
     shares of a batch's slices add up to its loss, their gradients to its gradient, and their metrics to its metrics.
     Each stage reports the metric `router` of its own layers.
     """
-    scale = loss_scale(m.dtype, totals.num_tokens)
-    params = jax.tree.map(lambda w: scale_gradient(w, 1 / scale), params)
-    if REPLICA in layout.mesh.batch_axes:
-        with jax.named_scope("gather"):  # sums gradients over replicas once, while they are sharded
-            params = jax.tree.map(lambda w: vary(w, (REPLICA,)), params)
     by_sequence = balance.sequence_loss_weight > 0
     h_MbsD, stats = hidden(params, batch["tokens"], batch["segment_ids"], m, layout, table, by_sequence)
     targets_MbS = batch["targets"].reshape(*h_MbsD.shape[:2], -1)
     w_Dv = output_weights(params, m, table)
 
-    def microbatch_loss(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        """Adds the cross-entropy of one microbatch."""
-        h_bsD, targets_bS = xs
+    def microbatch_loss(microbatch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Sums the cross-entropy of this device's sequences of one microbatch."""
+        h_bsD, targets_bS = microbatch
         with jax.named_scope("logits"):
             logits_bSv = logits(all_gather(h_bsD, TENSOR, dim=1), w_Dv, m.vocab_size)
-        return total + cross_entropy(logits_bSv, targets_bS, m.vocab_size), None
+        return cross_entropy(logits_bSv, targets_bS, m.vocab_size)
 
-    zero = vary(jnp.zeros((), jnp.float32), layout.mesh.batch_axes)
-    total, _ = lax.scan(remat.checkpoint(microbatch_loss, layout.remat), zero, (h_MbsD, targets_MbS))
+    sum_M = lax.map(remat.checkpoint(microbatch_loss, layout.remat), (h_MbsD, targets_MbS))
     with jax.named_scope("loss"):
         num_targets = jnp.maximum(totals.num_targets, 1).astype(jnp.float32)
-        cross_entropy_mean = lax.psum(total, layout.mesh.batch_axes) / num_targets
+        cross_entropy_mean = lax.psum(sum_M.sum(), layout.mesh.batch_axes) / num_targets
         router_Rl = router_loss(stats, balance, totals.num_tokens, totals.num_sequences, totals.count_RlE)
         mean = cross_entropy_mean + lax.psum(router_Rl.sum() / m.num_moe_layers, PIPELINE)
     by_layer = jax.tree.map(lambda s_Rl: lax.stop_gradient(s_Rl)[:, None], stats)  # [R, 1, l, ...]
-    return scale_gradient(mean, scale), {"loss": mean, "cross_entropy": cross_entropy_mean, "router": by_layer}
+    return mean, {"loss": mean, "cross_entropy": cross_entropy_mean, "router": by_layer}

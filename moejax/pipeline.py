@@ -2,13 +2,13 @@
 
 With M microbatches, P stages and R repeats, stage i works at tick t on item k = t - i: repeat k // M of microbatch
 k % M. R = 1 is GPipe; R > 1 is the interleaved schedule (arXiv 2104.04473), whose bubble is P - 1 ticks of 1/R the
-length.
-The last stage's results return to the first by the same `ppermute` that moves every other, P ticks after the microbatch
-left; there they take the place of the microbatch they came from, so one buffer holds the inputs, what waits for its
-next repeat, and in the end the outputs. (A slot must be read before it is replaced: M >= P when R > 1.)
+length. The last stage's results return to the first by the same `ppermute` that moves every other, P ticks after the
+microbatch left; there they take the place of the microbatch they came from, so one buffer holds the inputs, what waits
+for its next repeat, and in the end the outputs. (A slot must be read before it is replaced: M >= P when R > 1.)
 
-Where the number of layers is not a multiple of the chunks', the last places of the last chunks have no layer. A device
-passes over them in a `cond`, so the last stages have less to do and wait for the others.
+Where the number of layers is not a multiple of the number of chunks, the last places of the last chunks have no layer.
+Each layer is then inside a `cond`, on every stage, and XLA overlaps nothing across it, such as gathering the weights of
+the next layer. Computing there and selecting would be worse: a router of zeros sends every token to the same experts.
 
 Dimensions: M microbatches, b sequences, s local sequence, D model, R repeats, l layers of a chunk.
 """
@@ -38,8 +38,8 @@ def _check_closure(closed_over: Sequence[Any]) -> None:
         differentiable = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
         if differentiable and PIPELINE not in varying(x):
             raise ValueError(
-                f"a stage closes over {jax.typeof(x)}, the same on every stage; give it vary(x, ({PIPELINE!r},)): "
-                "the sum of its gradient over stages cannot stand where some of them skip"
+                f"a stage or layer closes over {jax.typeof(x)}, the same on every stage; give it "
+                f"vary(x, ({PIPELINE!r},)): the sum of its gradient over stages cannot stand where some of them skip"
             )
 
 

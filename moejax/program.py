@@ -21,12 +21,14 @@ from moejax.balance import ExpertLoadBalancer
 from moejax.batch import BATCH_ARRAYS, Batch, Totals, count_totals
 from moejax.checks import check
 from moejax.config import BalanceConfig, ModelConfig
+from moejax.kernels.manual import vary
 from moejax.layout import VOCAB_AXES, Layout
-from moejax.mesh import PIPELINE, TENSOR, build_mesh, platform
+from moejax.mesh import PIPELINE, REPLICA, TENSOR, build_mesh, platform
 from moejax.metrics import LossMetrics
 from moejax.model import Params
 from moejax.nn.collectives import all_gather
 from moejax.nn.embedding import logits
+from moejax.nn.loss_scale import loss_scale, scale_gradient
 
 FORWARD_ONLY = "forward_only"  # the scope of a forward pass in a train step that is not differentiated
 
@@ -156,9 +158,18 @@ class Program:
         return count_totals(batch, self.model, self.resolved)
 
     def share_of_loss(self, params: Params, batch: Batch, totals: Totals) -> tuple[jax.Array, LossMetrics]:
-        """Returns this batch's share of the loss over a batch with these `totals`, see `moejax.model.loss`."""
+        """Returns this batch's share of the loss over a batch with these `totals`, see `moejax.model.loss`.
+
+        In float16 its gradient is scaled on the way, see `moejax.nn.loss_scale`.
+        """
         self._check_shape(batch["tokens"])
-        return per_device.loss(params, batch, totals, self.model, self.resolved, self.table, self.balance)
+        scale = loss_scale(self.model.dtype, totals.num_tokens)
+        params = jax.tree.map(lambda w: scale_gradient(w, 1 / scale), params)
+        if REPLICA in self.layout.mesh.batch_axes:
+            with jax.named_scope("gather"):  # sums gradients over replicas once, while they are sharded
+                params = jax.tree.map(lambda w: vary(w, (REPLICA,)), params)
+        loss, metrics = per_device.loss(params, batch, totals, self.model, self.resolved, self.table, self.balance)
+        return scale_gradient(loss, scale), metrics
 
     def count_assignments(self, params: Params, slices: Batch) -> jax.Array:
         """Counts the assignments to each expert of this stage's layers, [R, l, E], over all slices [A, n, S].

@@ -7,8 +7,8 @@ sharded the same way: that one line is ZeRO and FSDP.
 
 Dimensions: D model, N query heads, K key/value heads, H head, E experts, G=2 (gate, up or key, value), F feed-forward,
 V vocabulary. The layers of the pipeline are stacked in front as [repeats, stages, layers per chunk]; in row-major order
-that is the logical order of the layers, so a checkpoint of one mesh reads on any other. Where their number does not
-divide, the last places are filled up with zeros.
+that is the logical order of the layers, so a checkpoint of one mesh reads on any other. Where their number doesn't
+divide evenly, the last places hold zeros.
 """
 
 from __future__ import annotations
@@ -89,10 +89,15 @@ class Param:
 
     def init(self, key: jax.Array) -> jax.Array:
         """float32 values that depend on the logical shape only, not on how the layers are stacked."""
-        logical = (self.num_layers, *self.layer_shape)
-        values = jnp.ones(logical) if self.std is None else self.std * jax.random.normal(key, logical)
-        zeros = ((0, math.prod(self.stack) - self.num_layers), *(self.padding or ((0, 0),) * len(self.layer_shape)))
-        return jnp.pad(values, zeros).reshape(self.shape) if any(map(any, zeros)) else values.reshape(self.shape)
+        places = math.prod(self.stack)
+        shape = (places, *self.layer_shape)
+        # Empty places are drawn, too, and then zeroed: a longer first dim doesn't change the values before, and one
+        # that the mesh divides is drawn in shards.
+        values = jnp.ones(shape, jnp.float32) if self.std is None else self.std * jax.random.normal(key, shape)
+        if places > self.num_layers:
+            filled = jnp.arange(places).reshape(-1, *(1,) * len(self.layer_shape)) < self.num_layers
+            values = jnp.where(filled, values, jnp.zeros_like(values))
+        return (jnp.pad(values, ((0, 0), *self.padding)) if self.padding else values).reshape(self.shape)
 
 
 def _dense(

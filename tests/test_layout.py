@@ -92,6 +92,10 @@ class TestSizes:
         assert LAYOUT.ticks == 9  # 2 chunks of 4 microbatches, and one to fill the second stage
         assert LAYOUT.layers_per_chunk(dataclasses.replace(MODEL, num_layers=12)) == 3
         assert LAYOUT.layers_per_chunk(dataclasses.replace(MODEL, num_layers=13, num_dense_layers=1, dense_d_ff=8)) == 3
+        assert LAYOUT.layers_per_chunk(dataclasses.replace(MODEL, num_layers=13)) == 4
+        assert LAYOUT.idle_share(dataclasses.replace(MODEL, num_layers=12)) == pytest.approx(1 / 9)
+        # A stage has time for 9 ticks of 4 layers. Of 13 layers, the second stage has 6, and all do 4 microbatches.
+        assert LAYOUT.idle_share(dataclasses.replace(MODEL, num_layers=13)) == pytest.approx(1 - 4 * 13 / (2 * 36))
 
     def test_every_part_of_a_slice_is_some_devices(self):
         layout = LAYOUT
@@ -185,13 +189,14 @@ WRONG = [
         (1, 3, 2), model={"vocab_size": 250},
     ),
     wrong(
-        "num_layers=4 must be at least pipeline × pipeline_repeats = 8, a layer per chunk",
+        "num_layers=4 must be at least pipeline × pipeline_repeats = 8",
         (1, 4, 1), pipeline_repeats=2, num_microbatches=4,
     ),
     wrong(
-        "num_layers - num_dense_layers=3 must be at least pipeline × pipeline_repeats = 4, a layer per chunk",
+        "num_layers - num_dense_layers=3 must be at least pipeline × pipeline_repeats = 4",
         (1, 4, 1), model={"num_dense_layers": 1, "dense_d_ff": 8},
     ),
+    wrong("num_layers=4 must be a multiple of pipeline_repeats = 3", pipeline_repeats=3),
     wrong(
         "num_microbatches=1 must be at least the pipeline's 2 stages when pipeline_repeats=2",
         (1, 2, 1), pipeline_repeats=2, num_microbatches=1,

@@ -13,7 +13,7 @@ from tiers import full_unless
 
 from moejax.layout import Layout
 from moejax.mesh import PIPELINE, MeshConfig, build_mesh
-from moejax.pipeline import run_pipeline
+from moejax.pipeline import run_chunk, run_pipeline
 
 B, S, D = 2, 3, 4
 SCHEDULES = [  # microbatches, stages, repeats
@@ -84,6 +84,49 @@ def test_pipeline_is_the_sequence_of_its_stages(num_microbatches, num_stages, re
     assert max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected))) < 1e-5
 
 
+@pytest.mark.parametrize("bubble", ["skip", "compute"])
+def test_places_without_a_layer_are_passed_over(bubble):
+    """5 layers on 2 stages with 2 chunks of 2 places each: the last three places are empty."""
+    num_layers, layout = 5, make_layout(2, 2, 2, bubble)
+    rng = np.random.default_rng(0)
+    w_LDD = rng.standard_normal((num_layers, D, D)).astype(np.float32)
+    x_MbsD = rng.standard_normal((2, B, S, D)).astype(np.float32)
+
+    def one(x_bsD, w_DD):
+        y_bsD = layer(w_DD, jnp.zeros(D), x_bsD)
+        return y_bsD, y_bsD.sum()
+
+    def device(w_R1lDD, x_MbsD):
+        def stage(x_bsD, chunk, microbatch):
+            return run_chunk(one, x_bsD, w_R1lDD[chunk, 0], chunk, num_layers, layout)
+
+        y_MbsD, sums_Rl = run_pipeline(stage, x_MbsD, layout)
+        return y_MbsD, sums_Rl[:, None]
+
+    stages, mesh = P(None, PIPELINE), build_mesh(layout.mesh, jax.devices()[:2])
+    on_mesh = jax.shard_map(device, mesh=mesh, in_specs=(stages, P()), out_specs=(P(), stages))
+
+    def in_pipeline(w_LDD, x_MbsD):
+        y_MbsD, sums_RPl = on_mesh(jnp.pad(w_LDD, ((0, 3), (0, 0), (0, 0))).reshape(2, 2, 2, D, D), x_MbsD)
+        return y_MbsD, sums_RPl.reshape(-1)
+
+    def in_sequence(w_LDD, x_MbsD):
+        sums_L = []
+        for w_DD in w_LDD:
+            x_MbsD = jnp.stack([one(x_bsD, w_DD)[0] for x_bsD in x_MbsD])
+            sums_L.append(x_MbsD.sum())
+        return x_MbsD, jnp.stack([*sums_L, *jnp.zeros(3)])
+
+    def scalar(run, *args):
+        y_MbsD, sums_L = run(*args)
+        return (y_MbsD * np.arange(y_MbsD.size).reshape(y_MbsD.shape)).sum() + (sums_L**2).sum(), (y_MbsD, sums_L)
+
+    grad = functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    actual = jax.jit(grad(functools.partial(scalar, in_pipeline)))(w_LDD, x_MbsD)
+    expected = grad(functools.partial(scalar, in_sequence))(w_LDD, x_MbsD)
+    assert max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected))) < 1e-5
+
+
 @pytest.mark.parametrize(("num_microbatches", "num_stages", "repeats"), SCHEDULES)
 def test_the_schedule_is_as_long_as_it_says(num_microbatches, num_stages, repeats):
     shapes = (
@@ -107,5 +150,5 @@ def test_a_skipped_stage_cannot_hold_a_sum_over_stages():
         return run_pipeline(stage, x_MbsD, layout)[0]
 
     function = jax.shard_map(device, mesh=mesh, in_specs=P(), out_specs=P())
-    with pytest.raises(ValueError, match=r"a stage closes over .*; give it vary\(x, \('pipeline',\)\)"):
+    with pytest.raises(ValueError, match=r"a stage or layer closes over .*; give it vary\(x, \('pipeline',\)\)"):
         jax.eval_shape(function, jnp.ones(()), jnp.ones((2, B, S, D)))

@@ -9,7 +9,7 @@ import itertools
 import math
 
 import pytest
-from cases import Case, variant
+from cases import UNEVEN, Case, variant
 from jax.extend.core import jaxprs_in_params
 from tiers import full_unless
 
@@ -106,6 +106,16 @@ def test_full_saves_the_layers_inputs_alone(traces, case):
     inputs = ticks * m.num_moe_layers // (stages * case.repeats) * sequences // case.num_microbatches * row
     inputs += m.num_dense_layers * sequences // stages * row + sequences * row  # the last: inputs of the logits
     assert saved_bytes(traces["full"]) == pytest.approx(inputs, rel=0.2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_places_without_a_layer_save_nothing_more(policy):
+    saved, of_even = (
+        saved_bytes(dataclasses.replace(UNEVEN, remat=policy, model=model).trace())
+        for model in (UNEVEN.model, dataclasses.replace(UNEVEN.model, num_layers=16))
+    )
+    assert saved == pytest.approx(of_even, rel=0.02)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

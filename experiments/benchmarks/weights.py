@@ -1,18 +1,20 @@
 """Times loading and writing Hugging Face weights, and measures the memory that both take.
 
-    python experiments/benchmarks/weights.py                                   # 1 GB, on 16 virtual devices
+    python experiments/benchmarks/weights.py                                   # 2 GB, on 16 virtual devices
     python experiments/benchmarks/weights.py --gigabytes=12 --scratch=/data
 
-Makes a Mixtral of that many gigabytes with random float32 weights, loads it onto the mesh, and writes it again in
-bfloat16, into a folder that is removed afterward. "Beyond the arrays" is the peak of the process's own memory (RssAnon,
-without the pages of mapped files, which the system drops when it needs room), less the memory before and the loaded
-parameters. Reading alone, every byte of the same files once, is the limit of any loader. In a pipe, ends with one line
-of JSON. Linux only.
+Makes a Mixtral of that many gigabytes with random float32 weights, loads it onto a mesh of virtual devices, and writes
+it again in bfloat16. It takes as much memory as the weights, and 1.5 times as much disk, in a folder that is removed
+afterward. "Beyond the arrays" is the peak of the process's own memory (RssAnon, without pages of mapped files, which
+the system drops when it needs room), less the memory before and the loaded parameters. "Read" is one thread reading
+every byte once. Files that are smaller than memory come from the system's cache both times. In a pipe, ends with one
+line of JSON. Linux only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import threading
 import time
@@ -40,7 +42,7 @@ from moejax.train.progress import Progress
 
 FLAGS = loading.Flags(__doc__)
 _GIGABYTES = flags.DEFINE_float(
-    "gigabytes", 1.0, "Size of the checkpoint, to the next whole layer.", lower_bound=0.1, flag_values=FLAGS
+    "gigabytes", 2.0, "Size of the checkpoint, to the next whole layer.", lower_bound=0.1, flag_values=FLAGS
 )
 _MESH = flags.DEFINE_string("mesh", "cpu_16", "The mesh to load onto.", flag_values=FLAGS)
 _SCRATCH = flags.DEFINE_string(
@@ -83,7 +85,7 @@ def model_of(gigabytes: float) -> ModelConfig:
     sizes: dict[str, Any] = {"d_model": 2048, "d_ff": 1024, "num_experts": 16, "vocab_size": 32_000}
     layer = 16 * 3 * 2048 * 1024 + 4 * 2048 * 2048
     rest = 2 * 32_000 * 2048
-    num_layers = max(4, -int(-(gigabytes * 1e9 / 4 - rest) // layer))
+    num_layers = max(2, math.ceil((gigabytes * 1e9 / 4 - rest) / layer))
     return ModelConfig(num_layers=num_layers, attention=attention, **sizes)
 
 
@@ -122,6 +124,7 @@ def main(argv: list[str]) -> None:
     FLAGS.parse(argv)
     check(STATUS.exists(), f"{STATUS} is missing; memory is measured on Linux only")
     mesh_config = loading.load_mesh_config(_MESH.value)
+    check(mesh_config.platform == "cpu", f"--mesh={_MESH.value} must be a mesh of CPUs, whose memory is the process's")
     runtime.setup_jax(mesh_config)
     model = model_of(_GIGABYTES.value)
     layout = Layout(mesh_config, seq_len=256, batch_size=64)

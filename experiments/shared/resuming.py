@@ -38,7 +38,7 @@ class RunFlags(ConfigFlags):
         flags.DEFINE_string(
             "upcycle", None,
             "Make experts of the feed-forwards of a dense --init: num_experts=8,experts_per_token=2, and with "
-            "granularity=2 experts of half the width.",
+            "granularity=2 experts of half the width, or with reinit_ratio=0.5 half of their units drawn anew.",
             flag_values=self,
         )  # fmt: skip
         flags.DEFINE_boolean(

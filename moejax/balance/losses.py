@@ -40,7 +40,7 @@ class LayerStats(NamedTuple):
 
 
 def load_balance_loss(stats: LayerStats, num_tokens: int, count_LE: jax.Array | None = None) -> jax.Array:
-    """Returns E Σ_e f_e P_e of each layer (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, 0 of sums of nothing.
+    """Returns E Σ_e f_e P_e of each layer (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, 0 in empty places.
 
     f is the share of assignments an expert gets, P its mean probability, both over every token of the batch on every
     device: `stats` holds global sums, [..., E] and [...] with the layers in front.

@@ -104,17 +104,15 @@ def load_hf(
         placed = NamedSharding(program.mesh, param.param.spec)
         if param.rows:
             array, num_bytes = _load_param(param, tensors, placed)
+            if upcycling and upcycling.reinit_ratio and ".experts." in param.name:
+                array = upcycling.reinitialize(param.name.rpartition(".")[2], array, param.param, seed)
         else:
             array, num_bytes = _make_router(param, model, upcycling, seed, placed), 0
         arrays.append(array)
         bytes_read += num_bytes
     treedef = jax.tree.structure(program.table, is_leaf=lambda x: isinstance(x, Param))
-    loaded = jax.tree.unflatten(treedef, arrays)
-    if upcycling is not None and upcycling.reinit_ratio:
-        moe, table = loaded["layers"]["moe"], program.table["layers"]["moe"]
-        moe["experts"] = upcycling.reinitialize(moe["experts"], table["experts"], seed)
     return Loaded(
-        params=loaded,
+        params=jax.tree.unflatten(treedef, arrays),
         model_type=family.model_type,
         num_tensors=len(used),
         num_params=sum(len(param.layers) * math.prod(param.layer_shape) for param in params),

@@ -1,4 +1,4 @@
-"""Upcycling: a dense checkpoint becomes a mixture of experts that computes the same at first (arXiv 2212.05055).
+"""Upcycling: a dense checkpoint becomes a mixture of experts (arXiv 2212.05055), by default one that computes the same.
 
 Every expert starts as a copy of the dense feed-forward. The router starts at random, and its gates are renormalized:
 whichever experts a token visits, it gets their equal results in parts that add up to one.
@@ -15,7 +15,6 @@ computes what the dense one does.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +59,7 @@ class Upcycling:
         """
         pairs = [part.partition("=") for part in text.split(",")]
         for name, equals, _ in pairs:
-            check(bool(equals), f"upcycle={text!r} has {name!r}; write num_experts=8,experts_per_token=2,granularity=1")
+            check(bool(equals), f"upcycle={text!r} has {name!r}; write num_experts=8,experts_per_token=2")
         try:
             return apply_overrides(cls(), {name.strip(): value for name, _, value in pairs})
         except ConfigError as error:
@@ -77,6 +76,10 @@ class Upcycling:
             dense.d_ff % self.granularity == 0,
             f"granularity={self.granularity} must divide the feed-forward's width, {dense.d_ff}",
         )
+        check(
+            not self.reinit_ratio or round(self.reinit_ratio * dense.d_ff // self.granularity) > 0,
+            f"reinit_ratio={self.reinit_ratio} is less than one of an expert's {dense.d_ff // self.granularity} units",
+        )
         return dataclasses.replace(
             dense, d_ff=dense.d_ff // self.granularity, num_experts=self.num_experts,
             experts_per_token=self.experts_per_token, router=RouterConfig(),
@@ -88,30 +91,21 @@ class Upcycling:
         w_LDC = np.random.default_rng(seed).normal(0, ROUTER_STD, (num_layers, d_model, copies)).astype(np.float32)
         return np.repeat(w_LDC, self.granularity, axis=-1)
 
-    def reinitialize(self, experts: dict[str, jax.Array], table: dict[str, Param], seed: int) -> dict[str, jax.Array]:
-        """Returns stacked experts with `reinit_ratio` of the hidden units of each drawn anew, where they are stored.
+    def reinitialize(self, name: str, w: jax.Array, param: Param, seed: int) -> jax.Array:
+        """Returns the stacked weights `name` of experts with `reinit_ratio` of each one's hidden units drawn anew.
 
-        Input and output weights of a unit go together. The same seed draws the same on every mesh.
+        Input and output weights with the same seed have the same units drawn, on every mesh.
         """
-        param, out = (dataclasses.replace(table[name], std=1.0) for name in ("w_in_EDGF", "w_out_EFD"))
-        E, _, _, F = param.layer_shape
-        key_units, key_in, key_out = jax.random.split(jax.random.key(seed), 3)
+        key_units, *keys = jax.random.split(jax.random.key(seed), 3)
+        is_input = name == "w_in_EDGF"
+        num_units, key = param.layer_shape[-1 if is_input else -2], keys[is_input]
 
-        def function(w_in_EDGF: jax.Array, w_out_EFD: jax.Array) -> dict[str, jax.Array]:
-            order_LEF = jnp.argsort(jax.random.uniform(key_units, (param.num_layers, E, F)))
-            filler = math.prod(param.stack) - param.num_layers
-            drawn_LEF = jnp.pad(order_LEF < round(self.reinit_ratio * F), ((0, filler), (0, 0), (0, 0)))
-            drawn_EF = drawn_LEF.reshape(*param.stack, E, F)
-            new_in_EDGF = _like(w_in_EDGF, param.init(key_in), axes=(-3, -1))
-            new_out_EFD = _like(w_out_EFD, out.init(key_out), axes=(-2, -1))
-            return {
-                "w_in_EDGF": jnp.where(drawn_EF[..., None, None, :], new_in_EDGF, w_in_EDGF),
-                "w_out_EFD": jnp.where(drawn_EF[..., None], new_out_EFD, w_out_EFD),
-            }
+        def function(w: jax.Array) -> jax.Array:
+            score = jax.random.uniform(key_units, (*param.stack, param.layer_shape[0], num_units))
+            drawn_EF = jnp.argsort(score) < round(self.reinit_ratio * num_units)
+            drawn = drawn_EF[..., None, None, :] if is_input else drawn_EF[..., None]
+            of_matrix = (-3, -1) if is_input else (-2, -1)
+            mean, std = w.mean(of_matrix, keepdims=True), w.std(of_matrix, keepdims=True)
+            return jnp.where(drawn, mean + std * dataclasses.replace(param, std=1.0).init(key), w)
 
-        return run_once(function, {name: w.sharding for name, w in experts.items()}, *experts.values())
-
-
-def _like(w: jax.Array, normal: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Returns normal values with the mean and standard deviation of `w` over `axes`."""
-    return w.mean(axes, keepdims=True) + w.std(axes, keepdims=True) * normal
+        return run_once(function, w.sharding, w)

@@ -301,7 +301,7 @@ def _serve(model: ModelConfig, layout: Layout, mode: Mode) -> Memory:
     sequences = layout.batch_size // layout.batch_shards
     length = layout.seq_len + (mode == "decode")
     kv_dim = 2 * m.attention.num_kv_heads * m.attention.head_dim
-    kv_cache = m.num_layers / mesh.pipeline * sequences * length * kv_dim / mesh.tensor
+    kv_cache = (s.layers + m.num_dense_layers / mesh.pipeline) * sequences * length * kv_dim / mesh.tensor
     D, f = m.d_model, m.d_ff // s.width
     heads = m.attention.heads_dim // mesh.tensor
     return Memory(

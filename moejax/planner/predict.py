@@ -65,7 +65,7 @@ def step_of(model: ModelConfig, layout: Layout, mode: Mode) -> StepFacts:
     return StepFacts(
         tokens=step_tokens(layout, mode),
         model_flops=model_flops(model, layout, mode),
-        bubble=0.0 if mode == "decode" else (layout.mesh.pipeline - 1) / layout.ticks,
+        bubble=0.0 if mode == "decode" else layout.idle_share(model),
         parts=(1 if mode == "decode" else layout.resolve().batch_split) * layout.dispatch.chunks,
         load=EXPECTED_LOAD if ragged else 1.0,  # buffers are computed whole, whatever is in them
     )

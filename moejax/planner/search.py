@@ -209,7 +209,8 @@ def meshes(cluster: Cluster, model: ModelConfig) -> Iterator[MeshConfig]:
     hardware = cast(Hardware, cluster.device.name if known else "custom")
     for tensor, pipeline in itertools.product(_divisors(num_devices), repeat=2):
         kv_heads, layers = model.attention.num_kv_heads, model.num_moe_layers
-        if tensor > cluster.devices_per_host or kv_heads % tensor or layers < pipeline:
+        stages = math.ceil(layers / math.ceil(layers / pipeline))  # that have a layer
+        if tensor > cluster.devices_per_host or kv_heads % tensor or stages < pipeline:
             continue
         for expert in _divisors(num_devices // (tensor * pipeline) if num_devices % (tensor * pipeline) == 0 else 0):
             if model.num_experts % expert:

@@ -42,7 +42,7 @@ from moejax.checks import make_folder
 from moejax.sharding import NUM_STACK_DIMS, by_name
 from moejax.train.checksums import abridged, find_damage, write_checksums
 from moejax.train.orbax_workarounds import drop_repeated_errors, full_disk_error, readable_path, reason
-from moejax.train.reshard import restack, restackable
+from moejax.train.reshard import fits, restack, restackable
 
 STATE, DATA, METADATA = "state", "data", "metadata"
 
@@ -345,6 +345,11 @@ def _restore_state(directory: pathlib.Path, template: PyTree, fresh: Sequence[st
     for name in restacked:
         sharding = restackable(tuple(stored[name].shape), wanted[name].sharding)
         leaf = _read(directory, {name: sharding})[name]
+        if not fits(leaf, wanted[name].shape):
+            raise CheckpointError(
+                f"{shown} holds another state than wanted: {name} is stored as {list(leaf.shape)}, with more layers "
+                f"than {list(wanted[name].shape)} has room for; use the model configuration that it was saved with"
+            )
         restored[name] = jax.block_until_ready(restack(leaf, wanted[name].shape, wanted[name].sharding))
         leaf.delete()
     return jax.tree.unflatten(jax.tree.structure(template), [(every_leaf | restored)[name] for name in every_leaf])
@@ -356,7 +361,7 @@ def _check_same_leaves(directory: pathlib.Path, stored: Mapping[str, Any], wante
     problems += [f"{name} is stored but not wanted" for name in stored if name not in wanted]
     for name in (name for name in wanted if name in stored):
         have, want = tuple(stored[name].shape), tuple(wanted[name].shape)
-        if have != want and not _same_layers(have, want):
+        if have != want and not ("layers" in name.split(".") and _same_layers(have, want)):
             problems.append(f"{name} is stored as {list(have)} but wanted as {list(want)}")
         elif stored[name].dtype != wanted[name].dtype:
             problems.append(f"{name} is stored as {stored[name].dtype} but wanted as {wanted[name].dtype}")

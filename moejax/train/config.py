@@ -46,7 +46,7 @@ class TrainConfig:
     compiler_options: tuple[str, ...] = ()  # of XLA, name=value, separated by commas
     seed: int = 0  # of the parameters
     init: str = ""  # a Hugging Face checkpoint's folder, whose weights the run begins with; "" for random ones
-    upcycle: str = ""  # makes a dense `init` a mixture of experts: num_experts=8,experts_per_token=2,granularity=1
+    upcycle: str = ""  # makes a dense `init` a mixture of experts: num_experts=8, and other fields of `Upcycling`
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -64,10 +64,20 @@ def restackable(shape: tuple[int, ...], wanted: NamedSharding) -> NamedSharding:
     return NamedSharding(wanted.mesh, PartitionSpec(*leading, *spec[NUM_STACK_DIMS:]), memory_kind=wanted.memory_kind)
 
 
+def fits(leaf: jax.Array, shape: tuple[int, ...]) -> bool:
+    """Returns whether `restack` to `shape` leaves out nothing but zeros."""
+    have, want = (math.prod(s[:NUM_STACK_DIMS]) for s in (leaf.shape, shape))
+    if have <= want:
+        return True
+    places = jnp.arange(have).reshape(*leaf.shape[:NUM_STACK_DIMS], *(1,) * (leaf.ndim - NUM_STACK_DIMS))
+    return not bool(jax.jit(lambda x: ((x != 0) & (places >= want)).any())(leaf))
+
+
 def restack(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
     """The leaf with its leading dims stacked as those of `shape`, which is to lie as `sharding` says.
 
-    Where `shape` has more places for layers, those at the end are 0; where it has fewer, they are left out.
+    Where `shape` has more places for layers, those at the end are 0; where it has fewer, they are left out. Then each
+    device holds the shards of all stages for a moment.
     """
     explicit = AxisType.Explicit in sharding.mesh.axis_types
     have, want = (math.prod(s[:NUM_STACK_DIMS]) for s in (leaf.shape, shape))

@@ -12,7 +12,7 @@ from moejax.checks import ConfigError
 from moejax.config import DispatchConfig
 from moejax.interop import Upcycling, load_hf, read_model_config, save_hf
 
-DENSE = dataclasses.replace(MODEL, num_experts=1, experts_per_token=1)
+DENSE = dataclasses.replace(MODEL, num_layers=5, num_experts=1, experts_per_token=1)  # which two stages don't divide
 TOKENS_BS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, 16)).astype(np.int32)
 
 
@@ -63,18 +63,20 @@ def test_an_upcycled_model_has_the_logits_of_the_dense_one(dense, axes, text):
 
 
 def test_a_share_of_the_hidden_units_can_start_at_random(dense):
-    upcycling = Upcycling(num_experts=16, reinit_ratio=0.25)
+    upcycling = Upcycling(num_experts=16, granularity=2, reinit_ratio=0.25)
 
     def experts(upcycling, axes):
         program = program_of(axes, upcycling.model(DENSE))
         found = load_hf(dense[0], program, upcycling=upcycling).params["layers"]["moe"]["experts"]
-        return {name: w.reshape(4, *w.shape[3:]) for name, w in jax.device_get(found).items()}
+        stacked = {name: w.reshape(-1, *w.shape[3:]) for name, w in jax.device_get(found).items()}
+        assert not any(w[5:].any() for w in stacked.values())
+        return {name: w[:5] for name, w in stacked.items()}
 
-    copies, drawn = experts(Upcycling(num_experts=16), (1, 1, 1)), experts(upcycling, (1, 1, 1))
+    copies, drawn = experts(dataclasses.replace(upcycling, reinit_ratio=0.0), (1, 1, 1)), experts(upcycling, (1, 1, 1))
     changed_LEDGF, changed_LEFD = (copies[name] != drawn[name] for name in ("w_in_EDGF", "w_out_EFD"))
     np.testing.assert_array_equal(changed_LEDGF.any((2, 3)), changed_LEFD.any(3))
-    assert (changed_LEDGF.all((2, 3)).sum(-1) == 4).all(), "of 16 units, with all weights of each"
-    assert len(np.unique(changed_LEFD.any(3).reshape(64, 16), axis=0)) > 32, "other units in other experts"
+    assert (changed_LEDGF.all((2, 3)).sum(-1) == 2).all(), "of 8 units, with all weights of each"
+    assert len(np.unique(changed_LEFD.any(3).reshape(-1, 8), axis=0)) > 20, "other units in other experts"
     for name, changed in (("w_in_EDGF", changed_LEDGF), ("w_out_EFD", changed_LEFD)):
         assert drawn[name][changed].std() == pytest.approx(copies[name].std(), rel=0.05)
         assert abs(drawn[name][changed].mean()) < 0.05 * copies[name].std()
@@ -85,7 +87,7 @@ def test_a_share_of_the_hidden_units_can_start_at_random(dense):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("8", r"upcycle=.8. has .8.; write num_experts=8,experts_per_token=2,granularity=1"),
+        ("8", r"upcycle=.8. has .8.; write num_experts=8,experts_per_token=2"),
         ("experts=8", "experts does not exist"),
         ("num_experts=8,experts_per_token=3,granularity=2", "experts_per_token=3 must be a multiple of granularity=2"),
         ("num_experts=8,experts_per_token=1", "experts_per_token=1 must be more than 1"),
@@ -103,5 +105,7 @@ def test_a_model_that_does_not_fit_is_refused(dense):
         Upcycling().model(MODEL)
     with pytest.raises(ConfigError, match="granularity=3 must divide the feed-forward's width, 16"):
         Upcycling(6, 3, 3).model(DENSE)
+    with pytest.raises(ConfigError, match=r"reinit_ratio=0\.01 is less than one of an expert's 16 units"):
+        Upcycling(reinit_ratio=0.01).model(DENSE)
     with pytest.raises(ConfigError, match=r"num_experts=16 \(not 8\)"):
         load_hf(dense[0], program_of((1, 1, 1)), upcycling=Upcycling())

@@ -95,6 +95,7 @@ CORNERS = {
         dataclasses.replace(MODEL, router=RouterConfig(), tie_embeddings=True),
         Layout(FOUR_AXES, 32, 32, grad_accumulation_steps=2, remat="minimal", gather="layer"),
     ),
+    "uneven": (dataclasses.replace(MODEL, num_layers=MODEL.num_layers + 1), LAYOUT.replace(remat="minimal")),
     "one device": (MODEL, Layout(MeshConfig(hardware="tpu_v5p"), 32, 4, remat="minimal")),
     "variants": (NORMED, LAYOUT.replace(remat="collectives", gather="layer")),
     "variants again": (NORMED, LAYOUT.replace(remat="full")),

@@ -105,6 +105,9 @@ def test_decoding_holds_keys_and_values_of_all_that_was_read(layout):
     kv_dim = 2 * m.attention.num_kv_heads * m.attention.head_dim
     whole = m.num_layers * layout.batch_size * (layout.seq_len + 1) * kv_dim * 2
     assert found.kv_cache == whole / layout.mesh.num_devices
+    uneven = dataclasses.replace(MODEL, num_layers=m.num_layers + 1)  # which one of two stages has
+    wider = predict_memory(uneven, layout, "decode").kv_cache / found.kv_cache
+    assert wider == pytest.approx((m.num_layers / layout.mesh.pipeline + 1) / (m.num_layers / layout.mesh.pipeline))
     assert 1.99 < predict_memory(MODEL, longer, "decode").kv_cache / found.kv_cache < 2
     assert found.optimizer == found.gradients == 0
     assert found.peak_bytes < peak(layout, "prefill") < peak(layout)

@@ -327,28 +327,31 @@ def test_another_state_is_one_error_that_names_the_leaves(tmp_path):
     sharding = NamedSharding(make_mesh((4, 2, 2)), PartitionSpec())
 
     def tree(**shapes):
-        return {"params": {k: jax.device_put(np.zeros(v, np.float32), sharding) for k, v in shapes.items()}}
+        return {"params": {k: jax.device_put(np.ones(v, np.float32), sharding) for k, v in shapes.items()}}
 
     with Checkpointer(tmp_path, keep=1, every=1) as checkpointer:
-        checkpointer.save(1, tree(a=(2, 3), b=(1, 2, 2, 8), c=(4,)), metadata={})  # b has 3 layers or 4
+        checkpointer.save(1, tree(a=(2, 3), layers=(1, 2, 2, 8), c=(4,)), metadata={})  # 3 layers or 4
 
         def message(template):
             with pytest.raises(CheckpointError) as error:
                 checkpointer.restore(template)
             return str(error.value)
 
-        text = message(template_of(tree(a=(3, 2), b=(1, 1, 2, 8), d=(1,))))
+        text = message(template_of(tree(a=(3, 2), layers=(1, 1, 2, 8), d=(1,))))
         assert "params.a is stored as [2, 3] but wanted as [3, 2]" in text
-        assert "params.b is stored as [1, 2, 2, 8] but wanted as [1, 1, 2, 8]" in text
+        assert "params.layers is stored as [1, 2, 2, 8] but wanted as [1, 1, 2, 8]" in text
         assert "params.d is wanted but not stored" in text
         assert "params.c is stored but not wanted" in text
-        other = tree(a=(2, 3), b=(1, 2, 2, 16), c=(4,))
+        other = tree(a=(2, 3), layers=(1, 2, 2, 16), c=(4,))
         other["params"]["a"] = other["params"]["a"].astype(jnp.bfloat16)
         text = message(template_of(other))
         assert "params.a is stored as float32 but wanted as bfloat16" in text
-        assert "params.b is stored as [1, 2, 2, 8] but wanted as [1, 2, 2, 16]" in text
-        text = message(template_of(tree(a=(2, 3), b=(1, 1, 5, 8), c=(4,))))
-        assert "params.b is stored as [1, 2, 2, 8] but wanted as [1, 1, 5, 8]" in text
+        assert "params.layers is stored as [1, 2, 2, 8] but wanted as [1, 2, 2, 16]" in text
+        text = message(template_of(tree(a=(2, 3), layers=(1, 1, 5, 8), c=(4,))))
+        assert "params.layers is stored as [1, 2, 2, 8] but wanted as [1, 1, 5, 8]" in text
+        # It could have 3 layers, as its shape says, but holds 4.
+        with pytest.raises(CheckpointError, match=r"params.layers is stored as \[1, 2, 2, 8\], with more layers than"):
+            checkpointer.restore(template_of(tree(a=(2, 3), layers=(1, 1, 3, 8), c=(4,))))
 
 
 @pytest.mark.parametrize("call", ["save", "restore", "wait", "close"])
