@@ -307,6 +307,9 @@ CI_CASES = (
 )  # fmt: skip
 
 
+# A case on every axis that is quick to compile.
+SMALL = Case(2, 2, 2, model=variant(num_layers=2, router=RouterConfig(score="sigmoid", bias=True)))
+
 # A number of layers that leaves places of the last chunks empty, and whole chunks.
 UNEVEN = Case(
     2, 4, 2, repeats=2, num_microbatches=4, gather="layer", remat="minimal", packed=True,
@@ -315,7 +318,7 @@ UNEVEN = Case(
 
 # Variants of a layer's mathematics, many at once: all that go together, and the other choice of the rest.
 VARIANTS = variant(
-    num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, shared_gate=True, tie_embeddings=True,
+    num_layers=6, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, shared_gate=True, tie_embeddings=True,
     attention=dataclasses.replace(GROUPED, qk_norm="projection", bias=True, output_bias=True, multiplier=0.2),
     rope=RopeConfig(rotary_dim=4, scaling=RopeScalingConfig("yarn", 4.0, 512)),
     router=RouterConfig(score="sigmoid", bias=True, scaling=2.5),

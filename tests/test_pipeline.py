@@ -119,7 +119,10 @@ def test_places_without_a_layer_are_passed_over(bubble):
 
     def scalar(run, *args):
         y_MbsD, sums_L = run(*args)
-        return (y_MbsD * np.arange(y_MbsD.size).reshape(y_MbsD.shape)).sum() + (sums_L**2).sum(), (y_MbsD, sums_L)
+        return (y_MbsD * np.arange(y_MbsD.size, dtype=np.float32).reshape(y_MbsD.shape)).sum() + (sums_L**2).sum(), (
+            y_MbsD,
+            sums_L,
+        )
 
     grad = functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     actual = jax.jit(grad(functools.partial(scalar, in_pipeline)))(w_LDD, x_MbsD)

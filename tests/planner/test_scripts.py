@@ -37,7 +37,7 @@ def test_a_plan_is_written_as_a_file_that_trains(tmp_path):
         (["--model=moe"], "--model=moe does not exist"),
         (["--mode=serve"], "--mode=serve must be one of train, prefill, decode"),
         (["--seqlen=5"], "--seqlen does not exist; did you mean --seq_len?"),
-        (["--seq_len=10240", "--batch_size=65536"], "do not fit on a100_64gb_2x8"),
+        pytest.param(["--seq_len=10240", "--batch_size=65536"], "do not fit on a100_64gb_2x8", marks=pytest.mark.full),
     ],
 )
 def test_wrong_requests_are_one_line(arguments, message, tmp_path):

@@ -207,6 +207,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(short, ctrl_c, tmp_path):
     assert ctrl_c.lines[2:] == ["stopped at once; nothing is lost", "stop 130"]
 
 
+@pytest.mark.full
 def test_ctrl_c_is_answered_with_what_is_awaited_and_with_what_is_lost(short, ctrl_c, tmp_path):
     ctrl_c.at(TrainStep, "evaluate")
     ctrl_c.at(Checkpointer, "save")

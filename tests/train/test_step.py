@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import BALANCE, CI_CASES, MODEL, UNEVEN, Case, make_batch, per_device_values, relative_error, variant
+from cases import BALANCE, CI_CASES, MODEL, SMALL, UNEVEN, Case, make_batch, per_device_values, relative_error, variant
 from reference import oracle
 from tiers import full_unless
 
@@ -57,7 +57,7 @@ def by_hand(params, grads):
 
 
 # test_equivalence.py has the gradients of more cases in the full tier.
-TIERED = full_unless(CI_CASES[2].__eq__, (*CI_CASES, UNEVEN), slow=lambda case: True)
+TIERED = full_unless(SMALL.__eq__, (SMALL, *CI_CASES, UNEVEN), slow=lambda case: True)
 
 
 def assert_close(actual, expected):
@@ -95,6 +95,7 @@ def test_no_device_disagrees_after_a_step(case):
             assert all(value.tobytes() == values[0].tobytes() for value in values), jax.tree_util.keystr(path)
 
 
+@pytest.mark.full
 def test_a_bias_without_a_rate_stays_as_it_is():
     case = Case(1, 1, 1, model=variant(num_layers=1, router=RouterConfig(bias=True)))
     balance = dataclasses.replace(BALANCE, bias_update_rate=0.0)
