@@ -7,8 +7,8 @@ sequence, and heads and vocabulary. These are a step's collectives, but for smal
 autodiff adds their transposes (of an all_gather, a psum_scatter). On one device they do nothing.
 
     gather        shards of weights -> weights         all_gather over expert
-                  of shared experts                    all_gather over expert and tensor
-                  of dense layers                      all_gather over expert and pipeline; feed-forwards: and tensor
+                  of shared experts, down-projections  all_gather over expert and tensor
+                  of dense layers                      the same and over pipeline; feed-forwards: and tensor
     embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline
                   before dense layers: -> [q, s, D]    psum_scatter over tensor; psum_scatter over pipeline
     dense_layers  each stage runs q sequences          all_gather over pipeline afterward
