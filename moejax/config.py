@@ -53,9 +53,9 @@ if not TYPE_CHECKING:  # or every name would exist for a type checker
 class LatentConfig:
     """Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434), off with a `kv_rank` of 0.
 
-    Keys and values of all heads are made from one latent vector of a token, and so are queries with a `q_rank`. RoPE
-    rotates the last `rope_head_dim` dims of a head alone; keys have them in common, made from the token itself. A cache
-    then holds `kv_rank` + `rope_head_dim` numbers per token, however many heads there are.
+    Keys and values of all heads are made from one latent vector of a token, and queries from another if there is a
+    `q_rank`. RoPE rotates only the last `rope_head_dim` dims of a head; all heads have these dims of keys in common,
+    made from the token itself. A cache then holds `kv_rank` + `rope_head_dim` numbers per token for all heads together.
     """
 
     kv_rank: int = 0  # width of the latent of keys and values; 0: no latent attention
@@ -183,8 +183,8 @@ class RouterConfig:
 
     `scaling` is a factor on every gate, after renormalizing (DeepSeek-V3's routed scaling factor).
 
-    Experts may be in `num_groups` equal groups, so that a token visits experts of `groups_per_token` groups alone: of
-    those whose two best scores, with the bias, have the highest sum or, without a bias, whose best score is the highest
+    With `num_groups` equal groups of experts, a token visits only experts of its `groups_per_token` best groups. A
+    group is as good as the sum of its two best scores, the bias included or, without a bias, as its best score
     (DeepSeek-V3, section 2.1.2; V2, 2405.04434, section 2.2.2).
     """
 

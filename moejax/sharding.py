@@ -6,8 +6,8 @@ spread over `expert_axes` and used where they lie. An `all_gather` transposes to
 sharded the same way: that one line is ZeRO and FSDP.
 
 Dimensions: D model, N query heads, K key/value heads, H head, E experts, G=2 (gate, up or key, value), F feed-forward,
-V vocabulary. Latent attention has Q, the latent of queries, C, that of keys and values, and J, C with the shared part
-of keys behind it; H is there the width of a head in the matrix at hand, which is not the same in all of them.
+V vocabulary. Of latent attention: Q latent of queries, C latent of keys and values, J that latent with the part of keys
+that heads share behind it; H is the width of a head in the matrix at hand, which differs between them.
 
 The layers of the pipeline are stacked in front as [repeats, stages, layers per chunk]; in row-major order that is the
 logical order of the layers, so a checkpoint of one mesh reads on any other. Where their number does not divide, the

@@ -162,7 +162,7 @@ def read_common_latent(c: HfConfig) -> Fields:
     c.require("rope_interleave", True, "RoPE that rotates neighbors here")
     # Since transformers 5: the sizes again.
     c.require("qk_head_dim", head_dim, "heads of qk_nope_head_dim + qk_rope_head_dim")
-    c.require("head_dim", rotated, "qk_rope_head_dim in its place")
+    c.require("head_dim", rotated, "qk_rope_head_dim by this name")
     rope = read_rope(c, rotated)
     attention = AttentionConfig(heads, heads, head_dim, multiplier=read_multiplier(c, head_dim), latent=latent)
     return _read_sizes(c, tied=False) | {"attention": attention, "rope": rope}

@@ -276,7 +276,8 @@ DEVICE_KINDS = {"cpu": "cpu", "cuda": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5p"}
 
 @pytest.mark.parametrize("platform", KERNELS)
 @pytest.mark.parametrize("entry", [top_k_routing, route_tokens])
-def test_the_mesh_picks_the_implementation_which_the_lowered_program_then_holds(entry, platform):
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "groups_per_token": 2}], ids=["free", "limited"])
+def test_the_mesh_picks_the_implementation_which_the_lowered_program_then_holds(entry, platform, groups):
     device = AbstractDevice(DEVICE_KINDS[platform], None, platform)
     mesh = AbstractMesh((2, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
     shapes = [(2048, 16)] if entry is top_k_routing else [(2048, 128), (128, 16)]
@@ -289,7 +290,7 @@ def test_the_mesh_picks_the_implementation_which_the_lowered_program_then_holds(
 
     def per_device(*args):
         picked.append(routing_implementation())
-        routing, sums = entry(*args, experts_per_token=2)
+        routing, sums = entry(*args, bias_E=jnp.ones(16), experts_per_token=2, **groups)
         return jax.lax.psum(jnp.sin(routing.gate_TK).sum() + sums.z, ("expert",))
 
     sharded = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=P())

@@ -60,10 +60,10 @@ def top_k_routing(
       score: "softmax" over the experts, or "sigmoid" of each logit.
       renormalize: divide the chosen gates by their sum (Mixtral, arXiv 2401.04088), or take the scores as they are.
       num_sequences: b, the number of equal runs of consecutive tokens that are summed over separately.
-      num_groups: equal groups of consecutive experts, of which a token visits some alone; 1 for no such limit.
-      groups_per_token: how many: those of the highest sums of their two best scores + bias, or without a bias of the
-        highest score (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; V2, 2405.04434, section 2.2.2). Ties go to the
-        lower group.
+      num_groups: equal groups of consecutive experts.
+      groups_per_token: best groups, whose experts alone a token visits. A group is as good as the sum of its two best
+        values of score + bias or, without a bias, as its best score (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; V2,
+        2405.04434, section 2.2.2). Ties go to the lower group.
       implementation: "reference", "pallas_gpu" or "pallas_tpu"; None for `routing_implementation()`.
       interpret: evaluate a Pallas kernel's body with plain jax operations, on any device: slow, for tests.
 
