@@ -8,6 +8,7 @@ experts, heads, layers, vocabulary, batch) is checked by `moejax.layout.Layout.c
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from moejax.checks import ConfigError, check, check_not_negative, check_positive
 Dtype = Literal["float32", "bfloat16", "float16"]
 RouterScore = Literal["softmax", "sigmoid"]
 QkNorm = Literal["none", "head", "projection"]
+AttentionKind = Literal["grouped", "latent"]
 RopeScaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 Strategy = Literal["capacity", "dropless", "ragged"]
 WireDtype = Literal["compute", "float8"]
@@ -48,11 +50,40 @@ if not TYPE_CHECKING:  # or every name would exist for a type checker
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434), off with a `kv_rank` of 0.
+
+    Keys and values of all heads are made from one latent vector of a token, and queries from another if there is a
+    `q_rank`. RoPE rotates only the last `rope_head_dim` dims of a head; all heads have these dims of keys in common,
+    made from the token itself. A cache then holds `kv_rank` + `rope_head_dim` numbers per token for all heads together.
+    """
+
+    kv_rank: int = 0  # width of the latent of keys and values; 0: no latent attention
+    q_rank: int = 0  # width of the latent of queries; 0: none, they are made from the token
+    rope_head_dim: int = 0  # dims of a head's queries and keys that RoPE rotates, even; keys of all heads share them
+    value_head_dim: int = 0  # width of a head's values; at most attention.head_dim
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_not_negative(self, "kv_rank", "q_rank", "rope_head_dim", "value_head_dim")
+        for name in ("rope_head_dim", "value_head_dim"):
+            check(
+                (getattr(self, name) > 0) == (self.kv_rank > 0),
+                f"{name}={getattr(self, name)} must be positive exactly when kv_rank={self.kv_rank} is",
+            )
+        check(self.kv_rank > 0 or not self.q_rank, f"q_rank={self.q_rank} must be 0 with kv_rank=0")
+        check(self.rope_head_dim % 2 == 0, f"rope_head_dim={self.rope_head_dim} must be even: RoPE rotates pairs")
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Causal attention in which groups of query heads share a head of keys and values (arXiv 2305.13245).
 
     `qk_norm` is an RMSNorm of queries and one of keys, before positions come in: "head" normalizes each head by itself,
     all with the same scales (Qwen3, arXiv 2505.09388), "projection" all heads as one vector (OLMoE, 2409.02060).
+
+    With `latent`, each head has keys and values of its own, made from a latent vector; there is no `qk_norm` and no
+    `bias` then.
     """
 
     num_heads: int = 4  # attention heads, of queries
@@ -62,6 +93,7 @@ class AttentionConfig:
     bias: bool = False  # add a bias to queries, keys and values
     output_bias: bool = False  # add a bias to the output projection
     multiplier: float = 0.0  # of the scores before the softmax; 0: head_dim**-0.5
+    latent: LatentConfig = LatentConfig()  # the latent vectors of multi-head latent attention
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -72,11 +104,65 @@ class AttentionConfig:
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
         check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if self.kind == "latent":
+            self._check_latent()
+
+    def _check_latent(self) -> None:
+        latent = self.latent
+        with_latent = f"with latent.kv_rank={latent.kv_rank}"
+        check(
+            self.num_kv_heads == self.num_heads,
+            f"num_kv_heads={self.num_kv_heads} must be num_heads={self.num_heads} {with_latent}: each head has keys of "
+            "its own",
+        )
+        check(self.qk_norm == "none", f"qk_norm={self.qk_norm!r} must be 'none' {with_latent}, which has its own norms")
+        check(not self.bias, f"bias=True must be False {with_latent}")
+        check(
+            latent.rope_head_dim < self.head_dim,
+            f"latent.rope_head_dim={latent.rope_head_dim} must be less than head_dim={self.head_dim}: it is a part of "
+            "a head",
+        )
+        check(
+            latent.value_head_dim <= self.head_dim,
+            f"latent.value_head_dim={latent.value_head_dim} must be at most head_dim={self.head_dim}",
+        )
+
+    @property
+    def kind(self) -> AttentionKind:
+        return "latent" if self.latent.kv_rank else "grouped"
 
     @property
     def heads_dim(self) -> int:
-        """Elements of a token's queries, keys, values and results, all heads together."""
+        """Elements of a token's queries, keys, values and results, all heads together, as the kernel has them."""
         return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values and results."""
+        return self.latent.value_head_dim or self.head_dim
+
+    def cache_dim(self, tensor: int = 1) -> int:
+        """Returns elements that a token leaves in one device's KV cache, with heads split over `tensor` devices."""
+        if self.kind == "latent":
+            return self.latent.kv_rank + self.latent.rope_head_dim
+        return 2 * (self.num_kv_heads // tensor) * self.head_dim
+
+    def projections(self, d_model: int, tensor: int = 1) -> list[tuple[int, int]]:
+        """Returns (inputs, outputs) of the matrices that a token passes on one device, the output projection last.
+
+        Heads are split over `tensor` devices; what makes the latents is not.
+        """
+        heads, kv_heads, latent = self.num_heads // tensor, self.num_kv_heads // tensor, self.latent
+        if self.kind == "grouped":
+            inward = [(d_model, heads * self.head_dim), (d_model, 2 * kv_heads * self.head_dim)]
+        else:
+            ranks = [d_model, latent.q_rank] if latent.q_rank else [d_model]
+            inward = [
+                *itertools.pairwise([*ranks, heads * self.head_dim]),
+                (d_model, latent.kv_rank + latent.rope_head_dim),
+                (latent.kv_rank, heads * (self.head_dim - latent.rope_head_dim + latent.value_head_dim)),
+            ]
+        return [*inward, (heads * self.value_dim, d_model)]
 
     @property
     def query_scale(self) -> float:
@@ -96,16 +182,26 @@ class RouterConfig:
     loss-free balancing (2408.15664), moved by `BalanceConfig.bias_update_rate` or, at a rate of 0, left as it is.
 
     `scaling` is a factor on every gate, after renormalizing (DeepSeek-V3's routed scaling factor).
+
+    With `num_groups` equal groups of experts, a token visits only experts of its `groups_per_token` best groups. A
+    group is as good as the sum of its two best scores, the bias included or, without a bias, as its best score
+    (DeepSeek-V3, section 2.1.2; V2, 2405.04434, section 2.2.2).
     """
 
     score: RouterScore = "softmax"  # how the router scores experts: against each other, or one by one
     renormalize: bool = True  # divide a token's gates by their sum
     bias: bool = False  # a selection bias per expert, moved by balance.bias_update_rate
     scaling: float = 1.0  # of every gate
+    num_groups: int = 1  # groups of experts; 1: no groups
+    groups_per_token: int = 1  # groups that a token's experts are in
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(self, "scaling")
+        check_positive(self, "scaling", "num_groups", "groups_per_token")
+        check(
+            self.groups_per_token <= self.num_groups,
+            f"groups_per_token={self.groups_per_token} must be at most num_groups={self.num_groups}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +239,8 @@ class RopeScalingConfig:
             f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}",
         )
         check(
-            self.beta_slow < self.beta_fast,
-            f"beta_slow={self.beta_slow} must be less than beta_fast={self.beta_fast}",
+            self.beta_slow <= self.beta_fast,
+            f"beta_slow={self.beta_slow} must be at most beta_fast={self.beta_fast}",
         )
         for name in ("short_factors", "long_factors"):
             factors = getattr(self, name)
@@ -222,7 +318,12 @@ class ModelConfig:
             self.rope.rotary_dim <= self.attention.head_dim,
             f"rope.rotary_dim={self.rope.rotary_dim} must be at most attention.head_dim={self.attention.head_dim}",
         )
-        scaling, pairs = self.rope.scaling, (self.rope.rotary_dim or self.attention.head_dim) // 2
+        check(
+            not self.rope.rotary_dim or self.attention.kind == "grouped",
+            f"rope.rotary_dim={self.rope.rotary_dim} must be 0 with latent attention, where "
+            f"attention.latent.rope_head_dim={self.attention.latent.rope_head_dim} says what is rotated",
+        )
+        scaling, pairs = self.rope.scaling, self.rotary_dim // 2
         for name in ("short_factors", "long_factors"):
             given = len(getattr(scaling, name))
             check(
@@ -238,6 +339,16 @@ class ModelConfig:
         check(
             self.experts_per_token <= self.num_experts,
             f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}",
+        )
+        groups, size = self.router.num_groups, self.num_experts // self.router.num_groups
+        check(
+            groups == 1 or (self.num_experts % groups == 0 and size > 1),
+            f"router.num_groups={groups} must divide num_experts={self.num_experts} into groups of 2 or more",
+        )
+        check(
+            self.experts_per_token <= self.router.groups_per_token * size,
+            f"experts_per_token={self.experts_per_token} must be at most {self.router.groups_per_token * size}, the "
+            f"experts of router.groups_per_token={self.router.groups_per_token} groups",
         )
         check(
             self.experts_per_token > 1 or not self.router.renormalize or self.num_experts == 1,
@@ -267,6 +378,11 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that RoPE rotates."""
+        return self.attention.latent.rope_head_dim or self.rope.rotary_dim or self.attention.head_dim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -187,8 +187,11 @@ class Layout:
         check_hops(self.dispatch, self.exchange_hosts, f"mesh.hosts={mesh.hosts}, mesh.host_axis={mesh.host_axis}")
         check_divides("attention.num_heads", m.attention.num_heads, "tensor", mesh.tensor)
         check_divides("attention.num_kv_heads", m.attention.num_kv_heads, "tensor", mesh.tensor)
-        if m.num_dense_layers:
-            check_divides("d_model", m.d_model, "expert × pipeline × tensor", mesh.expert * mesh.pipeline * mesh.tensor)
+        axes, size = ("expert × pipeline", mesh.expert * mesh.pipeline) if m.num_dense_layers else (EXPERT, mesh.expert)
+        if m.num_dense_layers or m.attention.kind == "latent":
+            check_divides("d_model", m.d_model, f"{axes} × tensor", size * mesh.tensor)
+        for name in ("kv_rank", "q_rank"):
+            check_divides(f"attention.latent.{name}", getattr(m.attention.latent, name), axes, size)
         vocab_parts = mesh.pipeline * mesh.tensor
         check(
             m.padded_vocab_size % vocab_parts == 0,

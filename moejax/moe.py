@@ -54,6 +54,8 @@ def route(x_TD: jax.Array, p: dict[str, Any], m: ModelConfig, num_sequences: int
         score=m.router.score,
         renormalize=m.router.renormalize,
         num_sequences=num_sequences,
+        num_groups=m.router.num_groups,
+        groups_per_token=m.router.groups_per_token,
     )
     with jax.named_scope("route"):
         return routing._replace(gate_TK=scaled(routing.gate_TK, m.router.scaling)), sums

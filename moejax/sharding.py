@@ -6,9 +6,12 @@ spread over `expert_axes` and used where they lie. An `all_gather` transposes to
 sharded the same way: that one line is ZeRO and FSDP.
 
 Dimensions: D model, N query heads, K key/value heads, H head, E experts, G=2 (gate, up or key, value), F feed-forward,
-V vocabulary. The layers of the pipeline are stacked in front as [repeats, stages, layers per chunk]; in row-major order
-that is the logical order of the layers, so a checkpoint of one mesh reads on any other. Where their number doesn't
-divide evenly, the last places hold zeros.
+V vocabulary. Of latent attention: Q latent of queries, C latent of keys and values, J that latent with the part of keys
+that heads share behind it; H is the width of a head in the matrix at hand, which differs between them.
+
+The layers of the pipeline are stacked in front as [repeats, stages, layers per chunk]; in row-major order that is the
+logical order of the layers, so a checkpoint of one mesh reads on any other. Where their number doesn't divide evenly,
+the last places hold zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.compiler import ONCE, for_jit
-from moejax.config import DispatchConfig, ModelConfig
+from moejax.config import AttentionKind, DispatchConfig, ModelConfig
 from moejax.layout import VOCAB_AXES, Layout
 from moejax.mesh import EXPERT, PIPELINE, REPLICA, TENSOR
 
@@ -110,28 +113,39 @@ def _dense(
     return Param(shape, fan_in**-0.5, tuple(stored), (gather_dim, over), decay=True, compute_dtype=compute_dtype)
 
 
-def _norm(m: ModelConfig, over: Axes) -> Param:
+def _norm(size: int, over: Axes) -> Param:
     """The scales of a norm, stored over the axes `over`."""
-    return Param((m.d_model,), None, (over,), (0, over), decay=False, compute_dtype="float32")
+    return Param((size,), None, (over,), (0, over), decay=False, compute_dtype="float32")
 
 
 def _attention(m: ModelConfig, over: Axes) -> dict[str, Param]:
+    D, N, H = m.d_model, m.attention.num_heads, m.attention.value_dim
+    table = {
+        "norm_D": _norm(D, over),
+        **_HEADS[m.attention.kind](m, over),
+        "w_o_NHD": _dense(
+            (N, H, D),
+            2 * m.num_layers * N * H,  # residual branches start small (GPT-2)
+            2,
+            over,
+            dim0=(TENSOR,),
+        ),
+    }
+    if m.attention.output_bias:
+        table["b_o_D"] = Param((D,), 0.0, (over,), (0, over), decay=False, compute_dtype="model")
+    return table
+
+
+def _grouped_heads(m: ModelConfig, over: Axes) -> dict[str, Param]:
+    """What makes queries, keys and values of tokens."""
     heads: Axes = (TENSOR,)
     D, N, K, H = m.d_model, m.attention.num_heads, m.attention.num_kv_heads, m.attention.head_dim
     # Vectors of heads are too small to be spread over other devices than their heads are.
     scale = functools.partial(Param, std=None, decay=False, compute_dtype="float32")
     bias = functools.partial(Param, std=0.0, decay=False, compute_dtype="model")
     table = {
-        "norm_D": _norm(m, over),
         "w_q_DNH": _dense((D, N, H), D, 0, over, dim1=heads),
         "w_kv_DGKH": _dense((D, 2, K, H), D, 0, over, dim2=heads),
-        "w_o_NHD": _dense(
-            (N, H, D),
-            2 * m.num_layers * N * H,  # residual branches start small (GPT-2)
-            2,
-            over,
-            dim0=heads,
-        ),
     }
     if m.attention.qk_norm == "head":
         table |= {"norm_q_H": scale((H,), stored=((),)), "norm_k_H": scale((H,), stored=((),))}
@@ -139,9 +153,34 @@ def _attention(m: ModelConfig, over: Axes) -> dict[str, Param]:
         table |= {"norm_q_NH": scale((N, H), stored=(heads, ())), "norm_k_KH": scale((K, H), stored=(heads, ()))}
     if m.attention.bias:
         table |= {"b_q_NH": bias((N, H), stored=(heads, ())), "b_kv_GKH": bias((2, K, H), stored=((), heads, ()))}
-    if m.attention.output_bias:
-        table["b_o_D"] = bias((D,), stored=(over,), gather=(0, over))
     return table
+
+
+def _latent_heads(m: ModelConfig, over: Axes) -> dict[str, Param]:
+    """What makes latents of tokens, which no head has a part of, and queries, keys and values of them."""
+    heads: Axes = (TENSOR,)
+    a, latent = m.attention, m.attention.latent
+    D, N, H, Q, C = m.d_model, a.num_heads, a.head_dim, latent.q_rank, latent.kv_rank
+    J, keys_and_values = C + latent.rope_head_dim, H - latent.rope_head_dim + latent.value_head_dim
+    if Q:
+        queries = {
+            "w_q_down_DQ": _dense((D, Q), D, 0, (*over, TENSOR)),
+            "norm_q_Q": _norm(Q, over),
+            "w_q_up_QNH": _dense((Q, N, H), Q, 0, over, dim1=heads),
+        }
+    else:
+        queries = {"w_q_DNH": _dense((D, N, H), D, 0, over, dim1=heads)}
+    return queries | {
+        "w_kv_down_DJ": _dense((D, J), D, 0, (*over, TENSOR)),
+        "norm_kv_C": _norm(C, over),
+        "w_kv_up_CNH": _dense((C, N, keys_and_values), C, 0, over, dim1=heads),
+    }
+
+
+_HEADS: dict[AttentionKind, Callable[[ModelConfig, Axes], dict[str, Param]]] = {
+    "grouped": _grouped_heads,
+    "latent": _latent_heads,
+}
 
 
 def _feed_forward(m: ModelConfig, d_ff: int, over: Axes) -> dict[str, Param]:
@@ -182,7 +221,7 @@ def param_table(m: ModelConfig, layout: Layout) -> dict[str, Any]:
     stack = (layout.pipeline_repeats, layout.mesh.pipeline, layout.layers_per_chunk(m))
     layer = {
         "attention": _attention(m, (EXPERT,)),
-        "moe_norm_D": _norm(m, (EXPERT,)),
+        "moe_norm_D": _norm(m.d_model, (EXPERT,)),
         "moe": moe_params(m, layout.dispatch),
     }
     rows, more = m.padded_vocab_size, m.padded_vocab_size - m.vocab_size
@@ -193,7 +232,7 @@ def param_table(m: ModelConfig, layout: Layout) -> dict[str, Any]:
     table: dict[str, Any] = {
         "embed": {"table_VD": embedding},
         "layers": _map(lambda p: p.stacked(stack, ((), (PIPELINE,), ()), m.num_moe_layers), layer),
-        "head": {"norm_D": _norm(m, (EXPERT,))},
+        "head": {"norm_D": _norm(m.d_model, (EXPERT,))},
     }
     if not m.tie_embeddings:
         output = _dense((m.d_model, rows), m.d_model, 0, (EXPERT,), dim1=VOCAB_AXES)
@@ -202,7 +241,7 @@ def param_table(m: ModelConfig, layout: Layout) -> dict[str, Any]:
         # They run before the pipeline, data-parallel over its axis, so that no stage carries them alone.
         dense = {
             "attention": _attention(m, (EXPERT, PIPELINE)),
-            "feed_forward_norm_D": _norm(m, (EXPERT, PIPELINE)),
+            "feed_forward_norm_D": _norm(m.d_model, (EXPERT, PIPELINE)),
             "feed_forward": _feed_forward(m, m.dense_d_ff, (EXPERT, PIPELINE, TENSOR)),
         }
         table["dense_layers"] = _map(lambda p: p.stacked((m.num_dense_layers,), ((),), m.num_dense_layers), dense)

@@ -19,6 +19,7 @@ from moejax.config import (
     AttentionConfig,
     BalanceConfig,
     DispatchConfig,
+    LatentConfig,
     ModelConfig,
     RopeConfig,
     RopeScalingConfig,
@@ -328,11 +329,24 @@ OTHER_VARIANTS = variant(
     attention=dataclasses.replace(GROUPED, qk_norm="head", bias=True), router=RouterConfig(scaling=0.5),
     rope=RopeConfig(scaling=RopeScalingConfig("llama3", 4.0, 16)), vocab_size=49,
 )  # fmt: skip
+LATENT = variant(  # as DeepSeek-V3 has it
+    num_layers=5, num_dense_layers=1, dense_d_ff=24, shared_d_ff=16, norm_eps=1e-5,
+    attention=AttentionConfig(4, 4, 12, multiplier=0.4, latent=LatentConfig(16, 24, 4, 6)),
+    rope=RopeConfig(scaling=RopeScalingConfig("yarn", 4.0, 512, attention_factor=1.0)),
+    router=RouterConfig("sigmoid", bias=True, scaling=2.5, num_groups=4, groups_per_token=2),
+)  # fmt: skip
+OTHER_LATENT = variant(  # as DeepSeek-V2-Lite has attention, and V2 groups
+    attention=AttentionConfig(4, 4, 12, output_bias=True, latent=LatentConfig(16, 0, 4, 12)),
+    router=RouterConfig(renormalize=False, num_groups=8, groups_per_token=3),
+)  # fmt: skip
 VARIANT_CASES = (
     Case(1, 1, 1, model=VARIANTS, packed=True),
     Case(4, 2, 2, model=VARIANTS, packed=True, gather="layer", remat="minimal", bubble="compute"),
     Case(2, 1, 2, model=OTHER_VARIANTS, replica=2, folded=False, remat="full"),
     UNEVEN,
+    Case(1, 1, 1, model=LATENT, packed=True, remat="collectives"),
+    Case(4, 2, 2, model=LATENT, packed=True, gather="layer"),
+    Case(2, 2, 2, model=OTHER_LATENT, replica=2, folded=False, repeats=2, remat="minimal", bubble="compute"),
     Case(1, 4, 1, model=variant(num_layers=7, num_dense_layers=1, dense_d_ff=24), remat="none", bubble="compute"),
 )
 

@@ -14,6 +14,7 @@ from moejax.config import (
     CheckpointConfig,
     DataConfig,
     DispatchConfig,
+    LatentConfig,
     ModelConfig,
     OptimizerConfig,
     RopeConfig,
@@ -28,7 +29,7 @@ POSITIVE = {
     ModelConfig: "num_layers d_model d_ff num_experts experts_per_token vocab_size max_seq_len norm_eps "
     "embedding_multiplier residual_multiplier logits_divisor",
     AttentionConfig: "num_heads num_kv_heads head_dim",
-    RouterConfig: "scaling",
+    RouterConfig: "scaling num_groups groups_per_token",
     RopeScalingConfig: "low_freq_factor high_freq_factor beta_fast beta_slow",
     DispatchConfig: "capacity_factor chunks",
     BalanceConfig: "window",
@@ -41,6 +42,7 @@ POSITIVE = {
 NOT_NEGATIVE = {
     ModelConfig: "shared_d_ff num_dense_layers dense_d_ff",
     AttentionConfig: "multiplier",
+    LatentConfig: "kv_rank q_rank rope_head_dim value_head_dim",
     RopeConfig: "rotary_dim",
     RopeScalingConfig: "original_max_seq_len attention_factor",
     BalanceConfig: "aux_loss_weight sequence_loss_weight z_loss_weight bias_update_rate max_load_cv "
@@ -61,15 +63,71 @@ CHOICES = {
         "bubble": "'auto', 'skip', 'compute'",
     },
 }
+LATENT = LatentConfig(kv_rank=16, rope_head_dim=8, value_head_dim=16)
 RELATIONS = [
     (AttentionConfig, {"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
     (AttentionConfig, {"head_dim": 31}, "head_dim=31 must be even: RoPE rotates pairs"),
+    (LatentConfig, {"kv_rank": 8}, "rope_head_dim=0 must be positive exactly when kv_rank=8 is"),
+    (LatentConfig, {"value_head_dim": 8}, "value_head_dim=8 must be positive exactly when kv_rank=0 is"),
+    (LatentConfig, {"q_rank": 8}, "q_rank=8 must be 0 with kv_rank=0"),
+    (
+        LatentConfig,
+        {"kv_rank": 8, "rope_head_dim": 3, "value_head_dim": 8},
+        "rope_head_dim=3 must be even: RoPE rotates pairs",
+    ),
+    (
+        AttentionConfig,
+        {"latent": LATENT},
+        "num_kv_heads=2 must be num_heads=4 with latent.kv_rank=16: each head has keys of its own",
+    ),
+    (
+        AttentionConfig,
+        {"num_kv_heads": 4, "latent": LATENT, "qk_norm": "head"},
+        "qk_norm='head' must be 'none' with latent.kv_rank=16, which has its own norms",
+    ),
+    (
+        AttentionConfig,
+        {"num_kv_heads": 4, "latent": LATENT, "bias": True},
+        "bias=True must be False with latent.kv_rank=16",
+    ),
+    (
+        AttentionConfig,
+        {"num_kv_heads": 4, "latent": LATENT, "head_dim": 8},
+        "latent.rope_head_dim=8 must be less than head_dim=8: it is a part of a head",
+    ),
+    (
+        AttentionConfig,
+        {"num_kv_heads": 4, "latent": LATENT, "head_dim": 12},
+        "latent.value_head_dim=16 must be at most head_dim=12",
+    ),
+    (
+        ModelConfig,
+        {"attention": AttentionConfig(4, 4, 32, latent=LATENT), "rope": RopeConfig(rotary_dim=8)},
+        "rope.rotary_dim=8 must be 0 with latent attention, where attention.latent.rope_head_dim=8 says what is "
+        "rotated",
+    ),
+    (RouterConfig, {"groups_per_token": 2}, "groups_per_token=2 must be at most num_groups=1"),
+    (
+        ModelConfig,
+        {"num_experts": 16, "router": RouterConfig(num_groups=3)},
+        "router.num_groups=3 must divide num_experts=16 into groups of 2 or more",
+    ),
+    (
+        ModelConfig,
+        {"num_experts": 16, "router": RouterConfig(num_groups=16)},
+        "router.num_groups=16 must divide num_experts=16 into groups of 2 or more",
+    ),
+    (
+        ModelConfig,
+        {"num_experts": 16, "experts_per_token": 5, "router": RouterConfig(num_groups=4)},
+        "experts_per_token=5 must be at most 4, the experts of router.groups_per_token=1 groups",
+    ),
     (RopeConfig, {"rotary_dim": 5}, "rotary_dim=5 must be even: RoPE rotates pairs"),
     (RopeConfig, {"theta": 1.0}, "theta=1.0 must be more than 1"),
     (RopeScalingConfig, {"factor": 0.5}, "factor=0.5 must be at least 1: sequences get longer"),
     (RopeScalingConfig, {"kind": "yarn"}, "original_max_seq_len=0 must be more than 1 with kind='yarn'"),
     (RopeScalingConfig, {"low_freq_factor": 4}, "low_freq_factor=4 must be less than high_freq_factor=4.0"),
-    (RopeScalingConfig, {"beta_fast": 1}, "beta_slow=1.0 must be less than beta_fast=1"),
+    (RopeScalingConfig, {"beta_slow": 33}, "beta_slow=33 must be at most beta_fast=32.0"),
     (RopeScalingConfig, {"short_factors": (1.0, 0.0)}, "short_factors=(1.0, 0.0) must all be more than 0"),
     (
         ModelConfig,

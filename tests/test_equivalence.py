@@ -24,7 +24,7 @@ from moejax.checks import ConfigError
 from moejax.config import AttentionConfig
 
 TOLERANCE = 1e-5  # of a parameter's largest gradient; float32 against float64
-SLOW = (VARIANT_CASES[0], *VARIANT_CASES[3:])  # the others have the same variants and uneven layers
+SLOW = [VARIANT_CASES[i] for i in (0, 3, 4, 6, 7)]  # the others have nearly all of the same between them
 
 GRID_MODEL = variant(num_layers=16, attention=AttentionConfig(num_heads=16, num_kv_heads=16, head_dim=4))
 SIZES = (1, 2, 4, 8, 16)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moejax.checks import ConfigError
-from moejax.config import AttentionConfig, DispatchConfig, ModelConfig
+from moejax.config import AttentionConfig, DispatchConfig, LatentConfig, ModelConfig
 from moejax.layout import Layout, check_layouts
 from moejax.mesh import MeshConfig
 
@@ -178,6 +178,22 @@ WRONG = [
     wrong(
         "d_model=36 must be a multiple of expert × tensor = 8; try d_model=40, or expert × tensor = 1, 2, 3, 4 or 6",
         (4, 1, 2), model={"d_model": 36, "shared_d_ff": 8},
+    ),
+    wrong(
+        "d_model=60 must be a multiple of expert × tensor = 8; try d_model=64, or",
+        (4, 1, 2), model={"d_model": 60, "attention": AttentionConfig(4, 4, 8, latent=LatentConfig(8, 8, 4, 8))},
+    ),
+    wrong(
+        "attention.latent.kv_rank=6 must be a multiple of expert = 4; try attention.latent.kv_rank=8, or expert = ",
+        (4, 1, 1), model={"attention": AttentionConfig(4, 4, 8, latent=LatentConfig(6, 8, 4, 8))},
+    ),
+    wrong(
+        "attention.latent.q_rank=12 must be a multiple of expert × pipeline = 8; try attention.latent.q_rank=16, or",
+        (4, 2, 1),
+        model={
+            "attention": AttentionConfig(4, 4, 8, latent=LatentConfig(8, 12, 4, 8)), "num_layers": 5,
+            "num_dense_layers": 1, "dense_d_ff": 8,
+        },
     ),
     wrong(
         "d_model=36 must be a multiple of expert × pipeline × tensor = 8; try d_model=40, or",

@@ -10,7 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moejax import moe
-from moejax.config import AttentionConfig, DispatchConfig, ModelConfig, OptimizerConfig, RouterConfig
+from moejax.config import (
+    AttentionConfig,
+    DispatchConfig,
+    LatentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+)
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig, abstract_mesh
 from moejax.nn import attention, embedding, experts, feed_forward, norm, weights
@@ -50,9 +57,13 @@ EVERYTHING = dataclasses.replace(
 )  # fmt: skip
 
 
+LATENT = dataclasses.replace(EVERYTHING, attention=AttentionConfig(4, 4, 12, latent=LatentConfig(16, 32, 4, 8)))
+
+
+@pytest.mark.parametrize("model", [EVERYTHING, LATENT], ids=["grouped", "latent"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_large_is_stored_once_and_norms_at_most_once_a_tensor_group(layout):
-    table, mesh = param_table(EVERYTHING, layout), layout.mesh
+def test_what_is_large_is_stored_once_and_norms_at_most_once_a_tensor_group(layout, model):
+    table, mesh = param_table(model, layout), layout.mesh
     shapes = param_shapes(table, abstract_mesh(mesh))
     for (path, p), shape in zip(leaves(table), jax.tree.leaves(shapes), strict=True):
         axes = [axis for dim in p.stored for axis in dim]
@@ -71,9 +82,10 @@ def test_what_is_large_is_stored_once_and_norms_at_most_once_a_tensor_group(layo
             assert p.stored[p.gather[0]] == p.gather[1], path
 
 
+@pytest.mark.parametrize("model", [EVERYTHING, LATENT], ids=["grouped", "latent"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_logical_shape_does_not_depend_on_the_mesh(layout):
-    here, alone = leaves(param_table(EVERYTHING, layout)), leaves(param_table(EVERYTHING, Layout()))
+def test_the_logical_shape_does_not_depend_on_the_mesh(layout, model):
+    here, alone = leaves(param_table(model, layout)), leaves(param_table(model, Layout()))
     for (path, p), (path_alone, p_alone) in zip(here, alone, strict=True):
         n = p.num_stack_dims
         assert (path, n, p.std) == (path_alone, p_alone.num_stack_dims, p_alone.std)
@@ -111,9 +123,20 @@ def map_table(function, table, *rest):
     return jax.tree.map(function, table, *rest, is_leaf=lambda x: isinstance(x, Param))
 
 
+LATENT_ATTENTION = {
+    "norm_D": NORM, "w_q_down_DQ": MATRIX, "norm_q_Q": NORM, "w_q_up_QNH": MATRIX, "w_kv_down_DJ": MATRIX,
+    "norm_kv_C": NORM, "w_kv_up_CNH": MATRIX, "w_o_NHD": MATRIX,
+}  # fmt: skip
+
+
 def test_every_parameter_is_used_as_it_should_be():
     """A new parameter needs a line here as well."""
-    assert map_table(lambda p: (p.decay, p.compute_dtype), param_table(WITH_BIAS, Layout())) == USES
+    uses = lambda model: map_table(lambda p: (p.decay, p.compute_dtype), param_table(model, Layout()))  # noqa: E731
+    assert uses(WITH_BIAS) == USES
+    assert uses(LATENT)["layers"]["attention"] == LATENT_ATTENTION
+    unranked = dataclasses.replace(LATENT.attention, latent=LatentConfig(16, 0, 4, 8))
+    names = LATENT_ATTENTION.keys() - {"w_q_down_DQ", "norm_q_Q", "w_q_up_QNH"} | {"w_q_DNH"}
+    assert uses(dataclasses.replace(LATENT, attention=unranked))["layers"]["attention"].keys() == names
 
 
 def test_a_parameter_must_say_how_it_is_used():
@@ -135,12 +158,19 @@ def test_weight_decay_pulls_the_parameters_that_say_so_and_no_others():
     assert all((np.asarray(update) <= 0).all() for update in jax.tree.leaves(updates))
 
 
-def test_every_parameter_is_used_in_the_dtype_that_it_declares(monkeypatch):
+@pytest.mark.parametrize(
+    "attention_config",
+    [
+        dataclasses.replace(WITH_BIAS.attention, num_heads=5, num_kv_heads=1, head_dim=6),
+        AttentionConfig(5, 5, 10, latent=LatentConfig(17, 23, 4, 8)),
+    ],
+    ids=["grouped", "latent"],
+)
+def test_every_parameter_is_used_in_the_dtype_that_it_declares(attention_config, monkeypatch):
     """Every size differs from every other, so that a shape says whose compute copy it is."""
     model = dataclasses.replace(
-        WITH_BIAS, d_model=34, d_ff=7, num_experts=9, shared_d_ff=11,
-        attention=dataclasses.replace(WITH_BIAS.attention, num_heads=5, num_kv_heads=1, head_dim=6),
-        dense_d_ff=13, vocab_size=257, dtype="bfloat16",
+        WITH_BIAS, d_model=34, d_ff=7, num_experts=9, shared_d_ff=11, attention=attention_config, dense_d_ff=13,
+        vocab_size=257, dtype="bfloat16",
     )  # fmt: skip
     program = Program(model, Layout(batch_size=2), abstract_mesh(MeshConfig()))
     used, compute_copy = {}, weights.compute_copy

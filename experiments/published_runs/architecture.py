@@ -224,10 +224,15 @@ class Architecture:
     @classmethod
     def from_config(cls, model: ModelConfig, name: str = "") -> Architecture:
         """The same for a model that moejax trains."""
-        a = model.attention
-        attention = Attention(
+        a, latent = model.attention, model.attention.latent
+        attention: Attention | LatentAttention = Attention(
             a.num_heads, a.num_kv_heads, a.head_dim, qk_norm=a.qk_norm, qkv_bias=a.bias, out_bias=a.output_bias
         )
+        if a.kind == "latent":
+            fixed = a.head_dim - latent.rope_head_dim
+            attention = LatentAttention(
+                a.num_heads, latent.q_rank, latent.kv_rank, fixed, latent.rope_head_dim, latent.value_head_dim
+            )
         experts = Experts(
             model.num_experts, model.experts_per_token, model.d_ff,
             shared_d_ff=model.shared_d_ff, shared_gate=model.shared_gate, router_bias=model.router.bias,

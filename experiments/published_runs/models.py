@@ -219,7 +219,6 @@ def what_is_missing(model: Architecture) -> list[str]:
     experts = [layer.ffn for layer in layers if isinstance(layer.ffn, Experts)]
     ffns = [layer.ffn for layer in layers if layer.ffn is not None]
     missing = {
-        "multi-head latent attention (MLA)": any(isinstance(mixer, LatentAttention) for mixer in mixers),
         "state-space layers (Mamba)": any(isinstance(mixer, StateSpace) for mixer in mixers),
         "sliding-window attention": any(mixer.window for mixer in attention),
         "attention sinks": any(mixer.sinks for mixer in attention),

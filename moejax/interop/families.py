@@ -22,7 +22,9 @@ from moejax.interop.common import (
     expert_rows,
     read_biases,
     read_common,
+    read_common_latent,
     read_deepseek,
+    read_sigmoid_router,
     require_experts_in_every_layer,
     require_full_attention,
     swiglu_rows,
@@ -210,22 +212,23 @@ def _qwen2_rows(m: ModelConfig) -> tuple[Row, ...]:
 
 def _read_glm4(c: HfConfig) -> ModelConfig:
     qk_norm = "head" if c.flag("use_qk_norm", default=False) else "none"
-    bias = c.flag("attention_bias", default=False)
-    return read_deepseek(c, renormalize=True, rotated=0.5, qk_norm=qk_norm, bias=bias)
+    common = read_common(c, rotated=0.5, qk_norm=qk_norm, bias=c.flag("attention_bias", default=False))
+    return read_deepseek(c, common, read_sigmoid_router(c, renormalize=True))
 
 
 def _write_glm4(m: ModelConfig) -> Fields:
     return write_deepseek(m) | {
         "use_qk_norm": m.attention.qk_norm == "head",
         "num_nextn_predict_layers": 0,
-        "partial_rotary_factor": (m.rope.rotary_dim or m.attention.head_dim) / m.attention.head_dim,
+        "partial_rotary_factor": m.rotary_dim / m.attention.head_dim,
     }
 
 
 def _read_solar(c: HfConfig) -> ModelConfig:
     c.require("first_k_dense_replace", 0, "experts in every layer here")
     c.require("use_qk_norm", False, "no norms of queries and keys here")
-    return read_deepseek(c, renormalize=True, bias=c.flag("attention_bias", default=False))
+    common = read_common(c, bias=c.flag("attention_bias", default=False))
+    return read_deepseek(c, common, read_sigmoid_router(c, renormalize=True))
 
 
 def _read_dots1(c: HfConfig) -> ModelConfig:
@@ -239,11 +242,59 @@ def _read_dots1(c: HfConfig) -> ModelConfig:
         )
     require_full_attention(c)
     c.skip("sliding_window")  # no layer has it
-    return read_deepseek(c, renormalize=False, qk_norm="head", **read_biases(c))
+    common = read_common(c, qk_norm="head", **read_biases(c))
+    return read_deepseek(c, common, read_sigmoid_router(c, renormalize=False))
 
 
 def _write_dots1(m: ModelConfig) -> Fields:
     return write_deepseek(m) | {"layer_types": ["full_attention"] * m.num_layers}
+
+
+def _skip_deepseeks_training(c: HfConfig) -> None:
+    """Passes over what DeepSeek's files and Kimi's say of how the model was trained."""
+    c.require("pretraining_tp", 1, "one order of sums")
+    for name in ("aux_loss_alpha", "seq_aux", "ep_size"):
+        c.skip(name)
+
+
+def _read_deepseek_v3(c: HfConfig) -> ModelConfig:
+    _skip_deepseeks_training(c)
+    return read_deepseek(c, read_common_latent(c), read_sigmoid_router(c, renormalize=True))
+
+
+def _write_deepseek_v3(m: ModelConfig) -> Fields:
+    return write_deepseek(m) | {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _read_deepseek_v2(c: HfConfig) -> ModelConfig:
+    _skip_deepseeks_training(c)
+    c.require("mlp_bias", False, "no biases in feed-forwards")
+    c.require("scoring_func", "softmax", "a softmax here")
+    c.require("norm_topk_prob", False, "gates as they are here")
+    limited = c.choice("topk_method", of=("greedy", "group_limited_greedy"), default="greedy") != "greedy"
+    groups = [c.count(name, default=1) for name in ("n_group", "topk_group")]  # say nothing without a limit
+    router = RouterConfig(
+        renormalize=False, scaling=float(c.number("routed_scaling_factor", default=1.0)),
+        num_groups=groups[0] if limited else 1, groups_per_token=groups[1] if limited else 1,
+    )  # fmt: skip
+    return read_deepseek(c, read_common_latent(c), router)
+
+
+def _write_deepseek_v2(m: ModelConfig) -> Fields:
+    return write_deepseek(m) | {
+        "scoring_func": "softmax",
+        "topk_method": "group_limited_greedy" if m.router.num_groups > 1 else "greedy",
+        "moe_layer_freq": 1,
+    }
+
+
+def _deepseek_rows(m: ModelConfig) -> tuple[Row, ...]:
+    return deepseek_rows(m, neighbors=m.rotary_dim)
 
 
 def _read_minimax_m2(c: HfConfig) -> ModelConfig:
@@ -275,7 +326,7 @@ def _write_minimax_m2(m: ModelConfig) -> Fields:
         "num_local_experts": m.num_experts,
         "num_experts_per_tok": m.experts_per_token,
         "router_jitter_noise": 0.0,
-        "rotary_dim": m.rope.rotary_dim or m.attention.head_dim,
+        "rotary_dim": m.rotary_dim,
     }
 
 
@@ -363,7 +414,7 @@ def _write_ernie(m: ModelConfig) -> Fields:
 
 
 def _ernie_rows(m: ModelConfig) -> tuple[Row, ...]:
-    return deepseek_rows(m, bias=("mlp.moe_statics.e_score_correction_bias", "1 E"), pairs=True)
+    return deepseek_rows(m, bias=("mlp.moe_statics.e_score_correction_bias", "1 E"), neighbors=m.rotary_dim)
 
 
 def _beyond_last_layer(m: ModelConfig) -> tuple[str, ...]:
@@ -424,6 +475,18 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("dots1", "Dots1ForCausalLM", _read_dots1, _write_dots1, deepseek_rows),
         Family("solar_open", "SolarOpenForCausalLM", _read_solar, write_deepseek, deepseek_rows),
+        Family(
+            "deepseek_v3", "DeepseekV3ForCausalLM", _read_deepseek_v3, _write_deepseek_v3, _deepseek_rows,
+            _beyond_last_layer, _with_shared_expert,
+        ),
+        Family(
+            "kimi_k2", "DeepseekV3ForCausalLM", _read_deepseek_v3, _write_deepseek_v3, _deepseek_rows,
+            _beyond_last_layer, _with_shared_expert,
+        ),
+        Family(
+            "deepseek_v2", "DeepseekV2ForCausalLM", _read_deepseek_v2, _write_deepseek_v2, _deepseek_rows,
+            _beyond_last_layer, _with_shared_expert,
+        ),
         Family("minimax_m2", "MiniMaxM2ForCausalLM", _read_minimax_m2, _write_minimax_m2, _minimax_m2_rows, _mtp),
         Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _read_ernie, _write_ernie, _ernie_rows, _mtp),
         Family(

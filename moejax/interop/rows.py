@@ -8,9 +8,9 @@ whose elements run over N, and over H inside. The tensor here is [heads × head_
 - {layer} and {expert} in a stored name: a tensor per layer, or per expert (dim E). With E in neither, it is every
   expert's: the feed-forward of a dense model.
 - `part`: the row is for one index of the parameter's dim G: the key or the value, the gate or the up projection.
-- In `disk`, h and r are the halves of H: element (r, h) of a head is r * H/2 + h. Checkpoints whose RoPE rotates
-  neighbors (2h, 2h + 1) say "(N h r) D"; here RoPE rotates element h with h + H/2.
-- 1 is a dim of one element.
+- 1 in `disk` is a dim of one element.
+- `neighbors`: so many elements at the end of the parameter's last dim are rotated by RoPE, whose pairs are neighbors in
+  the checkpoint; here each element of their first half makes a pair with one of the second.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 
-SPLIT = {"H": ("r", "h")}  # dims that a row may name by their factors, outermost first; r has two elements
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -36,6 +34,7 @@ class Row:
     stored: str
     disk: str
     part: int | None = None
+    neighbors: int = 0
 
     @property
     def dims(self) -> str:
@@ -59,11 +58,7 @@ class Row:
 
     def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Returns the size of each dim, for a parameter whose layers have this shape."""
-        sizes = dict(zip(self.dims, shape, strict=True)) | {"1": 1}
-        for dim, (outer, inner) in SPLIT.items():
-            if dim in sizes:
-                sizes |= {outer: 2, inner: sizes[dim] // 2}
-        return sizes
+        return dict(zip(self.dims, shape, strict=True)) | {"1": 1}
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of each stored tensor, for a parameter whose layers have this shape."""
@@ -80,42 +75,35 @@ class Row:
         """Returns a slice of a stored tensor, with the dims of the parameter that it has, in their order.
 
         Args:
-          tensor: as stored, such as a memory map: no more of it is read than the slice.
+          tensor: as stored, such as a memory map: no more of it is read than the slice, or with `neighbors` than the
+            slice with all of the last dim.
           shape: of one layer of the parameter.
-          at: the range of each dim of the parameter. Dims that the row splits are taken whole.
+          at: the range of each dim of the parameter.
         """
-        sizes = self.sizes(shape)
-        stored = self.stored_dims
-        index = tuple(slice(at[dim].start, at[dim].stop) if dim in at else slice(None) for dim in stored)
-        piece = tensor.reshape([sizes[dim] for dim in stored])[index]
-        wanted = [dim for whole in self.dims for dim in self._as_stored(whole, stored)]
-        piece = piece.transpose(
-            [*(stored.index(dim) for dim in wanted), *(i for i, d in enumerate(stored) if d == "1")]
-        )
-        in_order = iter(piece.shape)
-        merged = []
-        for whole in self.dims:
-            parts = [next(in_order) for _ in self._as_stored(whole, stored)]
-            merged += [math.prod(parts)] if parts else []
-        return piece.reshape(merged)
+        sizes, last = self.sizes(shape), self.dims[-1]
+        whole = {"1", last} if self.neighbors else {"1"}
+        index = tuple(slice(None) if dim in whole else slice(at[dim].start, at[dim].stop) for dim in self.stored_dims)
+        piece = tensor.reshape([sizes[dim] for dim in self.stored_dims])[index]
+        dims = [dim for dim in self.dims if dim in self.stored_dims]
+        ones = [i for i, dim in enumerate(self.stored_dims) if dim == "1"]
+        piece = piece.transpose([*map(self.stored_dims.index, dims), *ones])
+        piece = piece.reshape(piece.shape[: len(dims)])
+        return piece[..., self._order(sizes[last])[at[last].start : at[last].stop]] if self.neighbors else piece
 
     def write(self, layer: np.ndarray, expert: int = 0) -> np.ndarray:
         """Returns a stored tensor, made of one layer of the parameter; the `expert`th where there is one per expert."""
-        sizes = self.sizes(layer.shape)
         at: dict[str, Any] = {} if self.part is None else {"G": self.part}
         if not self.has_experts:
             at["E"] = expert
         piece = layer[tuple(at.get(dim, slice(None)) for dim in self.dims)]
-        stored = self.stored_dims
-        have = [dim for whole in self.dims for dim in self._as_stored(whole, stored)]
-        piece = piece.reshape([sizes[dim] for dim in have])
-        piece = piece.transpose([have.index(dim) for dim in stored if dim != "1"])
+        if self.neighbors:
+            piece = piece[..., np.argsort(self._order(layer.shape[-1]))]
+        dims = [dim for dim in self.dims if dim in self.stored_dims]
+        piece = piece.transpose([dims.index(dim) for dim in self.stored_dims if dim != "1"])
         return piece.reshape(self.stored_shape(layer.shape))
 
-    @staticmethod
-    def _as_stored(dim: str, stored: list[str]) -> tuple[str, ...]:
-        """Returns what a dim of the parameter is in the stored tensor: itself, its factors, or nothing."""
-        if dim in stored:
-            return (dim,)
-        factors = SPLIT.get(dim, ())
-        return factors if factors and factors[0] in stored else ()
+    def _order(self, size: int) -> np.ndarray:
+        """Returns where on disk the elements of the last dim are, which has `size` of them."""
+        order = np.arange(size)
+        rotated = order[size - self.neighbors :]
+        return np.concatenate([order[: size - self.neighbors], rotated[::2], rotated[1::2]])

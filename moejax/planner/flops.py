@@ -16,26 +16,32 @@ from moejax.planner.units import quantity, rounded
 
 def forward_flops(m: ModelConfig, seq_len: int) -> float:
     """FLOPs of the forward pass for one token, mean over the positions of a sequence of `seq_len`."""
-    return float(2 * _matmul_params(m) + _attention_flops(m, (seq_len + 1) / 2))
+    a = m.attention
+    return float(2 * _matmul_params(m) + _attention_flops(m, (seq_len + 1) / 2, a.head_dim + a.value_dim))
 
 
 def decode_flops(m: ModelConfig, context: int) -> float:
-    """FLOPs of one new token that sees `context` tokens before it."""
-    return float(2 * _matmul_params(m) + _attention_flops(m, context + 1))
+    """FLOPs of one new token that sees `context` tokens before it.
+
+    Latents are what it sees: to make every token's keys and values of them again would cost more.
+    """
+    a, latent = m.attention, m.attention.latent
+    dims = 2 * a.head_dim if a.kind == "grouped" else 2 * latent.kv_rank + latent.rope_head_dim
+    return float(2 * _matmul_params(m) + _attention_flops(m, context + 1, dims))
 
 
 def _matmul_params(m: ModelConfig) -> int:
     """Parameters that a token is multiplied with."""
-    attention = m.d_model * m.attention.heads_dim
+    attention = sum(inputs * outputs for inputs, outputs in m.attention.projections(m.d_model))
     moe = 3 * m.d_model * (m.experts_per_token * m.d_ff + m.shared_d_ff)
     moe += m.d_model * (m.num_experts + m.shared_gate)
     dense = 3 * m.d_model * m.dense_d_ff
     return m.num_layers * attention + m.num_moe_layers * moe + m.num_dense_layers * dense + m.d_model * m.vocab_size
 
 
-def _attention_flops(m: ModelConfig, context: float) -> float:
-    """Queries by keys and weights by values, for a token that sees `context` tokens."""
-    return m.num_layers * 2 * 2 * m.attention.num_heads * m.attention.head_dim * context
+def _attention_flops(m: ModelConfig, context: float, dims: int) -> float:
+    """Queries by keys and weights by values, `dims` wide together, for a token that sees `context` tokens."""
+    return m.num_layers * 2 * m.attention.num_heads * dims * context
 
 
 @dataclasses.dataclass(frozen=True)

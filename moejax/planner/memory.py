@@ -103,17 +103,19 @@ class Sizes:
         self.A = self.T * t
 
         # Parameters of one layer, as used, on one device.
-        heads, vectors = m.attention.heads_dim, 2 + m.attention.output_bias
+        used, everywhere = (_matrices(m.attention.projections(m.d_model, n)) for n in (t, 1))
+        ranks, vectors = m.attention.latent.q_rank + m.attention.latent.kv_rank, 2 + m.attention.output_bias
         of_heads = _vectors_of_heads(m.attention, t)
-        self.P = m.d_model * (heads // t + 3 * m.shared_d_ff + m.shared_gate + m.num_experts + vectors) + of_heads
+        norms = m.d_model * vectors + ranks
+        self.P = used + m.d_model * (3 * m.shared_d_ff + m.shared_gate + m.num_experts) + norms + of_heads
         self.W = 3 * m.d_model * m.d_ff * m.num_experts // (over * self.width)
         self.P_stored = (
-            m.d_model * (heads + 3 * m.shared_d_ff + m.shared_gate) / (e * t)
-            + m.d_model * (m.num_experts + vectors) / e
+            (everywhere + m.d_model * (3 * m.shared_d_ff + m.shared_gate)) / (e * t)
+            + (m.d_model * m.num_experts + norms) / e
             + of_heads
         )
-        self.dense_layer = m.d_model * (heads // t + 3 * m.dense_d_ff + vectors) + of_heads if m.num_dense_layers else 0
-        spread = m.d_model * (heads / t + 3 * m.dense_d_ff / t + vectors) / (e * p) + of_heads
+        self.dense_layer = used + 3 * m.d_model * m.dense_d_ff + norms + of_heads if m.num_dense_layers else 0
+        spread = ((everywhere + 3 * m.d_model * m.dense_d_ff) / t + norms) / (e * p) + of_heads
         dense_stored = m.num_dense_layers * spread
         self.vocab = m.padded_vocab_size // (p * t)
         tables = 1 if m.tie_embeddings else 2
@@ -146,11 +148,13 @@ class Sizes:
             return a * m.d_model * tokens
         total = a * m.d_model * (2 + t) * tokens  # input, gathered over `tensor`, scattered after
         if self.policy != "collectives":  # queries, keys, values, results and the softmax's normalizer
-            total += tokens * (a * m.attention.heads_dim + _FLOAT32 * m.attention.num_heads)
+            total += tokens * (a * _projected(m, t) + _FLOAT32 * m.attention.num_heads)
         if m.attention.qk_norm == "projection":  # a mean of squares for all queries of a token, and one for its keys
             total += tokens * t * _FLOAT32 * 2
         elif m.attention.qk_norm == "head" and self.policy == "none":  # sums of squares of each head
             total += tokens * _FLOAT32 * (m.attention.num_heads + m.attention.num_kv_heads)
+        elif m.attention.kind == "latent" and self.policy == "none":  # sums of squares of each latent
+            total += tokens * t * _FLOAT32 * (1 + (m.attention.latent.q_rank > 0))
         return total
 
     @property
@@ -219,6 +223,21 @@ class Sizes:
     def logits(self) -> float:
         """Of one microbatch, float32."""
         return _FLOAT32 * self.sequences * self.layout.seq_len * self.vocab
+
+
+def _matrices(projections: list[tuple[int, int]]) -> int:
+    """Elements of the matrices."""
+    return sum(inputs * outputs for inputs, outputs in projections)
+
+
+def _projected(m: ModelConfig, tensor: int) -> int:
+    """Elements of projections and of the kernel's results, for each token that lies on a device between blocks.
+
+    For each of them a device has `tensor` tokens of its own heads, and of all latents.
+    """
+    *inward, _ = m.attention.projections(m.d_model, tensor)
+    results = m.attention.num_heads // tensor * m.attention.head_dim
+    return tensor * (sum(outputs for _, outputs in inward) + results)
 
 
 def _vectors_of_heads(attention: AttentionConfig, tensor: int) -> int:
@@ -300,8 +319,8 @@ def _serve(model: ModelConfig, layout: Layout, mode: Mode) -> Memory:
     parameters = s.layers * (s.P + s.W) + m.num_dense_layers * s.dense_layer + 2 * s.table
     sequences = layout.batch_size // layout.batch_shards
     length = layout.seq_len + (mode == "decode")
-    kv_dim = 2 * m.attention.num_kv_heads * m.attention.head_dim
-    kv_cache = (s.layers + m.num_dense_layers / mesh.pipeline) * sequences * length * kv_dim / mesh.tensor
+    kv_layers = s.layers + m.num_dense_layers / mesh.pipeline
+    kv_cache = kv_layers * sequences * length * m.attention.cache_dim(mesh.tensor)
     D, f = m.d_model, m.d_ff // s.width
     heads = m.attention.heads_dim // mesh.tensor
     return Memory(

@@ -106,12 +106,14 @@ class _Step(Passes):
         m, t, H = self.model, self.size[TENSOR], self.model.attention.head_dim
         heads, kv_heads, tokens = m.attention.num_heads // t, m.attention.num_kv_heads // t, b * self.S
         local = b * self.s * m.d_model * self.itemsize
+        *inward, (results, _) = m.attention.projections(m.d_model, t)
         yield from self.collective("attention", "all_gather", (TENSOR,), local, times, "network")
-        yield from self.matmul("attention", tokens, heads * H, m.d_model, times, "projection")
-        yield from self.matmul("attention", tokens, 2 * kv_heads * H, m.d_model, times, "projection")
+        for inputs, outputs in inward:
+            yield from self.matmul("attention", tokens, outputs, inputs, times, "projection")
         yield from self.qk_norm(b, tokens * (heads + kv_heads) * H, times)
+        yield from self.latents(tokens, heads, times)
         yield from self.scores(b, heads, times)
-        yield from self.matmul("attention", tokens, m.d_model, heads * H, times, "network")
+        yield from self.matmul("attention", tokens, m.d_model, results, times, "network")
         yield from self.collective("attention", "reduce_scatter", (TENSOR,), local * t, times, "network")
         yield from self.memory_op("attention", b * self.s * m.d_model, times, forward=5, backward=8)  # norm, residual
         rotated = tokens * (heads + kv_heads) * H
@@ -126,6 +128,14 @@ class _Step(Passes):
             for _ in ("queries", "keys"):
                 yield from self.no_gradient("attention", "all_reduce", (TENSOR,), 4 * b * self.S, times, "network")
                 yield from self.in_pass("attention", "backward", (TENSOR,), 4 * b * self.S, times)
+
+    def latents(self, tokens: float, heads: int, times: float) -> Iterator[MemoryOp]:
+        """Norms of latents; and values, padded to the width of keys for the kernel, and results, cut again."""
+        a = self.model.attention
+        if a.kind == "latent":
+            ranks, padded = a.latent.q_rank + a.latent.kv_rank, 2 * heads * a.head_dim
+            yield from self.memory_op("attention", tokens * ranks, times, forward=1, backward=2)
+            yield from self.memory_op("attention", tokens * padded, times, forward=2, backward=2)
 
     def scores(self, b: float, heads: int, times: float) -> Iterator[Matmul]:
         """The kernel on padded tokens; causality leaves half of each product of queries by tokens."""

@@ -5,8 +5,12 @@ There is no serving step yet to trace; this is what it will do. Weights lie in b
 so that no stage waits: a step gives every sequence one token and takes each group through all stages. As sequences are
 over `tensor` between attention blocks in training, so here are the group's tokens, of which there is one a sequence.
 
+Latent attention does not make keys and values of what the cache holds: the matrices that would make them are applied to
+the queries and to the results instead (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+
 Dimensions: b sequences of a group, T = b / tensor tokens of a device between attention blocks, n and k query and
-key-value heads of a device, H head, S tokens seen, D model, E experts, e those of a device, F expert width.
+key-value heads of a device, H head, S tokens seen, D model, E experts, e those of a device, F expert width. Of latent
+attention: C latent of keys and values, R rotated part of a key, W width of a head's values.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ def decode_work(model: ModelConfig, layout: Layout) -> Work:
     T = max(1, math.ceil(b / tensor))
     layers = stages * math.ceil(m.num_moe_layers / stages)  # groups × layers of a stage
     heads, kv_heads = m.attention.num_heads / tensor, m.attention.num_kv_heads / tensor
-    H, D = m.attention.head_dim, m.d_model
+    H, D, context = m.attention.head_dim, m.d_model, layout.seq_len + 1
 
     def matmul(phase: Phase, rows: float, n: float, k: float, times: float, groups: float = 1) -> Matmul:
         return Matmul(phase, "forward", rows, n, k, groups, times, m.dtype)
@@ -40,26 +44,40 @@ def decode_work(model: ModelConfig, layout: Layout) -> Work:
         size = math.prod(mesh.shape[axis] for axis in axes)
         return Collective(phase, "forward", kind, axes, rows * D * BYTES, size, times, hosts)
 
-    def cached(phase: Phase, groups: float, rows: float, context: int, times: float) -> Work:
+    def cached(groups: float, rows: float, key_dim: int, value_dim: int, cache_dim: int, times: float) -> Work:
         """A few queries by every key and value of the cache: it takes as long as reading them, not as its products."""
-        scores = Matmul(phase, "forward", rows, context, H, groups, times, m.dtype, filled=0)
-        values = Matmul(phase, "forward", rows, H, context, groups, times, m.dtype, filled=0)
-        return [scores, values, MemoryOp(phase, "forward", groups * 2 * context * H * BYTES, times)]
+        scores = Matmul("attention", "forward", rows, context, key_dim, groups, times, m.dtype, filled=0)
+        values = Matmul("attention", "forward", rows, value_dim, context, groups, times, m.dtype, filled=0)
+        return [scores, values, MemoryOp("attention", "forward", groups * context * cache_dim * BYTES, times)]
 
     def qk_norm(times: float) -> Work:
         if m.attention.qk_norm != "projection":
             return []
         return [Collective("attention", "forward", "all_reduce", (TENSOR,), 4 * b, tensor, 2 * times)]  # of squares
 
+    def grouped(times: float) -> Work:
+        return [
+            matmul("attention", b, (heads + 2 * kv_heads) * H, D, times),
+            *qk_norm(times),
+            *cached(b * kv_heads, heads / kv_heads, H, H, 2 * H, times),
+        ]
+
+    def latent(times: float) -> Work:
+        *queries, down, _, _ = m.attention.projections(D, tensor)
+        C, R, W = m.attention.latent.kv_rank, m.rotary_dim, m.attention.value_dim
+        return [
+            *(matmul("attention", b, outputs, inputs, times) for inputs, outputs in (*queries, down)),
+            matmul("attention", b, C, H - R, times, groups=heads),
+            *cached(b, heads, C + R, C, C + R, times),
+            matmul("attention", b, W, C, times, groups=heads),
+        ]
+
     def attention(times: float) -> Work:
-        context = layout.seq_len + 1
         return [
             MemoryOp("attention", "forward", 4 * T * D * BYTES, times),  # the norm and the residual
             collective("attention", "all_gather", (TENSOR,), T, times),
-            matmul("attention", b, (heads + 2 * kv_heads) * H, D, times),
-            *qk_norm(times),
-            *cached("attention", b * kv_heads, heads / kv_heads, context, times),
-            matmul("attention", b, D, heads * H, times),
+            *(latent if m.attention.kind == "latent" else grouped)(times),
+            matmul("attention", b, D, heads * m.attention.value_dim, times),
             collective("attention", "reduce_scatter", (TENSOR,), T * tensor, times),
         ]
 

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
 import pytest
 
+from experiments.published_runs.architecture import Architecture
+from experiments.published_runs.models import find_architecture
 from moejax import Layout, MeshConfig, Program, build_mesh
 from moejax.checks import ConfigError
-from moejax.config import AttentionConfig, ModelConfig, RouterConfig
+from moejax.config import AttentionConfig, LatentConfig, ModelConfig, RopeConfig, RopeScalingConfig, RouterConfig
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.interop import load_hf, read_model_config, save_hf, special_token_ids, tokenizer_files
 from moejax.interop.families import FAMILIES
 from moejax.interop.tensors import NewTensor, find_tensors, write_tensors
-from moejax.sharding import init_params
+from moejax.sharding import by_name, init_params, param_table
 
 SIZES = ModelConfig(
     num_layers=3, d_model=32, attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), d_ff=16,
@@ -28,12 +31,30 @@ def attention(**fields):
     return dataclasses.replace(SIZES.attention, **fields)
 
 
+LATENT = AttentionConfig(4, 4, 24, latent=LatentConfig(kv_rank=16, q_rank=8, rope_head_dim=8, value_head_dim=16))
+OF_TRAINING = {"aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1, "moe_layer_freq": 1}
 # A model of each family, and fields that change nothing in it.
 PUBLISHED = {
     "llama": (DENSE, {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1}),
     "qwen2": (
         dataclasses.replace(DENSE, attention=attention(bias=True)),
         {"use_mrope": False, "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 2},
+    ),
+    "deepseek_v3": (
+        dataclasses.replace(
+            SIGMOID, attention=LATENT, router=dataclasses.replace(SIGMOID.router, num_groups=4, groups_per_token=2),
+        ),
+        OF_TRAINING | {"num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    ),
+    "kimi_k2": (
+        dataclasses.replace(
+            SIGMOID, attention=dataclasses.replace(LATENT, latent=dataclasses.replace(LATENT.latent, q_rank=0)),
+        ),
+        OF_TRAINING | {"q_lora_rank": None, "rope_interleave": True, "head_dim": 8, "qk_head_dim": 24},
+    ),
+    "deepseek_v2": (
+        dataclasses.replace(SIGMOID, attention=LATENT, router=RouterConfig(renormalize=False, scaling=16.0)),
+        OF_TRAINING | {"n_group": 8, "topk_group": 3},
     ),
     "dots1": (
         dataclasses.replace(SIGMOID, attention=attention(qk_norm="head")),
@@ -61,6 +82,11 @@ PUBLISHED = {
 CHANGED = {
     "neighbors rotated": ("llama", {"rope_interleaved": True}, "rope_interleaved=true, and moejax has RoPE that"),
     "three positions": ("qwen2", {"use_mrope": True}, "use_mrope=true, and moejax has positions of one dimension"),
+    "halves rotated": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=false, and moejax has RoPE that"),
+    "biases of latents": ("deepseek_v3", {"attention_bias": True}, "attention_bias=true, and moejax has no biases in"),
+    "shared keys": ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2, and moejax has keys and values"),
+    "renormalized gates": ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=true, and moejax has gates as"),
+    "groups that are too small": ("deepseek_v3", {"n_group": 8}, "router.num_groups=8 must divide num_experts=8 into"),
     "a window in late layers": (
         "dots1",
         {"layer_types": None, "sliding_window": 64, "max_window_layers": 1},
@@ -108,6 +134,66 @@ def test_llama_2_has_no_base_of_rope(tmp_path):
     assert read_model_config(tmp_path).rope.theta == 10_000
 
 
+YARN = RopeScalingConfig("yarn", 40.0, 4096, attention_factor=1.0)
+
+
+@pytest.mark.parametrize("scale_all", [1.0, 0.707])
+def test_yarn_raises_the_scores_and_leaves_as_it_came(scale_all, tmp_path):
+    multiplier = 24**-0.5 * (0.1 * scale_all * math.log(40) + 1) ** 2
+    attention = dataclasses.replace(LATENT, multiplier=multiplier)
+    model = dataclasses.replace(PUBLISHED["deepseek_v3"][0], attention=attention, rope=RopeConfig(scaling=YARN))
+    saved(model, tmp_path / "m")
+    said = json.loads((tmp_path / "m" / "config.json").read_text())["rope_scaling"]
+    assert (said["mscale"], said["mscale_all_dim"], "attention_factor" in said) == (scale_all, scale_all, False)
+    assert read_model_config(tmp_path / "m") == dataclasses.replace(model, dtype="bfloat16")
+
+
+# What config.json of deepseek-ai/DeepSeek-V3 says of the model.
+DEEPSEEK_V3 = OF_TRAINING | {
+    "model_type": "deepseek_v3", "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "initializer_range": 0.02, "intermediate_size": 18_432, "kv_lora_rank": 512, "max_position_embeddings": 163_840,
+    "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "quantization_config": {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-6, "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "rope_theta": 10_000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
+    "vocab_size": 129_280,
+}  # fmt: skip
+MOONLIGHT = {  # of moonshotai/Moonlight-16B-A3B, where it differs
+    "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11_264, "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0, "q_lora_rank": None, "quantization_config": None, "rms_norm_eps": 1e-5,
+    "rope_scaling": None, "rope_theta": 50_000.0, "routed_scaling_factor": 2.446, "topk_group": 1,
+    "vocab_size": 163_840,
+}  # fmt: skip
+KIMI_K2 = {  # of moonshotai/Kimi-K2-Instruct-0905
+    "model_type": "kimi_k2", "first_k_dense_replace": 1, "max_position_embeddings": 262_144, "n_group": 1,
+    "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64, "num_nextn_predict_layers": 0,
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0},
+    "rope_theta": 50_000.0, "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163_840,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("DeepSeek-V3", {}), ("Moonlight-16B-A3B", MOONLIGHT), ("Kimi-K2", KIMI_K2)]
+)
+def test_published_models_have_their_published_sizes(name, changes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3 | changes))
+    model, published = read_model_config(tmp_path), find_architecture(name)
+    numbers = [math.prod(p.shape) for p in by_name(param_table(model, Layout())).values()]
+    assert sum(numbers) == published.parameters
+    assert Architecture.from_config(model).flops_per_token(4096) == published.flops_per_token(4096)
+
+
 def program_of(model):
     layout = Layout(MeshConfig(), seq_len=16, batch_size=2, num_microbatches=1)
     return Program(model, layout, build_mesh(layout.mesh, jax.devices()[:1]))
@@ -151,6 +237,23 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     saved(model, tmp_path / "m")
     with_tensors(tmp_path / "m", **{"model.mtp_block.0.weight": np.ones(4, np.float32)})
     assert load_hf(tmp_path / "m", program_of(model)).ignored == ("model.mtp_block.0.weight",)
+
+
+def test_layers_beyond_the_last_are_left_out(tmp_path):
+    model = PUBLISHED["deepseek_v3"][0]
+    saved(model, tmp_path / "m")
+    name = f"model.layers.{model.num_layers}.eh_proj.weight"
+    with_tensors(tmp_path / "m", **{name: np.ones(4, np.float32)})
+    assert load_hf(tmp_path / "m", program_of(model)).ignored == (name,)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k2", "deepseek_v2"])
+def test_latent_attention_comes_back_as_it_left(name, tmp_path):
+    model = dataclasses.replace(PUBLISHED[name][0], num_dense_layers=1, dense_d_ff=24)
+    params, family = saved(model, tmp_path / "m")
+    assert family == ("deepseek_v2" if name == "deepseek_v2" else "deepseek_v3")  # which transformers knows
+    assert read_model_config(tmp_path / "m") == dataclasses.replace(model, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "m", program_of(model)).params, params)
 
 
 def test_biases_without_a_shared_expert_leave_with_one_of_zeros(tmp_path):

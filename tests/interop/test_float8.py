@@ -1,14 +1,16 @@
 """Weights in float8 are read as the products that they mean, on every mesh; what does not say enough is refused."""
 
+import dataclasses
 import json
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from interop.test_checkpoints import logical, params_of, program_of
+from interop.test_checkpoints import MODEL, logical, params_of, program_of
 
 from moejax.checks import ConfigError
+from moejax.config import AttentionConfig, LatentConfig, RouterConfig
 from moejax.interop import load_hf, save_hf
 from moejax.interop.tensors import NewTensor, find_tensors, write_tensors
 
@@ -32,9 +34,11 @@ def quantized(x):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("float8"), program_of((1, 1, 1)))
+
+
+def make_folders(folder, program):
     """A checkpoint in float8, and one in float32 that means the same."""
-    folder = tmp_path_factory.mktemp("float8")
-    program = program_of((1, 1, 1))
     save_hf(folder / "plain", program, params_of(program), dtype="float32")
     arrays = {name: np.array(tensor.open()) for name, tensor in find_tensors(folder / "plain").items()}
     plain, small = {}, {}
@@ -61,6 +65,15 @@ def test_products_of_blocks_and_factors_are_loaded(folders, axes):
     jax.tree.map(np.testing.assert_array_equal, logical(found.params), logical(expected.params))
     assert found.bytes_on_disk < 0.4 * expected.bytes_on_disk
     assert found.num_tensors == expected.num_tensors
+
+
+def test_where_rope_pairs_neighbors_numbers_take_their_factors_along(tmp_path):
+    attention = AttentionConfig(4, 4, 24, latent=LatentConfig(kv_rank=16, q_rank=8, rope_head_dim=16, value_head_dim=8))
+    model = dataclasses.replace(MODEL, attention=attention, router=RouterConfig("sigmoid", bias=True), shared_d_ff=16)
+    program = program_of((4, 2, 2), model)
+    folders = make_folders(tmp_path, program)
+    expected, found = (load_hf(folders / name, program).params for name in ("plain", "small"))
+    jax.tree.map(np.testing.assert_array_equal, logical(found), logical(expected))
 
 
 def no_factors(config, arrays):

@@ -41,6 +41,10 @@ DEEPSEEK = SIZES | {
     "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
 }  # fmt: skip
+LATENT = DEEPSEEK | {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
 FAMILIES = {
     "llama": ("LlamaConfig", SIZES | {"rms_norm_eps": 1e-5}),
     "qwen2": ("Qwen2Config", SIZES),
@@ -53,6 +57,29 @@ FAMILIES = {
         SIZES | {
             "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2,
             "shared_expert_intermediate_size": 80, "norm_topk_prob": True,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3Config", LATENT | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
+    "deepseek_v3, yarn, as Kimi-K2 has it": (
+        "DeepseekV3Config",
+        LATENT | {
+            "q_lora_rank": 24, "n_group": 1, "topk_group": 1, "rope_parameters": {
+                "rope_theta": 5e4, "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 32,
+                "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            },
+        },
+    ),
+    "deepseek_v3, as Moonlight has it": (
+        "DeepseekV3Config", LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        LATENT | {
+            "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
+            "norm_topk_prob": False, "rope_parameters": {
+                "rope_theta": 1e4, "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 32,
+                "mscale": 0.707, "mscale_all_dim": 0.707,
+            },
         },
     ),
     "glm4_moe": (

@@ -1,4 +1,5 @@
-"""Compiles routing for accelerators that are not there: `routing_ahead_of_time.py cuda|v5p|v5e T:E:K:SCORE:none|bias`.
+"""Compiles routing for accelerators that are not there: `routing_ahead_of_time.py cuda|v5p|v5e CASE`, with a CASE
+of T:E:K:SCORE:none|bias:GROUPS:GROUPS_PER_TOKEN.
 
 A process of its own, for the compilers read their environment when they are loaded. Prints one line of JSON: of
 each entry, forward and with its gradient, the implementation, the kernels in the program and its peak of memory.
@@ -22,13 +23,13 @@ TARGETS = {"cuda": "h100_2x8", "v5p": "tpu_v5p_16", "v5e": "tpu_v5e_16"}
 D = 1024
 
 
-def compile_case(mesh, entry, T, E, K, score, bias, *, grad):
+def compile_case(mesh, entry, T, E, rules, bias, *, grad):
     picked = []
 
     def per_device(*args):
         *args, bias_E = args
         picked.append(routing_implementation())
-        route = functools.partial(entry, experts_per_token=K, score=score, num_sequences=4)
+        route = functools.partial(entry, num_sequences=4, **rules)
         routing, sums = route(*args, bias_E if bias else None)
         if not grad:
             return routing, jax.lax.psum(sums, ("expert", "tensor"))
@@ -58,10 +59,11 @@ def compile_case(mesh, entry, T, E, K, score, bias, *, grad):
 
 
 def main(target, case):
-    T, E, K, score, bias = case.split(":")
+    T, E, K, score, bias, *groups = case.split(":")
+    numbers = dict(zip(("experts_per_token", "num_groups", "groups_per_token"), map(int, (K, *groups)), strict=True))
     mesh = Mesh(np.array(compile_only_devices(TARGETS[target])).reshape(8, 2), ("expert", "tensor"))
     compiled = [
-        compile_case(mesh, entry, int(T), int(E), int(K), score, bias == "bias", grad=grad)
+        compile_case(mesh, entry, int(T), int(E), numbers | {"score": score}, bias == "bias", grad=grad)
         for entry in (top_k_routing, route_tokens)
         for grad in (False, True)
     ]

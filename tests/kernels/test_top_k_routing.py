@@ -31,7 +31,18 @@ def options(request):
     return {"implementation": request.param, "interpret": request.param != "reference"}
 
 
-def oracle(logits_TE, bias_E, cotangents, *, experts_per_token, score="softmax", renormalize=True, num_sequences=1):
+def in_best_groups(value_E, num_groups, groups_per_token, biased):
+    """Which experts are in the groups whose two best values, or best one without a bias, have the highest sum."""
+    value_GE = value_E.reshape(num_groups, -1)
+    total_G = np.sort(value_GE, axis=1)[:, -2 if biased else -1 :].sum(1)
+    best = np.argsort(-total_G, kind="stable")[:groups_per_token]
+    return np.isin(np.arange(num_groups), best).repeat(value_GE.shape[1])
+
+
+def oracle(
+    logits_TE, bias_E, cotangents, *, experts_per_token, score="softmax", renormalize=True, num_sequences=1,
+    num_groups=1, groups_per_token=1,
+):  # fmt: skip
     """Routing, sums and the gradient of the logits for cotangents (gate_TK, prob_bE, z), in numpy float64."""
     logits_TE, (dgate_TK, dprob_bE, dz) = np.asarray(logits_TE, np.float64), cotangents
     (T, E), K, b = logits_TE.shape, experts_per_token, num_sequences
@@ -48,7 +59,9 @@ def oracle(logits_TE, bias_E, cotangents, *, experts_per_token, score="softmax",
         slope_EE = np.diag(score_E) - np.outer(score_E, score_E)  # d score / d logits
         if score == "sigmoid":
             slope_EE = np.diag(score_E * (1 - score_E))
-        chosen_K = np.argsort(-(score_E + (0 if bias_E is None else bias_E)), kind="stable")[:K]
+        value_E = score_E if bias_E is None else score_E + bias_E
+        value_E = np.where(in_best_groups(value_E, num_groups, groups_per_token, bias_E is not None), value_E, -np.inf)
+        chosen_K = np.argsort(-value_E, kind="stable")[:K]
         share = score_E[chosen_K].sum() if renormalize else 1.0
         gate_K, p_E = score_E[chosen_K] / share, score_E / score_E.sum()
 
@@ -106,8 +119,12 @@ LOGITS = {
 def cases(draw):
     """(T, E, rules, kind of logits, biased, share of broken tokens): also one token, and no whole number of tiles."""
     E, b = draw(st.sampled_from([8, 12, 16, 40])), draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 4]))
+    visited = draw(st.integers(1, groups))
     rules = {
-        "experts_per_token": draw(st.integers(1, 8)),
+        "experts_per_token": draw(st.integers(1, min(8, visited * E // groups))),
+        "num_groups": groups,
+        "groups_per_token": visited,
         "score": draw(st.sampled_from(["softmax", "sigmoid"])),
         "renormalize": draw(st.booleans()),
         "num_sequences": b,
@@ -169,6 +186,31 @@ class TestEveryImplementation:
             routing, _ = jax.jit(functools.partial(top_k_routing, experts_per_token=3, **options))(logits_TE, bias_E)
             np.testing.assert_array_equal(routing.expert_TK, [[5, 0, 1]] * 9)
             np.testing.assert_array_equal(routing.position_TK, np.arange(9)[:, None].repeat(3, 1))
+
+    @pytest.mark.parametrize("biased", [False, True])
+    @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+    def test_a_token_visits_its_best_groups_alone(self, options, score, biased):
+        T, E, K = 70, 24, 4
+        rng = np.random.default_rng(0)
+        logits_TE = rng.standard_normal((T, E)).astype(np.float32)
+        bias_E = rng.standard_normal(E).astype(np.float32) if biased else None
+        rules = {"experts_per_token": K, "score": score, "num_groups": 6, "groups_per_token": 2}
+        cotangents = make_cotangents(T, E, K, 1)
+        route = functools.partial(top_k_routing, **rules, **options)
+        result, (dlogits_TE,) = jax.jit(functools.partial(run, route))((logits_TE,), bias_E, cotangents)
+        assert_close((result, dlogits_TE), oracle(logits_TE, bias_E, cotangents, **rules))
+        visited = [len(set(experts)) for experts in np.asarray(result[0].expert_TK) // 4]
+        assert max(visited) == 2
+        free, _ = jax.jit(functools.partial(top_k_routing, experts_per_token=K, score=score, **options))(
+            logits_TE, bias_E
+        )
+        assert (np.asarray(free.expert_TK) != np.asarray(result[0].expert_TK)).any(1).mean() > 0.5
+
+    def test_ties_go_to_the_lower_group(self, options):
+        route = functools.partial(top_k_routing, experts_per_token=3, num_groups=4, groups_per_token=2, **options)
+        for bias_E in (None, jnp.zeros(8)):
+            routing, _ = jax.jit(route)(jnp.zeros((9, 8)).at[:, 5].set(1.0), bias_E)
+            np.testing.assert_array_equal(routing.expert_TK, [[5, 0, 1]] * 9)
 
     @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
     def test_scores_that_underflow_and_the_largest_logits_give_finite_gates(self, options, score):
@@ -234,7 +276,8 @@ DEVICE_KINDS = {"cpu": "cpu", "cuda": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5p"}
 
 @pytest.mark.parametrize("platform", KERNELS)
 @pytest.mark.parametrize("entry", [top_k_routing, route_tokens])
-def test_the_mesh_picks_the_implementation_which_the_lowered_program_then_holds(entry, platform):
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "groups_per_token": 2}], ids=["free", "limited"])
+def test_the_mesh_picks_the_implementation_which_the_lowered_program_then_holds(entry, platform, groups):
     device = AbstractDevice(DEVICE_KINDS[platform], None, platform)
     mesh = AbstractMesh((2, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
     shapes = [(2048, 16)] if entry is top_k_routing else [(2048, 128), (128, 16)]
@@ -247,7 +290,7 @@ def test_the_mesh_picks_the_implementation_which_the_lowered_program_then_holds(
 
     def per_device(*args):
         picked.append(routing_implementation())
-        routing, sums = entry(*args, experts_per_token=2)
+        routing, sums = entry(*args, bias_E=jnp.ones(16), experts_per_token=2, **groups)
         return jax.lax.psum(jnp.sin(routing.gate_TK).sum() + sums.z, ("expert",))
 
     sharded = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=P())
@@ -271,6 +314,13 @@ def test_outside_a_mesh_the_default_backend_picks():
         ({"bias_E": jnp.ones(8, jnp.bfloat16)}, r"bias_E is bfloat16\(8,\); must be float32\(8,\)"),
         ({"experts_per_token": 9}, "experts_per_token=9 must be from 1 to the number of experts, 8"),
         ({"score": "relu"}, "score='relu' must be one of 'softmax', 'sigmoid'"),
+        ({"groups_per_token": 2}, "groups_per_token=2 must be from 1 to num_groups=1"),
+        ({"num_groups": 3}, "num_groups=3 must be 1, or divide the number of experts, 8, into groups of 2 or more"),
+        ({"num_groups": 8}, "num_groups=8 must be 1, or divide the number of experts, 8, into groups of 2 or more"),
+        (
+            {"num_groups": 4, "experts_per_token": 3},
+            "experts_per_token=3 must be at most 2, the experts of 1 of 4 groups",
+        ),
         ({"num_sequences": 3}, "num_sequences=3 must divide the number of tokens, 4"),
         ({"implementation": "cub"}, "implementation='cub' must be one of 'reference', 'pallas_gpu', 'pallas_tpu'"),
     ],
@@ -309,7 +359,14 @@ def test_an_unknown_platform_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda", "v5p", "v5e"])
 @pytest.mark.parametrize(
-    "case", ["65536:16:2:softmax:none", "65536:64:8:softmax:none", "65536:256:8:sigmoid:bias", "1000:60:3:softmax:bias"]
+    "case",
+    [
+        "65536:16:2:softmax:none:1:1",
+        "65536:64:8:softmax:none:1:1",
+        "65536:256:8:sigmoid:bias:1:1",
+        "65536:256:8:sigmoid:bias:8:4",
+        "1000:60:3:softmax:bias:6:2",
+    ],
 )
 def test_compiles_ahead_of_time_for_devices_that_are_not_there(target, case):
     here = Path(__file__).parent

@@ -1,7 +1,15 @@
 """Layouts drawn at random: every way to cut and place a tiny model's step. Slow ones to trace are drawn less often."""
 
 from moejax.checks import ConfigError
-from moejax.config import AttentionConfig, DispatchConfig, ModelConfig, RopeConfig, RopeScalingConfig, RouterConfig
+from moejax.config import (
+    AttentionConfig,
+    DispatchConfig,
+    LatentConfig,
+    ModelConfig,
+    RopeConfig,
+    RopeScalingConfig,
+    RouterConfig,
+)
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 
@@ -31,11 +39,21 @@ def _draw(rng):
     )
     repeats, dense = one_of(1, 1, 2), one_of(0, 0, 1, 2)
     chunks = repeats * mesh.pipeline
-    heads, shared_d_ff = one_of(4, 8), one_of(0, 0, 24)
+    heads, shared_d_ff, latent = one_of(4, 8), one_of(0, 0, 24), one_of(False, False, True)
     model = ModelConfig(
         num_layers=dense + one_of(chunks, 2 * chunks, rng.randint(chunks, 3 * chunks)),
         d_model=one_of(32, 64),
         attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=one_of(12, 24),
+            output_bias=one_of(False, True),
+            latent=LatentConfig(
+                kv_rank=one_of(32, 64), q_rank=one_of(0, 32, 96), rope_head_dim=4, value_head_dim=one_of(8, 12)
+            ),
+        )
+        if latent
+        else AttentionConfig(
             num_heads=heads,
             num_kv_heads=one_of(4, heads),
             head_dim=one_of(8, 16, 32),
@@ -45,7 +63,7 @@ def _draw(rng):
             multiplier=one_of(0.0, 0.0, 0.1),
         ),
         rope=RopeConfig(
-            rotary_dim=one_of(0, 0, 4),
+            rotary_dim=0 if latent else one_of(0, 0, 4),
             scaling=one_of(RopeScalingConfig(), RopeScalingConfig("yarn", 4.0, 64)),
         ),
         d_ff=one_of(16, 48),
@@ -56,6 +74,7 @@ def _draw(rng):
             renormalize=one_of(True, False),
             bias=one_of(True, False),
             scaling=one_of(1.0, 2.5),
+            num_groups=one_of(1, 2, 4),
         ),
         shared_d_ff=shared_d_ff,
         shared_gate=one_of(False, True) if shared_d_ff else False,

@@ -9,7 +9,7 @@ import pytest
 from draws import draw_step
 
 from moejax.checks import ConfigError
-from moejax.config import AttentionConfig, ModelConfig, RouterConfig
+from moejax.config import AttentionConfig, LatentConfig, ModelConfig, RouterConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.program import param_bytes, work
@@ -77,6 +77,11 @@ NORMED = dataclasses.replace(
     MODEL, attention=dataclasses.replace(MODEL.attention, qk_norm="projection", bias=True, output_bias=True),
     shared_gate=True, residual_multiplier=0.22, logits_divisor=6.0,
 )  # fmt: skip
+LATENT = dataclasses.replace(
+    MODEL, attention=AttentionConfig(4, 4, 24, latent=LatentConfig(16, 8, 4, 12)),
+    router=RouterConfig(bias=True, num_groups=4, groups_per_token=2),
+)  # fmt: skip
+UNRANKED = dataclasses.replace(LATENT, attention=AttentionConfig(4, 4, 24, latent=LatentConfig(16, 0, 4, 12)))
 FOUR_AXES = MeshConfig(expert=2, pipeline=2, tensor=2, replica=2, hardware="h100", hosts=4)
 LAYOUT = Layout(FOUR_AXES, 32, 16)
 CORNERS = {
@@ -99,6 +104,9 @@ CORNERS = {
     "one device": (MODEL, Layout(MeshConfig(hardware="tpu_v5p"), 32, 4, remat="minimal")),
     "variants": (NORMED, LAYOUT.replace(remat="collectives", gather="layer")),
     "variants again": (NORMED, LAYOUT.replace(remat="full")),
+    "latent": (LATENT, LAYOUT.replace(remat="collectives", gather="layer")),
+    "latent again": (UNRANKED, LAYOUT.replace(remat="full")),
+    "latent on a TPU": (LATENT, Layout(MeshConfig(tensor=2, hardware="tpu_v5p"), 32, 4, remat="minimal")),
     "prefill": (NORMED, LAYOUT, "prefill"),
 }
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from moejax.checks import ConfigError
-from moejax.config import AttentionConfig, ModelConfig
+from moejax.config import AttentionConfig, LatentConfig, ModelConfig
 from moejax.planner.flops import ceilings, decode_flops, forward_flops
 from moejax.planner.hardware import Cluster, get_device
 from moejax.presets import moe_16x10b
@@ -37,6 +37,18 @@ def test_flops_by_hand():
     seen = (1 + 2 + 3 + 4 + 5) / 5
     assert forward_flops(m, 5) == 2 * params + 3 * 2 * 2 * 8 * seen
     assert decode_flops(m, 4) == 2 * params + 3 * 2 * 2 * 8 * 5
+
+
+def test_flops_of_latent_attention_by_hand():
+    """Training sees keys and values, 6 and 3 wide; decoding sees latents of 5, and the 2 rotated dims of keys."""
+    m = ModelConfig(
+        num_layers=3, d_model=8, attention=AttentionConfig(2, 2, 6, latent=LatentConfig(5, 7, 2, 3)), d_ff=5,
+        num_experts=4, experts_per_token=2, vocab_size=11,
+    )  # fmt: skip
+    attention = 8 * 7 + 7 * 2 * 6 + 8 * (5 + 2) + 5 * 2 * (4 + 3) + 2 * 3 * 8
+    params = 3 * (attention + 2 * 3 * 8 * 5 + 8 * 4) + 8 * 11
+    assert forward_flops(m, 5) == 2 * params + 3 * 2 * 2 * (6 + 3) * 3
+    assert decode_flops(m, 4) == 2 * params + 3 * 2 * 2 * (5 + 2 + 5) * 5
 
 
 def test_a_sequence_is_its_tokens_decoded_one_by_one():

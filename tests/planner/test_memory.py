@@ -13,7 +13,7 @@ import pytest
 from tiers import full_unless
 
 from experiments.shared import audit_cases
-from moejax.config import AttentionConfig, DispatchConfig, ModelConfig
+from moejax.config import AttentionConfig, DispatchConfig, LatentConfig, ModelConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner import memory
@@ -37,6 +37,7 @@ EVERYTHING = {
     "attention": AttentionConfig(4, 4, 32, qk_norm="projection", bias=True, output_bias=True),
     "num_dense_layers": 2, "dense_d_ff": 64, "shared_d_ff": 128, "shared_gate": True,
 }  # fmt: skip
+WITH_LATENT = EVERYTHING | {"attention": AttentionConfig(4, 4, 48, latent=LatentConfig(64, 32, 16, 32))}
 
 
 @pytest.fixture(params=MESHES, ids=lambda mesh: f"{mesh.expert}x{mesh.pipeline}x{mesh.tensor}_{mesh.hardware}")
@@ -113,9 +114,16 @@ def test_decoding_holds_keys_and_values_of_all_that_was_read(layout):
     assert found.peak_bytes < peak(layout, "prefill") < peak(layout)
 
 
+def test_latents_are_all_that_decoding_holds_whatever_is_split_over_tensor(layout):
+    model = dataclasses.replace(MODEL, attention=AttentionConfig(24, 24, 192, latent=LatentConfig(512, 0, 64, 128)))
+    whole = model.num_layers * layout.batch_size * (layout.seq_len + 1) * (512 + 64) * 2
+    mesh = layout.mesh
+    assert predict_memory(model, layout, "decode").kv_cache == whole / (mesh.expert * mesh.pipeline)
+
+
 @pytest.mark.parametrize("sizes", [(4, 2, 2), (2, 2, 4), (16, 1, 1)], ids=str)
 @pytest.mark.parametrize("expert_axes", [("expert",), ("expert", "tensor")], ids=len)
-@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=len)
+@pytest.mark.parametrize("changes", [{}, EVERYTHING, WITH_LATENT], ids=["plain", "everything", "latent"])
 def test_what_is_stored_is_counted_exactly(sizes, expert_axes, changes):
     """Parameters and moments against the train state's shards; what is replicated is small."""
     model = dataclasses.replace(tiny(), **{"num_layers": 6, "attention": AttentionConfig(4, 4, 32)} | changes)
@@ -130,6 +138,7 @@ def test_what_is_stored_is_counted_exactly(sizes, expert_axes, changes):
 
 
 NORMED = dataclasses.replace(MODEL.attention, qk_norm="projection", bias=True, output_bias=True)
+LATENT = AttentionConfig(24, 24, 192, latent=LatentConfig(512, 1536, 64, 128))
 COUNTED = {
     "none": {"remat": "none"},
     "minimal_tpu": {"remat": "minimal", "hardware": "tpu_v5p"},
@@ -138,6 +147,8 @@ COUNTED = {
     "full_repeats": {"remat": "full", "pipeline_repeats": 2},
     "shared_and_dense": {"remat": "minimal", "shared_d_ff": 2048, "num_dense_layers": 4, "dense_d_ff": 8192},
     "norms_of_heads": {"remat": "none", "attention": dataclasses.replace(NORMED, qk_norm="head")},
+    "latent": {"remat": "none", "attention": LATENT},
+    "latent_minimal": {"remat": "minimal", "attention": LATENT, "num_dense_layers": 4, "dense_d_ff": 8192},
     "norms_and_a_gate": {"remat": "minimal", "attention": NORMED, "shared_d_ff": 2048, "shared_gate": True},
 }
 

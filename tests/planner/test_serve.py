@@ -1,7 +1,9 @@
+import dataclasses
 from collections import Counter
 
 import pytest
 
+from moejax.config import AttentionConfig, LatentConfig
 from moejax.layout import Layout
 from moejax.mesh import MeshConfig
 from moejax.planner.flops import decode_flops
@@ -10,6 +12,7 @@ from moejax.planner.work import Collective, Matmul, MemoryOp
 from moejax.presets import moe_16x10b
 
 MODEL = moe_16x10b()
+LATENT = dataclasses.replace(MODEL, attention=AttentionConfig(24, 24, 192, latent=LatentConfig(512, 1536, 64, 128)))
 
 
 def layout(expert=8, pipeline=2, tensor=1, batch_size=256):
@@ -25,18 +28,37 @@ def sent_bytes(found):
     return total
 
 
-@pytest.mark.parametrize("sizes", [(8, 2, 1), (16, 1, 1), (4, 2, 2), (1, 16, 1), (2, 1, 8)])
-def test_devices_together_do_the_model_once(sizes):
-    total = 16 * sum(item.flops for item in decode_work(MODEL, layout(*sizes)) if isinstance(item, Matmul))
-    assert total == pytest.approx(256 * decode_flops(MODEL, 4096))
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        *((MODEL, sizes) for sizes in ((8, 2, 1), (16, 1, 1), (4, 2, 2), (1, 16, 1), (2, 1, 8))),
+        (LATENT, (8, 2, 1)),
+        (LATENT, (1, 16, 1)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else value.attention.kind,
+)
+def test_devices_together_do_the_model_once(model, sizes):
+    total = 16 * sum(item.flops for item in decode_work(model, layout(*sizes)) if isinstance(item, Matmul))
+    assert total == pytest.approx(256 * decode_flops(model, 4096))
 
 
-def test_the_cache_is_read_once_a_token():
+def test_only_what_makes_latents_is_done_by_every_device_of_tensor():
+    split, whole = (
+        16 * sum(item.flops for item in decode_work(LATENT, layout(*sizes)) if isinstance(item, Matmul))
+        for sizes in ((8, 1, 2), (16, 1, 1))
+    )
+    m, latent = LATENT, LATENT.attention.latent
+    down = 2 * m.d_model * (latent.q_rank + latent.kv_rank + latent.rope_head_dim)
+    assert split - whole == pytest.approx(256 * m.num_layers * down)
+
+
+@pytest.mark.parametrize(("m", "numbers"), [(MODEL, 2 * 8 * 128), (LATENT, 512 + 64)], ids=["grouped", "latent"])
+def test_the_cache_is_read_once_a_token(m, numbers):
     """Of one device: keys and values of its sequences, layers and heads."""
-    m, work = MODEL, decode_work(MODEL, layout())
+    work = decode_work(m, layout())
     memory_ops = [item for item in work if isinstance(item, MemoryOp) and item.phase == "attention"]
     reads = sum(item.moved_bytes * item.times for item in memory_ops) - 4 * 16 * m.d_model * 2 * m.num_layers
-    cache = 256 * (4096 + 1) * m.num_layers * 2 * m.attention.num_kv_heads * m.attention.head_dim * 2
+    cache = 256 * (4096 + 1) * m.num_layers * numbers * 2
     assert reads == pytest.approx(cache / 16)
 
 

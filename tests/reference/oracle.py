@@ -95,7 +95,7 @@ def _frequency(m: ModelConfig, pair: int, num_pairs: int, seq_len: int) -> float
 
 def _rope(x_BSNH: Any, m: ModelConfig) -> Any:
     """Of R rotated dims, element i and i + R/2 make a complex number, turned by position * frequency."""
-    seq_len, half = x_BSNH.shape[1], (m.rope.rotary_dim or m.attention.head_dim) // 2
+    seq_len, half = x_BSNH.shape[1], (m.rope.rotary_dim or x_BSNH.shape[3]) // 2
     s = m.rope.scaling
     size = s.attention_factor or {"yarn": 0.1 * math.log(s.factor) + 1}.get(s.kind, 1)
     frequency_H = np.array([_frequency(m, pair, half, seq_len) for pair in range(half)])
@@ -104,8 +104,8 @@ def _rope(x_BSNH: Any, m: ModelConfig) -> Any:
     return jnp.concatenate([z_BSNH.real, z_BSNH.imag, x_BSNH[..., 2 * half :]], axis=-1)
 
 
-def _attention(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
-    h_BSD = _rms_norm(x_BSD, p["norm_D"], m.norm_eps)
+def _heads(p: Any, h_BSD: Any, m: ModelConfig) -> tuple[Any, Any, Any]:
+    """Queries, keys and values, positions in the first two."""
     q_BSNH = jnp.tensordot(h_BSD, p["w_q_DNH"], 1)
     k_BSKH = jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 0], 1)
     v_BSKH = jnp.tensordot(h_BSD, p["w_kv_DGKH"][:, 1], 1)
@@ -116,7 +116,31 @@ def _attention(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
     if m.attention.qk_norm == "projection":
         q_BSNH = _rms_norm_whole(q_BSNH, p["norm_q_NH"], m.norm_eps)
         k_BSKH = _rms_norm_whole(k_BSKH, p["norm_k_KH"], m.norm_eps)
-    q_BSNH, k_BSKH = _rope(q_BSNH, m), _rope(k_BSKH, m)
+    return _rope(q_BSNH, m), _rope(k_BSKH, m), v_BSKH
+
+
+def _latent_heads(p: Any, h_BSD: Any, m: ModelConfig) -> tuple[Any, Any, Any]:
+    """The same where a latent c makes them, one head at a time; W are a value's dims, R those that RoPE turns."""
+    latent, c_BSQ = m.attention.latent, h_BSD
+    fixed, c_BSJ = m.attention.head_dim - latent.rope_head_dim, h_BSD @ p["w_kv_down_DJ"]
+    c_BSC = _rms_norm(c_BSJ[..., : latent.kv_rank], p["norm_kv_C"], 1e-6)
+    k_BSR = _rope(c_BSJ[..., None, latent.kv_rank :], m)[:, :, 0]
+    if latent.q_rank:
+        c_BSQ = _rms_norm(h_BSD @ p["w_q_down_DQ"], p["norm_q_Q"], 1e-6)
+    w_q_QNH = p["w_q_up_QNH"] if latent.q_rank else p["w_q_DNH"]
+    queries, keys, values = [], [], []
+    for n in range(m.attention.num_heads):
+        q_BSH, kv_BSH = c_BSQ @ w_q_QNH[:, n], c_BSC @ p["w_kv_up_CNH"][:, n]
+        q_BSR = _rope(q_BSH[..., None, fixed:], m)[:, :, 0]
+        queries.append(jnp.concatenate([q_BSH[..., :fixed], q_BSR], axis=-1))
+        keys.append(jnp.concatenate([kv_BSH[..., :fixed], k_BSR], axis=-1))
+        values.append(kv_BSH[..., fixed:])
+    return jnp.stack(queries, axis=2), jnp.stack(keys, axis=2), jnp.stack(values, axis=2)
+
+
+def _attention(p: Any, x_BSD: Any, segment_ids_BS: Any, m: ModelConfig) -> Any:
+    h_BSD = _rms_norm(x_BSD, p["norm_D"], m.norm_eps)
+    q_BSNH, k_BSKH, v_BSKH = (_latent_heads if m.attention.latent.kv_rank else _heads)(p, h_BSD, m)
     kv_head_N = np.arange(m.attention.num_heads) // (m.attention.num_heads // m.attention.num_kv_heads)
     multiplier = m.attention.multiplier or 1 / math.sqrt(m.attention.head_dim)
     score_BNSS = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSKH[:, :, kv_head_N]) * multiplier
@@ -148,6 +172,14 @@ def experts(p: Any, h_TD: Any, gate_TE: Any) -> Any:
     return y_TD
 
 
+def _in_best_groups(value_TE: Any, m: ModelConfig) -> Any:
+    """Which experts are in one of the groups of the highest sums of their two best values; without a bias, one."""
+    groups, best = m.router.num_groups, 2 if m.router.bias else 1
+    sorted_TGn = jnp.sort(value_TE.reshape(len(value_TE), groups, -1), axis=-1)
+    rank_TG = jnp.argsort(jnp.argsort(-sorted_TGn[..., -best:].sum(-1), axis=-1, stable=True), axis=-1)
+    return jnp.repeat(rank_TG < m.router.groups_per_token, m.num_experts // groups, axis=-1)
+
+
 def mixture(p: Any, h_BSD: Any, m: ModelConfig, rule: CapacityRule | None = None) -> tuple[Any, Figures]:
     """Returns what a mixture-of-experts layer makes of its normalized input, without the residual, and its figures."""
     tokens_Gn, rows = rule or (None, None)
@@ -155,7 +187,10 @@ def mixture(p: Any, h_BSD: Any, m: ModelConfig, rule: CapacityRule | None = None
     logits_TE = h_TD @ p["w_router_DE"]
     score_TE = jax.nn.softmax(logits_TE, axis=-1) if m.router.score == "softmax" else 1 / (1 + jnp.exp(-logits_TE))
     prob_TE = score_TE / score_TE.sum(-1, keepdims=True)
-    rank_TE = jnp.argsort(jnp.argsort(-(score_TE + p.get("router_bias_E", 0.0)), axis=-1, stable=True), axis=-1)
+    value_TE = score_TE + p.get("router_bias_E", 0.0)
+    if m.router.num_groups > 1:
+        value_TE = jnp.where(_in_best_groups(value_TE, m), value_TE, -jnp.inf)
+    rank_TE = jnp.argsort(jnp.argsort(-value_TE, axis=-1, stable=True), axis=-1)
     chosen_TE = rank_TE < m.experts_per_token
     gate_TE = jnp.where(chosen_TE, score_TE, 0.0)
     if m.router.renormalize:

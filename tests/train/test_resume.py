@@ -26,6 +26,10 @@ LONGROPE = {
     "model.rope.rotary_dim": "8", "model.rope.scaling.short_factors": "1,1.5,2,2.5",
     "model.rope.scaling.long_factors": "1,2.5,4,8",
 }  # fmt: skip
+LATENT = {
+    "model.attention.num_kv_heads": "4", "model.attention.latent.kv_rank": "16",
+    "model.attention.latent.rope_head_dim": "8", "model.attention.latent.value_head_dim": "16",
+}  # fmt: skip
 OTHERS = {
     "model.num_layers": {"model.num_layers": "2"},
     "model.d_model": {"model.d_model": "64"},
@@ -51,7 +55,13 @@ OTHERS = {
     "model.rope.scaling.attention_factor": {"model.rope.scaling.attention_factor": "1.5"},
     "model.rope.scaling.short_factors": LONGROPE,
     "model.rope.scaling.long_factors": LONGROPE,
+    "model.attention.latent.kv_rank": LATENT,
+    "model.attention.latent.q_rank": LATENT | {"model.attention.latent.q_rank": "16"},
+    "model.attention.latent.rope_head_dim": LATENT,
+    "model.attention.latent.value_head_dim": LATENT,
     "model.router.scaling": {"model.router.scaling": "2.5"},
+    "model.router.num_groups": {"model.router.num_groups": "4"},
+    "model.router.groups_per_token": {"model.router.num_groups": "4", "model.router.groups_per_token": "2"},
     "model.shared_gate": {"model.shared_gate": "true", "model.shared_d_ff": "64"},
     "model.embedding_multiplier": {"model.embedding_multiplier": "12"},
     "model.residual_multiplier": {"model.residual_multiplier": "0.22"},

@@ -133,7 +133,8 @@ NEW = [  # what no model of version 0.1 had
     f"config.model.{field}"
     for field in (
         "attention.qk_norm=none", "attention.bias=False", "attention.output_bias=False", "attention.multiplier=0.0",
-        "rope.rotary_dim=0", "rope.scaling", "router.scaling=1.0", "shared_gate=False", "embedding_multiplier=1.0",
+        "attention.latent", "rope.rotary_dim=0", "rope.scaling", "router.scaling=1.0", "router.num_groups=1",
+        "router.groups_per_token=1", "shared_gate=False", "embedding_multiplier=1.0",
         "residual_multiplier=1.0", "logits_divisor=1.0",
     )
 ]  # fmt: skip

@@ -41,6 +41,8 @@ def top_k_routing(
     score: Score = "softmax",
     renormalize: bool = True,
     num_sequences: int = 1,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> tuple[Routing, RoutingSums]:
@@ -58,6 +60,10 @@ def top_k_routing(
       score: "softmax" over the experts, or "sigmoid" of each logit.
       renormalize: divide the chosen gates by their sum (Mixtral, arXiv 2401.04088), or take the scores as they are.
       num_sequences: b, the number of equal runs of consecutive tokens that are summed over separately.
+      num_groups: equal groups of consecutive experts.
+      groups_per_token: best groups, whose experts alone a token visits. A group is as good as the sum of its two best
+        values of score + bias or, without a bias, as its best score (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; V2,
+        2405.04434, section 2.2.2). Ties go to the lower group.
       implementation: "reference", "pallas_gpu" or "pallas_tpu"; None for `routing_implementation()`.
       interpret: evaluate a Pallas kernel's body with plain jax operations, on any device: slow, for tests.
 
@@ -66,7 +72,7 @@ def top_k_routing(
     """
     if logits_TE.ndim != 2 or not jnp.issubdtype(logits_TE.dtype, jnp.floating):
         raise ValueError(f"logits_TE is {logits_TE.dtype}{logits_TE.shape}; must be floating point [tokens, experts]")
-    rules = Rules(experts_per_token, score, renormalize, num_sequences)
+    rules = Rules(experts_per_token, score, renormalize, num_sequences, num_groups, groups_per_token)
     T, E = logits_TE.shape
     _check(rules, T, E, bias_E)
     with jax.named_scope("route"):
@@ -82,6 +88,8 @@ def route_tokens(
     score: Score = "softmax",
     renormalize: bool = True,
     num_sequences: int = 1,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> tuple[Routing, RoutingSums]:
@@ -102,7 +110,7 @@ def route_tokens(
             raise ValueError(f"{name} is {x.dtype}{x.shape}; must be floating point {dims}")
     if x_TD.shape[1] != w_DE.shape[0]:
         raise ValueError(f"w_DE has shape {w_DE.shape}; must be ({x_TD.shape[1]}, experts) for x's {x_TD.shape}")
-    rules = Rules(experts_per_token, score, renormalize, num_sequences)
+    rules = Rules(experts_per_token, score, renormalize, num_sequences, num_groups, groups_per_token)
     _check(rules, x_TD.shape[0], w_DE.shape[1], bias_E)
     implementation = implementation or routing_implementation()
     with jax.named_scope("route"):
@@ -115,6 +123,18 @@ def _check(rules: Rules, T: int, E: int, bias_E: jax.Array | None) -> None:
         raise ValueError(f"experts_per_token={rules.experts_per_token} must be from 1 to the number of experts, {E}")
     if rules.score not in get_args(Score):
         raise ValueError(f"score={rules.score!r} must be one of {', '.join(map(repr, get_args(Score)))}")
+    if not 1 <= rules.groups_per_token <= rules.num_groups:
+        raise ValueError(f"groups_per_token={rules.groups_per_token} must be from 1 to num_groups={rules.num_groups}")
+    size = E // rules.num_groups
+    if E % rules.num_groups or (rules.num_groups > 1 and size < 2):
+        raise ValueError(
+            f"num_groups={rules.num_groups} must be 1, or divide the number of experts, {E}, into groups of 2 or more"
+        )
+    if rules.experts_per_token > rules.groups_per_token * size:
+        raise ValueError(
+            f"experts_per_token={rules.experts_per_token} must be at most {rules.groups_per_token * size}, the experts "
+            f"of {rules.groups_per_token} of {rules.num_groups} groups"
+        )
     if rules.num_sequences < 1 or T % rules.num_sequences or not T:
         raise ValueError(f"num_sequences={rules.num_sequences} must divide the number of tokens, {T}, which is not 0")
     if bias_E is not None and (bias_E.shape != (E,) or bias_E.dtype != jnp.float32):

@@ -19,6 +19,8 @@ class Rules(NamedTuple):
     score: Score
     renormalize: bool
     num_sequences: int
+    num_groups: int = 1
+    groups_per_token: int = 1
 
 
 class Routing(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -69,15 +70,14 @@ def route(
     value = logits
     if bias is not None:
         value = jnp.where(exists, (prob if rules.score == "softmax" else jnp.exp(log_score)) + bias, -jnp.inf)
+    if rules.groups_per_token < rules.num_groups:
+        scores = 1 if bias is None else 2
+        value = jnp.where(_in_best_groups(value, expert, scores, rules, axis, num_experts), value, -jnp.inf)
     experts, picked, chosen = [], [], jnp.zeros(logits.shape, bool)
-    for _ in range(rules.experts_per_token):
-        best = value.max(axis, keepdims=True)
-        lowest = jnp.where(value == best, expert, num_experts).min(axis, keepdims=True)
-        here = expert == lowest
+    for best, lowest, here in _descending(value, expert, rules.experts_per_token, axis, num_experts):
         experts.append(jnp.where(valid, lowest, num_experts))
         picked.append(best if bias is None else jnp.where(here, logits, 0.0).sum(axis, keepdims=True))
         chosen |= here & valid
-        value = jnp.where(here, -jnp.inf, value)
     return Tile(
         gates=[jnp.where(valid, gate, 0.0) for gate in gates(picked, log_total, rules)],
         experts=experts,
@@ -87,6 +87,36 @@ def route(
         entropy=jnp.where(valid, -jnp.where(prob > 0, prob * log_prob, 0.0).sum(axis, keepdims=True), 0.0),
         invalid=invalid,
     )
+
+
+def _descending(
+    value: jax.Array, expert: jax.Array, number: int, axis: int, num_experts: int
+) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Yields a token's `number` highest values, each with its expert and where that is; of equals the lowest first."""
+    for _ in range(number):
+        best = value.max(axis, keepdims=True)
+        lowest = jnp.where(value == best, expert, num_experts).min(axis, keepdims=True)
+        here = expert == lowest
+        yield best, lowest, here
+        value = jnp.where(here, -jnp.inf, value)
+
+
+def _in_best_groups(
+    value: jax.Array, expert: jax.Array, scores: int, rules: Rules, axis: int, num_experts: int
+) -> jax.Array:
+    """Whether an expert is in one of its token's best groups, by the sum of the `scores` highest values in a group."""
+    size = num_experts // rules.num_groups
+    members = [(expert >= g * size) & (expert < (g + 1) * size) for g in range(rules.num_groups)]
+    totals = []
+    for inside in members:
+        best = _descending(jnp.where(inside, value, -jnp.inf), expert, scores, axis, num_experts)
+        totals.append(functools.reduce(operator.add, (x for x, _, _ in best)))
+    allowed = jnp.zeros(value.shape, bool)
+    for g, (inside, total) in enumerate(zip(members, totals, strict=True)):
+        rivals = [rival >= total if h < g else rival > total for h, rival in enumerate(totals) if h != g]
+        rank = functools.reduce(operator.add, (jnp.where(ahead, 1, 0) for ahead in rivals))
+        allowed |= inside & (rank < rules.groups_per_token)
+    return allowed
 
 
 def log_scores(logits: jax.Array, score: Score, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
