@@ -193,7 +193,7 @@ class RouterConfig:
     bias: bool = False  # a selection bias per expert, moved by balance.bias_update_rate
     scaling: float = 1.0  # of every gate
     num_groups: int = 1  # groups of experts; 1: no groups
-    groups_per_token: int = 1  # groups that a token's experts are in
+    groups_per_token: int = 1  # groups that a token's experts may be in
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -348,7 +348,7 @@ class ModelConfig:
         check(
             self.experts_per_token <= self.router.groups_per_token * size,
             f"experts_per_token={self.experts_per_token} must be at most {self.router.groups_per_token * size}, the "
-            f"experts of router.groups_per_token={self.router.groups_per_token} groups",
+            f"experts in router.groups_per_token={self.router.groups_per_token} of the groups",
         )
         check(
             self.experts_per_token > 1 or not self.router.renormalize or self.num_experts == 1,

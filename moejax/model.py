@@ -11,7 +11,7 @@ device they do nothing.
 
     gather        shards of weights -> weights         all_gather over expert
                   of shared experts, down-projections  all_gather over expert and tensor
-                  of dense layers                      all_gather over expert, pipeline, and tensor but for attention's
+                  of dense layers                      all_gather over expert, pipeline, and (feed-forwards) tensor
                   routed experts, vectors of heads     none: they are used where they are stored
     embed         tokens [n, S] -> [n, s, D]           psum_scatter over tensor; psum over pipeline
                   before dense layers: -> [q, s, D]    psum_scatter over tensor; psum_scatter over pipeline

@@ -203,18 +203,19 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_with_the_flags():
     assert "tokenizer='none.json' cannot be read" in error_of("--tokenizer=none.json")
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "DeepSeek-V3", "deepseek-ai/DeepSeek-V3"])
+@pytest.mark.parametrize("name", ["gpt_oss_120b", "GPT-OSS-120B", "openai/gpt-oss-120b"])
 def test_a_published_model_that_cannot_be_trained_says_why(name):
     message = error_of(f"--config={name}")
-    assert message.startswith(f"--config={name} is known from published runs (deepseek-v3), but cannot be trained or ")
-    assert "planned yet, because moejax does not support multi-token " in message
+    assert message.startswith(f"--config={name} is known from published runs (gpt-oss-120b), but cannot be trained or ")
+    assert "planned yet, because moejax does not support sliding-window attention, attention sinks" in message
     assert "mixtral_8x7b, moe_16x10b, olmoe_7b" in message
     assert run_script("plan", f"--model={name}", status=2).error == message.replace("--config=", "--model=", 1)
 
 
 def test_a_published_model_without_a_preset_says_so():
     expected = (
-        "(mixtral-8x22b), but has no preset; describe it in a Python file with get_config(); did you mean mixtral"
+        "(mixtral-8x22b), but has no preset; give the folder of its checkpoint, or describe it in a Python file "
+        "with get_config(); did you mean mixtral"
     )
     assert expected in error_of("--config=mixtral_8x22b")
 

@@ -120,7 +120,7 @@ RELATIONS = [
     (
         ModelConfig,
         {"num_experts": 16, "experts_per_token": 5, "router": RouterConfig(num_groups=4)},
-        "experts_per_token=5 must be at most 4, the experts of router.groups_per_token=1 groups",
+        "experts_per_token=5 must be at most 4, the experts in router.groups_per_token=1 of the groups",
     ),
     (RopeConfig, {"rotary_dim": 5}, "rotary_dim=5 must be even: RoPE rotates pairs"),
     (RopeConfig, {"theta": 1.0}, "theta=1.0 must be more than 1"),

@@ -24,7 +24,7 @@ from moejax.checks import ConfigError
 from moejax.config import AttentionConfig
 
 TOLERANCE = 1e-5  # of a parameter's largest gradient; float32 against float64
-SLOW = [VARIANT_CASES[i] for i in (0, 3, 4, 6, 7)]  # the others have nearly all of the same between them
+SLOW = [VARIANT_CASES[i] for i in (0, 3, 4, 6, 7)]  # the others cover nearly the same
 
 GRID_MODEL = variant(num_layers=16, attention=AttentionConfig(num_heads=16, num_kv_heads=16, head_dim=4))
 SIZES = (1, 2, 4, 8, 16)

@@ -48,7 +48,7 @@ def test_parameters_are_the_published_ones(name):
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("DeepSeek-V3", ["multi-token prediction"]),
+        ("DeepSeek-V3", []),
         ("Kimi-K2", []),
         ("Qwen3-30B-A3B", []),
         ("gpt-oss-120b", ["sliding-window attention", "attention sinks", "biases of feed-forward layers"]),

@@ -226,7 +226,6 @@ def what_is_missing(model: Architecture) -> list[str]:
         "models without experts": not experts,
         "feed-forward layers without a gate": any(not ffn.gated for ffn in ffns),
         "experts on a projection of the token": any(ffn.latent for ffn in experts),
-        "multi-token prediction": model.predicted > 0,
         "LayerNorm": model.layer_norm,
         "learned positions": model.positions > 0,
     }

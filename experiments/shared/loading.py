@@ -303,7 +303,7 @@ def _why_not(name: str) -> str:
     but = (
         f"cannot be trained or planned yet, because moejax does not support {', '.join(missing)}"
         if missing
-        else "has no preset; describe it in a Python file with get_config()"
+        else "has no preset; give the folder of its checkpoint, or describe it in a Python file with get_config()"
     )
     return f"is known from published runs ({model.name}), but {but}"
 

@@ -160,7 +160,7 @@ def read_common_latent(c: HfConfig) -> Fields:
     c.require("num_key_value_heads", heads, "keys and values of its own for each head here")
     c.require("attention_bias", False, "no biases in latent attention")
     c.require("rope_interleave", True, "RoPE that rotates neighbors here")
-    # Since transformers 5: the sizes again.
+    # Newer versions of transformers write the sizes again.
     c.require("qk_head_dim", head_dim, "heads of qk_nope_head_dim + qk_rope_head_dim")
     c.require("head_dim", rotated, "qk_rope_head_dim by this name")
     rope = read_rope(c, rotated)

@@ -259,6 +259,8 @@ def _skip_deepseeks_training(c: HfConfig) -> None:
 
 def _read_deepseek_v3(c: HfConfig) -> ModelConfig:
     _skip_deepseeks_training(c)
+    for name in ("n_group", "topk_group", "routed_scaling_factor"):
+        c.number(name)  # must be there: transformers' defaults are DeepSeek-V3's own, other families' say nothing
     return read_deepseek(c, read_common_latent(c), read_sigmoid_router(c, renormalize=True))
 
 
@@ -282,6 +284,11 @@ def _read_deepseek_v2(c: HfConfig) -> ModelConfig:
         renormalize=False, scaling=float(c.number("routed_scaling_factor", default=1.0)),
         num_groups=groups[0] if limited else 1, groups_per_token=groups[1] if limited else 1,
     )  # fmt: skip
+    width, heads = c.count("hidden_size"), c.count("num_attention_heads")
+    check(
+        width % heads == 0,
+        f"{c.source} has hidden_size={width}, which transformers wants to be a multiple of num_attention_heads={heads}",
+    )
     return read_deepseek(c, read_common_latent(c), router)
 
 
