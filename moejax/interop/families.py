@@ -482,13 +482,12 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("dots1", "Dots1ForCausalLM", _read_dots1, _write_dots1, deepseek_rows),
         Family("solar_open", "SolarOpenForCausalLM", _read_solar, write_deepseek, deepseek_rows),
-        Family(
-            "deepseek_v3", "DeepseekV3ForCausalLM", _read_deepseek_v3, _write_deepseek_v3, _deepseek_rows,
-            _beyond_last_layer, _with_shared_expert,
-        ),
-        Family(
-            "kimi_k2", "DeepseekV3ForCausalLM", _read_deepseek_v3, _write_deepseek_v3, _deepseek_rows,
-            _beyond_last_layer, _with_shared_expert,
+        *(
+            Family(
+                name, "DeepseekV3ForCausalLM", _read_deepseek_v3, _write_deepseek_v3, _deepseek_rows,
+                _beyond_last_layer, _with_shared_expert,
+            )
+            for name in ("deepseek_v3", "kimi_k2")  # the same by two names
         ),
         Family(
             "deepseek_v2", "DeepseekV2ForCausalLM", _read_deepseek_v2, _write_deepseek_v2, _deepseek_rows,

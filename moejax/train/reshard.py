@@ -64,9 +64,13 @@ def restackable(shape: tuple[int, ...], wanted: NamedSharding) -> NamedSharding:
     return NamedSharding(wanted.mesh, PartitionSpec(*leading, *spec[NUM_STACK_DIMS:]), memory_kind=wanted.memory_kind)
 
 
+def _num_places(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:NUM_STACK_DIMS])
+
+
 def fits(leaf: jax.Array, shape: tuple[int, ...]) -> bool:
     """Returns whether `restack` to `shape` leaves out nothing but zeros."""
-    have, want = (math.prod(s[:NUM_STACK_DIMS]) for s in (leaf.shape, shape))
+    have, want = _num_places(leaf.shape), _num_places(shape)
     if have <= want:
         return True
     places = jnp.arange(have).reshape(*leaf.shape[:NUM_STACK_DIMS], *(1,) * (leaf.ndim - NUM_STACK_DIMS))
@@ -80,7 +84,7 @@ def restack(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) ->
     device holds the shards of all stages for a moment.
     """
     explicit = AxisType.Explicit in sharding.mesh.axis_types
-    have, want = (math.prod(s[:NUM_STACK_DIMS]) for s in (leaf.shape, shape))
+    have, want = _num_places(leaf.shape), _num_places(shape)
     rest = leaf.shape[NUM_STACK_DIMS:]
     in_a_row = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[NUM_STACK_DIMS:]))
 
